@@ -1,0 +1,29 @@
+"""Operations for one-shot pruning: activation statistics and in-place selection.
+
+A leaf: it knows tensors, not models.
+"""
+
+from wanda_kernels.backends import BackendError
+from wanda_kernels.checks import require_finite
+from wanda_kernels.operations import (
+    add_coactivation_,
+    add_sq_norm_,
+    prune_matrix_,
+    prune_nm_,
+    prune_rows_,
+    prune_variant_,
+)
+from wanda_kernels.reference import pack_bits, unpack_bits
+
+__all__ = [
+    "BackendError",
+    "add_coactivation_",
+    "add_sq_norm_",
+    "pack_bits",
+    "prune_matrix_",
+    "prune_nm_",
+    "prune_rows_",
+    "prune_variant_",
+    "require_finite",
+    "unpack_bits",
+]

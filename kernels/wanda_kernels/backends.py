@@ -1,0 +1,67 @@
+"""The one table that says which backend serves which operation.
+
+A backend is `torch` (the reference), `triton`, `cuda` (CUDA C++) or `cpu` (C++). `auto` takes the first of the
+device's order that has the operation and can run here; `WANDA_KERNELS_BACKEND` in the environment replaces
+`auto`.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+ORDER = {
+    "cuda": ("cuda", "triton", "torch"),
+    "cpu": ("cpu", "torch"),
+}
+
+# operation -> backend -> "module:function" of this package
+TABLE = {
+    "add_sq_norm_": {"torch": "reference:add_sq_norm_"},
+    "add_coactivation_": {"torch": "reference:add_coactivation_"},
+    "prune_rows_": {"torch": "reference:prune_rows_"},
+    "prune_nm_": {"torch": "reference:prune_nm_"},
+    "prune_matrix_": {"torch": "reference:prune_matrix_"},
+    "prune_variant_": {"torch": "reference:prune_variant_"},
+}
+
+BACKENDS = ("torch", "triton", "cuda", "cpu")
+
+
+class BackendError(ValueError):
+    """A backend was asked for by name that does not have the operation, or cannot run here."""
+
+
+def choose(operation: str, device: str, backend: str = "auto") -> str:
+    """Name of the backend that serves `operation` for tensors of `device` ("cuda" or "cpu")."""
+    if backend == "auto":
+        backend = os.environ.get("WANDA_KERNELS_BACKEND") or "auto"
+    if backend == "auto":
+        return _first_available(operation, device)
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
+    reason = why_not(operation, device, backend)
+    if reason:
+        raise BackendError(f"backend {backend!r} cannot serve {operation} on {device} tensors: {reason}")
+    return backend
+
+
+@cache
+def _first_available(operation: str, device: str) -> str:
+    order = ORDER.get(device, ("torch",))
+    return next(backend for backend in order if not why_not(operation, device, backend))
+
+
+@cache
+def why_not(operation: str, device: str, backend: str) -> str:
+    """Why `backend` cannot serve `operation` on `device`; empty where it can."""
+    if backend not in TABLE[operation]:
+        return "it has no such operation"
+    return ""
+
+
+@cache
+def implementation(operation: str, backend: str) -> Callable:
+    """The function behind a cell of the table."""
+    module, function = TABLE[operation][backend].split(":")
+    return getattr(import_module(f"wanda_kernels.{module}"), function)

@@ -1,0 +1,87 @@
+"""The checks that every operation makes before it touches anything, and their sentences."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def require_weight(weight: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(f"weight's rows must be contiguous, got strides {list(weight.stride())}")
+
+
+def require_scale(scale: Tensor | None, weight: Tensor) -> None:
+    if scale is None:
+        return
+    if scale.dtype != torch.float32:
+        raise ValueError(f"scale must be float32, got {scale.dtype}")
+    if scale.shape not in (weight.shape, weight.shape[1:]):
+        shapes = f"[{weight.shape[1]}] or {list(weight.shape)}"
+        raise ValueError(f"scale must have shape {shapes} for this weight, got {list(scale.shape)}")
+    if scale.device != weight.device:
+        raise ValueError(f"scale is on {scale.device}, weight on {weight.device}")
+
+
+def require_mask(mask: Tensor | None, weight: Tensor) -> None:
+    if mask is None:
+        return
+    shape = [weight.shape[0], -(-weight.shape[1] // 8)]
+    if mask.dtype != torch.uint8 or list(mask.shape) != shape or not mask.is_contiguous():
+        raise ValueError(f"mask must be contiguous uint8 {shape}, got {mask.dtype} {list(mask.shape)}")
+
+
+def require_accumulator(acc: Tensor, shape: tuple[int, ...], name: str = "acc") -> None:
+    if acc.dtype != torch.float32 or tuple(acc.shape) != shape or not acc.is_contiguous():
+        got = f"{acc.dtype} {list(acc.shape)}"
+        raise ValueError(f"{name} must be contiguous float32 {list(shape)}, got {got}")
+
+
+def require_activations(x: Tensor, name: str = "x") -> None:
+    if x.dim() < 1 or x.dtype not in DTYPES:
+        got = f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f"{name} must be [..., features] in float32, float16 or bfloat16, got {got}")
+
+
+def require_count(num_pruned: int, in_features: int) -> None:
+    if not 0 <= num_pruned <= in_features:
+        raise ValueError(f"num_pruned must be from 0 to in_features = {in_features}, got {num_pruned}")
+
+
+def require_nm(n: int, m: int, in_features: int) -> None:
+    if not 1 <= n < m <= 32:
+        raise ValueError(f"n:m needs 1 <= n < m <= 32, got {n}:{m}")
+    if in_features % m:
+        raise ValueError(f"in_features = {in_features} is not a multiple of m = {m}")
+
+
+def require_finite(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise `ValueError` at the first tensor that holds NaN or infinity, or, in a `scale`, a negative number.
+
+    Args:
+        tensors: operands by the name the sentence shall use; None is passed over. A name that ends in "scale"
+            must hold no negative number. All are judged on their device and waited for once.
+    """
+    named = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
+    if not named:
+        return
+    bad = torch.stack([_is_bad(name, tensor) for name, tensor in named.items()])
+    if not bad.any():
+        return
+    name = list(named)[int(bad.int().argmax())]
+    tensor = named[name]
+    where = ~tensor.isfinite() | (tensor < 0) if name.endswith("scale") else ~tensor.isfinite()
+    position = tuple(where.nonzero()[0].tolist())
+    raise ValueError(f"{name} holds {tensor[position].item()} at {list(position)}; nothing was pruned")
+
+
+def _is_bad(name: str, tensor: Tensor) -> Tensor:
+    lowest, highest = torch.aminmax(tensor)  # one read, no temporary; NaN and infinities come through
+    bad = ~(lowest.isfinite() & highest.isfinite())
+    return bad | (lowest < 0) if name.endswith("scale") else bad

@@ -1,0 +1,169 @@
+"""The operations that users call: check, pick a backend, run. In place where the name ends in `_`.
+
+Common arguments:
+    weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous; pruned weights become +0.0.
+    scale: the statistic under the root, fp32 `[in]` or `[out, in]`, or None for plain magnitude.
+        A weight's score is abs(W) * sqrt(scale) in fp32. Equal scores lose the lower column first.
+    mask: optional uint8 `[out, ceil(in / 8)]` that receives the packed mask: bit j % 8 of byte j // 8 is 1 where
+        column j was kept, padding bits are 0.
+    backend: "auto", "torch", "triton", "cuda" or "cpu"; see `backends.py`.
+    check_finite: judge weight and scale first, which waits for a GPU. False: the caller asked `require_finite`.
+
+Raises `ValueError`, with the numbers, on shapes, dtypes or counts that do not fit, and on NaN, infinity or a
+negative scale; the weight is then untouched.
+"""
+
+from torch import Tensor
+
+from wanda_kernels import backends, checks
+from wanda_kernels.reference import ACTIVATIONS
+
+
+def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
+    """acc[j] += sum over tokens of x[t, j]^2.
+
+    Args:
+        acc: fp32 `[in]`, added to in place.
+        x: fp32, fp16 or bf16 `[..., in]`; squares and sums are fp32.
+    Source: Wanda, arXiv 2306.11695, section 3 (the norm under the root).
+    """
+    checks.require_activations(x)
+    checks.require_accumulator(acc, (x.shape[-1],))
+    if x.numel():
+        _run("add_sq_norm_", acc, backend)(acc, x)
+
+
+def add_coactivation_(
+    acc: Tensor,
+    gate: Tensor,
+    x: Tensor,
+    activation: str | None = "silu",
+    power: int = 1,
+    sq_norm: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """acc[i, j] += sum over tokens of abs(act(gate[t, i]))^power * abs(x[t, j])^power.
+
+    Args:
+        acc: fp32 `[out, in]`, added to in place.
+        gate: `[..., out]`, the gate projection's output before its activation.
+        x: `[..., in]`, the input that gate and up projection share; the same tokens as gate.
+        activation: "silu", "gelu", "gelu_tanh", "relu", or None for gate as it is.
+        power: 1 (Wanda-CoNNect) or 2.
+        sq_norm: optional fp32 `[in]` that also receives sum x^2, so that x is read once.
+    """
+    checks.require_activations(gate, "gate")
+    checks.require_activations(x)
+    if gate.shape[:-1] != x.shape[:-1] or gate.dtype != x.dtype:
+        raise ValueError(f"gate and x must match but for features, got {_brief(gate)} and {_brief(x)}")
+    checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
+    if sq_norm is not None:
+        checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    if activation not in ACTIVATIONS:
+        known = ", ".join(str(name) for name in ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: choose {known}")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power}")
+    if x.numel() and gate.numel():
+        _run("add_coactivation_", acc, backend)(acc, gate, x, activation, power, sq_norm)
+
+
+def prune_rows_(
+    weight: Tensor,
+    scale: Tensor | None,
+    num_pruned: int,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    check_finite: bool = True,
+) -> None:
+    """Zero the num_pruned lowest scores of each row. See the module for the arguments.
+
+    Source: Wanda, arXiv 2306.11695, equation 1 and algorithm 1.
+    """
+    _check(weight, scale, mask)
+    checks.require_count(num_pruned, weight.shape[1])
+    if check_finite:
+        checks.require_finite({"weight": weight, "scale": scale})
+    if weight.numel():
+        _run("prune_rows_", weight, backend)(weight, scale, num_pruned, mask)
+
+
+def prune_nm_(
+    weight: Tensor,
+    scale: Tensor | None,
+    n: int,
+    m: int,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    check_finite: bool = True,
+) -> None:
+    """Keep the n highest scores of every m consecutive columns (n kept of m, as NVIDIA), 1 <= n < m <= 32."""
+    _check(weight, scale, mask)
+    checks.require_nm(n, m, weight.shape[1])
+    if check_finite:
+        checks.require_finite({"weight": weight, "scale": scale})
+    if weight.numel():
+        _run("prune_nm_", weight, backend)(weight, scale, n, m, mask)
+
+
+def prune_matrix_(
+    weight: Tensor,
+    scale: Tensor | None,
+    rank: int,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    check_finite: bool = True,
+) -> None:
+    """Zero every score at most the one at sorted position `rank` (0-based) of the whole matrix; ties go too.
+
+    Source: the magnitude baseline of Wanda's published code.
+    """
+    _check(weight, scale, mask)
+    if weight.numel() and not 0 <= rank < weight.numel():
+        numel = weight.numel()
+        raise ValueError(f"rank must be from 0 to {numel - 1} for {numel} weights, got {rank}")
+    if check_finite:
+        checks.require_finite({"weight": weight, "scale": scale})
+    if weight.numel():
+        _run("prune_matrix_", weight, backend)(weight, scale, rank, mask)
+
+
+def prune_variant_(
+    weight: Tensor,
+    scale: Tensor | None,
+    ratio: float,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    check_finite: bool = True,
+) -> Tensor:
+    """The Wanda variant: a row loses each weight whose score plus all lower scores is at most alpha * the row's sum.
+
+    alpha is bisected in [0, 0.8] from 0.4 until the matrix's sparsity is within 0.001 of `ratio` or the interval
+    is below 0.001. Sums are exact: a score counts as floor(score * 2^(bits - E)), E the exponent of the row's
+    largest score and bits = `reference.fraction_bits(in)`, so every backend finds the same mask. Ties go together.
+
+    Returns: alpha, fp64 scalar tensor on the weight's device.
+    Source: Wanda, arXiv 2306.11695, appendix, and its published code.
+    """
+    _check(weight, scale, mask)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+    if not weight.numel():
+        raise ValueError(f"weight is empty: {_brief(weight)}")
+    if check_finite:
+        checks.require_finite({"weight": weight, "scale": scale})
+    return _run("prune_variant_", weight, backend)(weight, scale, ratio, mask)
+
+
+def _check(weight: Tensor, scale: Tensor | None, mask: Tensor | None) -> None:
+    checks.require_weight(weight)
+    checks.require_scale(scale, weight)
+    checks.require_mask(mask, weight)
+
+
+def _run(operation: str, tensor: Tensor, backend: str):
+    return backends.implementation(operation, backends.choose(operation, tensor.device.type, backend))
+
+
+def _brief(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
