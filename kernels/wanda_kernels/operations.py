@@ -4,10 +4,10 @@ Common arguments:
     weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous; pruned weights become +0.0.
     scale: the statistic under the root, fp32 `[in]` or `[out, in]`, or None for plain magnitude.
         A weight's score is abs(W) * sqrt(scale) in fp32. Equal scores lose the lower column first.
-    mask: optional uint8 `[out, ceil(in / 8)]` that receives the packed mask: bit j % 8 of byte j // 8 is 1 where
-        column j was kept, padding bits are 0.
+    mask: optional uint8 `[out, ceil(in / 8)]` that receives the packed mask: bit j % 8 of byte j // 8 is 1
+        where column j was kept, padding bits are 0.
     backend: "auto", "torch", "triton", "cuda" or "cpu"; see `backends.py`.
-    check_finite: judge weight and scale first, which waits for a GPU. False: the caller asked `require_finite`.
+    check_finite: judge weight and scale first, which waits for a GPU. False: the caller has.
 
 Raises `ValueError`, with the numbers, on shapes, dtypes or counts that do not fit, and on NaN, infinity or a
 negative scale; the weight is then untouched.
@@ -136,11 +136,12 @@ def prune_variant_(
     backend: str = "auto",
     check_finite: bool = True,
 ) -> Tensor:
-    """The Wanda variant: a row loses each weight whose score plus all lower scores is at most alpha * the row's sum.
+    """The Wanda variant: in a row, prune where a score plus all lower ones is <= alpha * the row's sum.
 
-    alpha is bisected in [0, 0.8] from 0.4 until the matrix's sparsity is within 0.001 of `ratio` or the interval
-    is below 0.001. Sums are exact: a score counts as floor(score * 2^(bits - E)), E the exponent of the row's
-    largest score and bits = `reference.fraction_bits(in)`, so every backend finds the same mask. Ties go together.
+    alpha is bisected in [0, 0.8] from 0.4 until the matrix's sparsity is within 0.001 of `ratio` or the
+    interval is below 0.001. Sums are exact: a score counts as floor(score * 2^(bits - E)), E the exponent of the
+    row's largest score and bits = `reference.fraction_bits(in)`, so every backend finds the same mask. Ties go
+    together.
 
     Returns: alpha, fp64 scalar tensor on the weight's device.
     Source: Wanda, arXiv 2306.11695, appendix, and its published code.

@@ -1,7 +1,7 @@
-"""What is right: every operation in plain torch, vectorised, on any device; other backends equal it bit for bit.
+"""What is right: every operation in plain torch, vectorised, on any device; others equal it bit for bit.
 
-A score is `abs(float(W)) * sqrt(scale)` in fp32, one rounding each. Equal scores lose the lower column first. NaN
-sorts last, as in torch. Pruned weights become +0.0; kept weights keep their bits (a kept -0.0 stays -0.0).
+A score is `abs(float(W)) * sqrt(scale)` in fp32, one rounding each. Equal scores lose the lower column first.
+NaN sorts last, as in torch. Pruned weights become +0.0; kept weights keep their bits (a kept -0.0 stays -0.0).
 """
 
 import math
@@ -87,7 +87,7 @@ def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Ten
 
 
 def fraction_bits(in_features: int) -> int:
-    """Bits of a score's fixed-point mass below the row's exponent; a row's sum stays exact in fp64 (53 bits)."""
+    """Bits of a score's fixed-point mass below the row's exponent; a row's sum stays exact in fp64."""
     return min(36, 53 - max(in_features - 1, 1).bit_length())
 
 
@@ -110,7 +110,7 @@ def _apply_(weight: Tensor, pruned: Tensor, mask: Tensor | None) -> None:
 
 
 def pack_bits(kept: Tensor) -> Tensor:
-    """bool `[out, in]` -> uint8 `[out, ceil(in / 8)]`, little-endian (numpy's packbits(bitorder="little"))."""
+    """bool `[out, in]` -> uint8 `[out, ceil(in / 8)]`, little-endian as numpy's packbits(bitorder='little')."""
     n_rows, n_cols = kept.shape
     padded = F.pad(kept.to(torch.uint8), (0, -n_cols % 8)).view(n_rows, math.ceil(n_cols / 8), 8)
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
