@@ -1,7 +1,7 @@
 """The one table that says which backend serves which operation.
 
 A backend is `torch` (the reference), `triton`, `cuda` (CUDA C++) or `cpu` (C++). `auto` takes the first of
-the device's order that has the operation and can run here; `WANDA_KERNELS_BACKEND` in the environment replaces it.
+the device's order that has the operation and can run here; `WANDA_KERNELS_BACKEND` replaces it.
 """
 
 import os

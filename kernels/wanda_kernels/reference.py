@@ -1,7 +1,7 @@
 """What is right: every operation in plain torch, vectorised, on any device; others equal it bit for bit.
 
 A score is `abs(float(W)) * sqrt(scale)` in fp32, one rounding each. Equal scores lose the lower column first.
-NaN sorts last, as in torch. Pruned weights become +0.0; kept weights keep their bits (a kept -0.0 stays -0.0).
+NaN sorts last, as in torch. Pruned weights become +0.0; kept weights keep their bits, a kept -0.0 too.
 """
 
 import math
@@ -110,7 +110,7 @@ def _apply_(weight: Tensor, pruned: Tensor, mask: Tensor | None) -> None:
 
 
 def pack_bits(kept: Tensor) -> Tensor:
-    """bool `[out, in]` -> uint8 `[out, ceil(in / 8)]`, little-endian as numpy's packbits(bitorder='little')."""
+    """bool `[out, in]` -> uint8 `[out, ceil(in / 8)]`, as numpy's packbits(bitorder='little')."""
     n_rows, n_cols = kept.shape
     padded = F.pad(kept.to(torch.uint8), (0, -n_cols % 8)).view(n_rows, math.ceil(n_cols / 8), 8)
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
