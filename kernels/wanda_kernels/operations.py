@@ -140,8 +140,8 @@ def prune_variant_(
 
     alpha is bisected in [0, 0.8] from 0.4 until the matrix's sparsity is within 0.001 of `ratio` or the
     interval is below 0.001. Sums are exact: a score counts as floor(score * 2^(bits - E)), E the exponent of
-    the row's largest score and bits = `reference.fraction_bits(in)`, so every backend finds the same mask. Ties
-    go together.
+    the row's largest score and bits = `reference.fraction_bits(in)`, so every backend finds the same mask.
+    Ties go together.
 
     Returns: alpha, fp64 scalar tensor on the weight's device.
     Source: Wanda, arXiv 2306.11695, appendix, and its published code.
