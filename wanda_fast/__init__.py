@@ -1,0 +1,20 @@
+"""One-shot pruning of transformers: magnitude, Wanda, its variant, Wanda-CoNNect; unstructured or N:M."""
+
+from wanda_fast import errors
+from wanda_fast.driver import prune
+from wanda_fast.evaluation import perplexity
+from wanda_fast.methods import Method
+from wanda_fast.patterns import Pattern
+from wanda_fast.registry import register_method, register_pattern
+from wanda_fast.report import Report
+
+__all__ = [
+    "Method",
+    "Pattern",
+    "Report",
+    "errors",
+    "perplexity",
+    "prune",
+    "register_method",
+    "register_pattern",
+]

@@ -1,0 +1,182 @@
+"""Where the weights are: a model's repeated blocks, the prunable linears in each, and its gated MLPs."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError
+
+GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
+ACTIVATION_NAMES = (
+    "act_fn",
+    "activation_fn",
+    "act",
+    "activation",
+)  # attributes that hold a gated MLP's activation
+ROUTER_NAMES = {"router", "shared_expert_gate"}
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass
+class GatedMLP:
+    """`down(act(gate(x)) * up(x))`: the linear `up` is scored by what `gate` does."""
+
+    gate: nn.Linear
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Linear:
+    """A prunable weight. `name` is its full name in the model; a gated MLP's up projection has `gated`."""
+
+    name: str
+    module: nn.Linear
+    gated: GatedMLP | None = None
+
+
+@dataclass
+class Block:
+    """One repeated layer of the model."""
+
+    name: str
+    module: nn.Module
+    linears: list[Linear]
+
+
+def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
+    """The repeated layers of `model` with their prunable linears, in the order in which they run.
+
+    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear: structure,
+    not names. Routers and what `ignore` names are left out.
+
+    Raises: `NoPrunableBlockError`, `IgnorePatternError`.
+    """
+    path, layers = _block_list(model)
+    ignored = _ignored_names(_linear_names(path, layers), ignore)
+    routers = _router_names(model)
+    blocks = []
+    for index, layer in enumerate(layers):
+        name = f"{path}.{index}"
+        gated = dict(_gated_mlps(layer))
+        linears = [
+            Linear(f"{name}.{child}", module, gated.get(module))
+            for child, module in _named_linears(layer)
+            if f"{name}.{child}" not in ignored and child.rpartition(".")[2] not in routers
+        ]
+        blocks.append(Block(name, layer, linears))
+    return blocks
+
+
+def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list[str]]:
+    """For each `ignore` pattern, the names of the linears that it matches."""
+    names = _linear_names(*_block_list(model))
+    return {pattern: _matches(pattern, names) for pattern in ignore}
+
+
+@dataclass
+class Reach:
+    """How much of a model the pruner can touch, in numbers of weights."""
+
+    prunable: int
+    blocks: int
+    model: int
+    largest_out_of_reach: str | None  # name of the largest weight in a block that is no prunable linear
+
+
+def reach(model: nn.Module, blocks: list[Block]) -> Reach:
+    """Count the prunable weights, all weights of the blocks (2-D and up), and all parameters of the model."""
+    prunable = {id(linear.module.weight) for block in blocks for linear in block.linears}
+    matrices = {
+        f"{block.name}.{name}": parameter
+        for block in blocks
+        for name, parameter in block.module.named_parameters()
+        if parameter.dim() >= 2
+    }
+    outside = {name: p.numel() for name, p in matrices.items() if id(p) not in prunable}
+    return Reach(
+        prunable=sum(linear.module.weight.numel() for block in blocks for linear in block.linears),
+        blocks=sum(parameter.numel() for parameter in matrices.values()),
+        model=sum(parameter.numel() for parameter in model.parameters()),
+        largest_out_of_reach=max(outside, key=outside.get) if outside else None,
+    )
+
+
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    weights = {
+        name: sum(linear.weight.numel() for _, linear in _named_linears(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    # an outer list holds what its inner lists hold, and comes first
+    best = max(weights, key=weights.get, default=None)
+    if best is None or not weights[best]:
+        owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
+        raise NoPrunableBlockError(
+            f"{type(model).__name__} has no repeated block with nn.Linear weights; "
+            f"its weights are in {', '.join(sorted(owners))}"
+        )
+    return best, model.get_submodule(best)
+
+
+def _named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+
+
+def _linear_names(path: str, layers: nn.ModuleList) -> list[str]:
+    return [
+        f"{path}.{index}.{name}" for index, layer in enumerate(layers) for name, _ in _named_linears(layer)
+    ]
+
+
+def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
+    """(up projection, its gated MLP) for each module that holds a known pair of projections of one shape."""
+    for parent in layer.modules():
+        for gate_name, up_name in GATED_MLP_NAMES:
+            gate, up = getattr(parent, gate_name, None), getattr(parent, up_name, None)
+            activation = next(
+                (getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None
+            )
+            linears = isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)
+            if linears and callable(activation) and gate.weight.shape == up.weight.shape:
+                yield up, GatedMLP(gate, activation)
+
+
+def _router_names(model: nn.Module) -> set[str]:
+    """Last names of linears that route tokens to experts; `gate` is one only in a model that has experts."""
+    config = getattr(model, "config", None)
+    has_experts = any(getattr(config, count, None) for count in EXPERT_COUNTS)
+    return ROUTER_NAMES | {"gate"} if has_experts else ROUTER_NAMES
+
+
+def _ignored_names(names: list[str], ignore: tuple[str, ...]) -> set[str]:
+    ignored = set()
+    for pattern in ignore:
+        matched = _matches(pattern, names)
+        if not matched:
+            raise IgnorePatternError(
+                f"ignore pattern {pattern!r} matches none of the {len(names)} linears, e.g. {names[0]}"
+            )
+        ignored.update(matched)
+    return ignored
+
+
+def _matches(pattern: str, names: list[str]) -> list[str]:
+    """Exact name of a linear or of a module around it, a glob, or `re:` and an expression for re.match."""
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise IgnorePatternError(
+                f"ignore pattern {pattern!r} is no valid regular expression: {error}"
+            ) from error
+        return [name for name in names if expression.match(name)]
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")]
+
+
+def sparsity(tensor: torch.Tensor) -> float:
+    """Fraction of exact zeros."""
+    return 1 - torch.count_nonzero(tensor).item() / max(tensor.numel(), 1)

@@ -1,0 +1,146 @@
+"""What the blocks receive: the hidden states of every calibration sequence, and each block's own arguments.
+
+One forward of the model with its blocks replaced by recorders: a recorder notes its arguments and hands the
+hidden states on, so that no block is computed, and none needs to be loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from wanda_fast.architecture import Block
+
+
+@dataclass
+class BlockCall:
+    """A block's arguments but for the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for `hidden` `[sequences, seqlen, features]`."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class BlockInputs:
+    """hidden `[nsamples, seqlen, features]`, overwritten block by block; calls[batch][block]."""
+
+    hidden: Tensor
+    batch_size: int
+    calls: list[list[BlockCall]]
+
+    def batches(self, block: int) -> Iterator[tuple[slice, BlockCall]]:
+        for index, calls in enumerate(self.calls):
+            start = index * self.batch_size
+            yield slice(start, min(start + self.batch_size, len(self.hidden))), calls[block]
+
+
+@torch.no_grad()
+def record_block_inputs(
+    forward: Callable[[Tensor], object],
+    blocks: list[Block],
+    token_ids: Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> BlockInputs:
+    """Run `forward(token_ids[batch])` over all batches with every block replaced by a recorder.
+
+    Args:
+        forward: the model's own forward, caches off.
+        blocks: in the order in which the model calls them.
+        token_ids: int64 `[nsamples, seqlen]`.
+        device: where the hidden states are kept and the blocks will run.
+    """
+    hidden, calls, keep = None, [], _KeepOnce(device)
+    for start in range(0, len(token_ids), batch_size):
+        with _recorders(blocks) as recorders:
+            forward(token_ids[start : start + batch_size])
+        first = recorders[0].hidden
+        if hidden is None:
+            hidden = torch.empty(len(token_ids), *first.shape[1:], dtype=first.dtype, device=device)
+        hidden[start : start + batch_size] = first
+        calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
+    return BlockInputs(hidden, batch_size, calls)
+
+
+@contextmanager
+def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
+    """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
+    recorders = [_Recorder(block.module) for block in blocks]
+    for recorder in recorders:
+        recorder.block.forward = recorder
+    try:
+        yield recorders
+    finally:
+        for recorder in recorders:
+            del recorder.block.forward
+
+
+class _Recorder:
+    """Stands for a block's forward: notes the arguments, returns the hidden states that it was given."""
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def __call__(self, *args, **kwargs):
+        if not args:  # a model that names its hidden states
+            args = (kwargs.pop("hidden_states"),)
+        self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
+        return (self.hidden, None) if self._returns_tuple() else self.hidden
+
+    def _returns_tuple(self) -> bool:
+        """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
+        if type(self.block) not in _RETURNS_TUPLE:
+            del self.block.forward
+            try:
+                output = _on_meta(self.block, self.hidden, self.call)
+            finally:
+                self.block.forward = self
+            _RETURNS_TUPLE[type(self.block)] = isinstance(output, tuple)
+        return _RETURNS_TUPLE[type(self.block)]
+
+
+_RETURNS_TUPLE: dict[type, bool] = {}  # block class -> whether its forward returns a tuple
+
+
+def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
+    state = dict(block.named_parameters()) | dict(block.named_buffers())
+    to_meta = lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    state, args, kwargs = tree_map(to_meta, (state, (hidden, *call.args), call.kwargs))
+    return torch.func.functional_call(block, state, args, kwargs)
+
+
+class _KeepOnce:
+    """Moves arguments to the device, each distinct tensor once: most masks recur."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.first: dict[int, list] = {}  # block -> leaves of its first call
+        self.kept: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # id of a tensor seen in this batch -> (it, what is kept)
+
+    def __call__(self, call: BlockCall, block: int) -> BlockCall:
+        if block == 0:
+            self.kept.clear()
+        leaves, structure = tree_flatten((call.args, call.kwargs))
+        first = self.first.get(block, [None] * len(leaves))
+        leaves = [self._keep(leaf, known) for leaf, known in zip(leaves, first, strict=True)]
+        self.first.setdefault(block, leaves)
+        return BlockCall(*tree_unflatten(leaves, structure))
+
+    def _keep(self, leaf: object, known: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in self.kept:
+            moved = leaf.to(self.device)
+            same = isinstance(known, Tensor) and known.dtype == moved.dtype and torch.equal(known, moved)
+            self.kept[id(leaf)] = (leaf, known if same else moved)
+        return self.kept[id(leaf)][1]

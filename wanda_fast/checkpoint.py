@@ -1,0 +1,129 @@
+"""Models in and out: Hugging Face ids, local folders, GGUF files; folders that `from_pretrained` loads."""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wanda_fast.errors import CheckpointError, OutputError
+from wanda_fast.report import Report
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model, its tokenizer (None where there is none), and the dtype of its weights on disk."""
+
+    model: nn.Module
+    tokenizer: object
+    dtype: torch.dtype
+
+
+def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
+    """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or a folder that holds
+    one).
+
+    Args:
+        dtype: "auto" keeps the checkpoint's own, but computes 16-bit weights in float32 on a CPU without
+            fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
+    "bfloat16". Raises: `CheckpointError`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf = _gguf_of(path)
+    options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
+    if dtype not in ("auto", *DTYPES):
+        raise CheckpointError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        logger.warning("no tokenizer in %s: %s", path, _first_line(error))
+        tokenizer = None
+    if gguf:
+        _forget_quantization(model)
+    stored = model.dtype
+    if dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored):
+        model.float()
+    return Checkpoint(model.eval(), tokenizer, stored)
+
+
+def require_empty(folder: Path, overwrite: bool) -> None:
+    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output {folder} exists and is no folder")
+    if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
+        raise OutputError(
+            f"output folder {folder} is not empty ({count} entries): name another, or pass --overwrite"
+        )
+
+
+def save(checkpoint: Checkpoint, report: Report, folder: Path) -> None:
+    """Write model, tokenizer and `wanda_fast.json` beside `folder`, then rename: it is whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        computed = checkpoint.model.dtype
+        checkpoint.model.to(
+            checkpoint.dtype
+        )  # exact: kept weights came from this dtype, pruned ones are zero
+        checkpoint.model.save_pretrained(partial)
+        checkpoint.model.to(computed)
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save_pretrained(partial)
+        (partial / "wanda_fast.json").write_text(report.to_json(), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be written: {_first_line(error)}") from error
+
+
+def _gguf_of(path: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name in it or None)."""
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise CheckpointError(f"model file {path} does not exist")
+        return str(local.parent), local.name
+    if not local.is_dir():
+        if local.is_absolute() or path.startswith(("./", "../", "~")):
+            raise CheckpointError(f"model folder {path} does not exist")
+        return path, None
+    if not any(local.iterdir()):
+        raise CheckpointError(f"model folder {path} is empty")
+    gguf = sorted(file.name for file in local.glob("*.gguf"))
+    if (local / "config.json").is_file() or not gguf:
+        return str(local), None
+    if len(gguf) > 1:
+        raise CheckpointError(
+            f"model folder {path} holds {len(gguf)} GGUF files ({', '.join(gguf)}): name one of them"
+        )
+    return str(local), gguf[0]
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """The weights are dequantised; without the marks of GGUF the model is what `save_pretrained` takes."""
+    del model.config.quantization_config
+    del model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+
+
+def _fast_on_cpu(dtype: torch.dtype) -> bool:
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(capability.get("avx512_bf16")))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

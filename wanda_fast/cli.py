@@ -1,0 +1,223 @@
+"""`wanda-fast`: prune, eval, inspect. Every flag of the published programs, with dashes or underscores."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from wanda_fast.errors import WandaFastError
+from wanda_fast.tables import inspection_tables, perplexity_line, summary_tables
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+    help="Set the least important weights of a pretrained transformer to zero, in one shot.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="Hub id, folder or .gguf file of a causal LM.")]
+CacheDir = Annotated[str | None, typer.Option(help="For hub downloads. Default: Hugging Face's own cache.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")]
+EvalDataset = Annotated[
+    str,
+    typer.Option(
+        help="Text for perplexity: wikitext2, ptb, c4, pydoc (its last fifth), a local file, or none. "
+        "auto: wikitext2 for hub datasets, else the same as --dataset."
+    ),
+]
+EvalWindows = Annotated[
+    int | None, typer.Option(min=1, help="Measure perplexity on at most so many windows.")
+]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens a window. Default: 2048, or the model's context where shorter."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="A .py file or module that registers methods or patterns; repeatable."),
+]
+
+
+@app.command()
+def prune(
+    model: Model = "meta-llama/Llama-3.2-1B",
+    seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
+    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    sparsity_ratio: Annotated[
+        float | None, typer.Option(help="Fraction to prune, in [0, 1). Default: 0.5, or 1 - N/M for N:M.")
+    ] = None,
+    sparsity_type: Annotated[
+        str, typer.Option(help="unstructured, N:M (N kept of every M inputs), or a registered pattern.")
+    ] = "unstructured",
+    prune_method: Annotated[
+        str, typer.Option(help="magnitude, wanda, connect (or wanda_connect), dense, or a registered method.")
+    ] = "wanda",
+    cache_dir: CacheDir = None,
+    use_variant: Annotated[
+        bool, typer.Option("--use_variant", help="The Wanda variant's threshold (unstructured only).")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for log_METHOD.txt (the published line) and wanda_fast.json.")
+    ] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Folder for the pruned model, which from_pretrained loads.")
+    ] = None,
+    save_log: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    eval_zero_shot: Annotated[
+        bool,
+        typer.Option("--eval_zero_shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
+    ] = False,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Calibration text: wikitext2, c4, ptb, pydoc (the standard library's help, no download), "
+            "or a .txt, .jsonl or .parquet file or folder."
+        ),
+    ] = "wikitext2",
+    seqlen: Seqlen = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens."),
+    ] = None,
+    connect_gate: Annotated[
+        str, typer.Option(help="connect's gate: activated (as the published code) or raw.")
+    ] = "activated",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Linears to leave dense: a name, a glob, or re:REGEX; repeatable."),
+    ] = None,
+    eval_dataset: EvalDataset = "auto",
+    eval_windows: EvalWindows = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Allow --save and --save_model folders that are not empty.")
+    ] = False,
+    plugin: Plugin = None,
+) -> None:
+    """Prune a checkpoint, measure its perplexity before and after, and save it."""
+    from wanda_fast.driver import prune as prune_model
+    from wanda_fast.progress import terminal_progress
+    from wanda_fast.registry import load_plugin
+
+    for name in plugin or ():
+        load_plugin(name)
+    with terminal_progress(console) as progress:
+        report = prune_model(
+            model,
+            prune_method=prune_method,
+            sparsity_type=sparsity_type,
+            sparsity_ratio=sparsity_ratio,
+            dataset=dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            use_variant=use_variant,
+            connect_gate=connect_gate,
+            ignore=tuple(ignore or ()),
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            eval_dataset=_eval_dataset(eval_dataset, dataset),
+            eval_windows=eval_windows,
+            eval_zero_shot=eval_zero_shot,
+            save=save,
+            save_model=save_model,
+            save_log=save_log,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for table in summary_tables(report):
+        console.print(table)
+    for folder in filter(None, (save_model, save, save_log)):
+        console.print(f"written: {folder}", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    dataset: EvalDataset = "wikitext2",
+    seqlen: Seqlen = None,
+    eval_windows: EvalWindows = None,
+    eval_zero_shot: Annotated[
+        bool,
+        typer.Option("--eval_zero_shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Measure a model's perplexity, and print the protocol with it."""
+    from wanda_fast.driver import evaluate as evaluate_model
+    from wanda_fast.progress import terminal_progress
+
+    with terminal_progress(console) as progress:
+        report = evaluate_model(
+            model,
+            dataset=_eval_dataset(dataset, "wikitext2"),
+            seqlen=seqlen,
+            eval_windows=eval_windows,
+            eval_zero_shot=eval_zero_shot,
+            device=device,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    console.print(perplexity_line(report), highlight=False)
+    for task, results in report.zero_shot.items():
+        console.print(f"{task}: {results}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    cache_dir: CacheDir = None,
+) -> None:
+    """List a model's blocks and linears, their zeros, and the N:M patterns that the zeros keep to."""
+    from wanda_fast.inspection import inspect as inspect_model
+
+    for table in inspection_tables(inspect_model(model, cache_dir)):
+        console.print(table)
+
+
+def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
+    if eval_dataset == "auto":
+        return "wikitext2" if dataset in ("c4", "ptb") else dataset
+    return None if eval_dataset == "none" else eval_dataset
+
+
+def main() -> None:
+    """The console script: errors of ours are one sentence on standard error and exit code 2."""
+    _quiet_libraries()
+    try:
+        app()
+    except WandaFastError as error:
+        errors.print(f"wanda-fast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """One progress display and one log: ours."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = RichHandler(console=errors, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""`prune`: the whole job behind one function, whose keywords are the command line's flags."""
+
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast import checkpoint as checkpoints
+from wanda_fast.architecture import Block, find_blocks, ignored_linears, reach
+from wanda_fast.calibration import calibration_tokens, digest
+from wanda_fast.checkpoint import Checkpoint
+from wanda_fast.errors import OutOfMemoryError
+from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.methods import Connect, Dense, Method, make_method
+from wanda_fast.patterns import Pattern, Variant, parse_pattern
+from wanda_fast.pipeline import Clock, Progress, prune_blocks
+from wanda_fast.report import Report, write_log, write_published_log
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEQLEN = 2048
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
+
+
+def prune(
+    model: nn.Module | str | Path,
+    *,
+    prune_method: str = "wanda",
+    sparsity_type: str = "unstructured",
+    sparsity_ratio: float | None = None,
+    dataset: str | Tensor = "wikitext2",
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    seed: int = 0,
+    use_variant: bool = False,
+    connect_gate: str = "activated",
+    ignore: tuple[str, ...] | list[str] = (),
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    tokenizer=None,
+    cache_dir: str | None = None,
+    eval_dataset: str | Tensor | None = None,
+    eval_windows: int | None = None,
+    eval_zero_shot: bool = False,
+    save: str | Path | None = None,
+    save_model: str | Path | None = None,
+    save_log: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune a live model in place, or a checkpoint, in one shot.
+
+    Args:
+        model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
+        prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
+        sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
+        sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
+        dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids `[nsamples,
+        seqlen]`. nsamples, seqlen, seed: calibration windows; seqlen defaults to 2048 or the model's context
+        where shorter. use_variant: the Wanda variant's threshold (unstructured only).
+        connect_gate: connect sees the gate "activated" (as published code does) or "raw".
+        ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
+        patterns. batch_size: calibration sequences a forward; default: what makes a forward of about 4096
+            (CPU) or 16384 (GPU) tokens.
+        device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's
+            own device for a live model.
+        dtype: "auto", "float32", "float16" or "bfloat16", for a checkpoint.
+        tokenizer: for a live model and a `dataset` that is text.
+        cache_dir: for hub downloads; default Hugging Face's own.
+        eval_dataset: text, file or token ids to measure perplexity on, before and after; None: not measured.
+        eval_windows: measure on at most so many windows.
+        eval_zero_shot: run lm-evaluation-harness after pruning.
+        save: folder for the published code's log line and the report.
+        save_model: folder for the pruned model, its tokenizer and the report.
+        save_log: file for the summary.
+        overwrite: allow `save` and `save_model` to be folders that are not empty.
+        progress: told of each block and phase.
+    Returns: the `Report`.
+    Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
+    """
+    recipe = {
+        name: _plain(value) for name, value in locals().items() if name not in ("tokenizer", "progress")
+    }
+    method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
+    pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
+    recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
+    for folder in filter(None, (save, save_model)):
+        checkpoints.require_empty(Path(folder), overwrite)
+    if eval_zero_shot:
+        require_zero_shot()
+    live = isinstance(model, nn.Module)
+    target = torch.device(device or (model.device if live else _default_device()))
+    clock, report = Clock(target), Report(recipe)
+    with clock.phase("load"):
+        if live:
+            loaded = Checkpoint(model, tokenizer, model.dtype)
+        else:
+            loaded = checkpoints.load(str(model), dtype, cache_dir, target.type)
+    model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    blocks = find_blocks(model, tuple(ignore))
+    _survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    seqlen = seqlen or min(DEFAULT_SEQLEN, _context(model))
+    with clock.phase("calibration text"):
+        token_ids = None
+        if method.uses_activations:
+            token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
+            report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
+        evaluation = None
+        if eval_dataset is not None:
+            evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
+            report.perplexity["protocol"] = evaluation.protocol
+    with _out_of_memory_explained(), _in_eval_mode(model):
+        _measure(model, evaluation, "dense", clock, report, progress)
+        if not isinstance(method, Dense):
+            batch = batch_size or _batch_size(target, token_ids)
+            report.linears = prune_blocks(
+                model, blocks, method, pattern, token_ids, batch_size=batch, device=target, clock=clock,
+            progress=progress )  # fmt: skip
+            _measure(model, evaluation, "pruned", clock, report, progress)
+        if eval_zero_shot:
+            with clock.phase("zero-shot"):
+                report.zero_shot = zero_shot(model, tokenizer)
+    report.seconds, report.peak_memory = clock.seconds, _peak_memory()
+    if save_model is not None:
+        with clock.phase("write"):
+            checkpoints.save(loaded, report, Path(save_model))
+    if save is not None:
+        write_published_log(report, Path(save))
+    if save_log is not None:
+        write_log(report, Path(save_log))
+    return report
+
+
+def evaluate(
+    model: str,
+    *,
+    dataset: str | None = "wikitext2",
+    seqlen: int | None = None,
+    eval_windows: int | None = None,
+    eval_zero_shot: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    cache_dir: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Perplexity and zero-shot accuracy of a checkpoint, as they are; the keywords are those of `prune`."""
+    return prune(
+        model,
+        prune_method="dense",
+        eval_dataset=dataset,
+        seqlen=seqlen,
+        eval_windows=eval_windows,
+        eval_zero_shot=eval_zero_shot,
+        device=device,
+        dtype=dtype,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def _survey(
+    model: nn.Module,
+    blocks: list[Block],
+    method: Method,
+    pattern: Pattern,
+    ignore: tuple[str, ...],
+    use_variant: bool,
+    report: Report,
+) -> None:
+    """Count the reach; warn where the model or the flags make the method another than its name says."""
+
+    def warn(sentence: str) -> None:
+        logger.warning("%s", sentence)
+        report.warnings.append(sentence)
+
+    for ignored, names in ignored_linears(model, ignore).items():
+        logger.info("--ignore %s matches %d linears: %s", ignored, len(names), ", ".join(names))
+    report.reach = reach(model, blocks)
+    outside = report.reach.blocks - report.reach.prunable
+    if outside > 0.05 * report.reach.blocks and not ignore:
+        warn(
+            f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
+            f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
+        )
+    gated = any(linear.gated for block in blocks for linear in block.linears)
+    if isinstance(method, Connect) and not gated:
+        warn(f"{type(model).__name__} has no gated MLP: connect prunes it as wanda")
+    if use_variant and not (isinstance(pattern, Variant) and method.uses_activations):
+        warn(f"--use_variant has no effect on {method.name} with {pattern}")
+
+
+def _measure(
+    model: nn.Module,
+    evaluation: EvaluationSet | None,
+    which: str,
+    clock: Clock,
+    report: Report,
+    progress: Progress | None,
+) -> None:
+    if evaluation is None:
+        return
+    total = len(evaluation.windows)
+    tell = (lambda done: progress.step(f"perplexity, {which}", done, total)) if progress else None
+    with clock.phase("evaluation"):
+        report.perplexity[which] = perplexity(model, evaluation, progress=tell)
+
+
+def _context(model: nn.Module) -> int:
+    """The longest sequence the model was made for; without a word on it, no limit."""
+    config = model.config.get_text_config()
+    return (
+        getattr(config, "max_position_embeddings", None)
+        or getattr(config, "n_positions", None)
+        or sys.maxsize
+    )
+
+
+def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
+    tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
+    return 1 if token_ids is None else max(1, tokens // token_ids.shape[1])
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise OutOfMemoryError(
+            f"out of memory: {reason}; lower --batch_size, --nsamples or --seqlen"
+        ) from error
+
+
+def _peak_memory() -> dict[str, int]:
+    """Bytes at the highest, since the process began: resident on the host, allocated on each GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for index in range(torch.cuda.device_count()):
+        peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peak
+
+
+def _plain(value: object) -> object:
+    """A flag's value as the recipe keeps it: tensors and modules by what they are, not what they hold."""
+    if isinstance(value, Tensor):
+        return f"token ids {list(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else value

@@ -1,0 +1,49 @@
+"""One exception type a cause; each carries one sentence that names the culprit and the numbers."""
+
+
+class WandaFastError(Exception):
+    """Any input that wanda_fast refuses, or any resource it lacks."""
+
+
+class UnknownMethodError(WandaFastError, ValueError):
+    """No pruning method of that name is registered."""
+
+
+class PatternError(WandaFastError, ValueError):
+    """A sparsity pattern that does not parse, or does not fit a linear's in_features."""
+
+
+class SparsityRatioError(WandaFastError, ValueError):
+    """A ratio outside [0, 1), or at odds with the pattern."""
+
+
+class CalibrationError(WandaFastError, ValueError):
+    """Calibration or evaluation text that is missing, unreadable or too short."""
+
+
+class NoPrunableBlockError(WandaFastError, ValueError):
+    """No repeated block with nn.Linear weights was found."""
+
+
+class IgnorePatternError(WandaFastError, ValueError):
+    """An --ignore pattern that matches no linear, or is no valid regular expression."""
+
+
+class NonFiniteError(WandaFastError, ValueError):
+    """NaN or infinity in a weight or in the activations that a linear receives."""
+
+
+class CheckpointError(WandaFastError, OSError):
+    """A model folder or file that cannot be loaded."""
+
+
+class OutputError(WandaFastError, OSError):
+    """An output folder that is not empty, or cannot be written."""
+
+
+class OutOfMemoryError(WandaFastError, MemoryError):
+    """Memory ran out; the sentence says what to lower."""
+
+
+class MissingDependencyError(WandaFastError, ImportError):
+    """An optional package is needed for what was asked."""

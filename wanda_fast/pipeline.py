@@ -1,0 +1,184 @@
+"""The block loop: dense pass with statistics, selection in place, pruned pass to the next block's inputs."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import wanda_kernels
+from wanda_fast.architecture import Block, Linear, sparsity
+from wanda_fast.block_inputs import BlockInputs, record_block_inputs
+from wanda_fast.errors import NonFiniteError
+from wanda_fast.methods import Method
+from wanda_fast.patterns import Pattern
+from wanda_fast.report import LinearReport
+from wanda_fast.statistics import BlockStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Whoever watches: `done` of `total` blocks (or windows) are behind, `phase` of the next has begun."""
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
+
+
+class Clock:
+    """Seconds per phase. On a GPU a phase's end waits for the device, once a block and phase."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@torch.no_grad()
+def prune_blocks(
+    model: nn.Module,
+    blocks: list[Block],
+    method: Method,
+    pattern: Pattern,
+    token_ids: Tensor | None,
+    *,
+    batch_size: int,
+    device: torch.device,
+    clock: Clock,
+    progress: Progress | None = None,
+) -> dict[str, LinearReport]:
+    """Prune every linear of `blocks` in place, block by block; the model stays on its own device.
+
+    Args:
+        token_ids: int64 `[nsamples, seqlen]`; None for a method that uses no activations.
+        batch_size: sequences a forward.
+        device: where a block is moved for its turn.
+    Raises: `NonFiniteError`, naming block and linear, before that block is touched; `PatternError` before
+    all.
+    """
+    for block in blocks:
+        for linear in block.linears:
+            pattern.check(linear.name, linear.module.in_features)
+    inputs = None
+    if method.uses_activations:
+        with clock.phase("block inputs"):
+            inputs = record_block_inputs(_forward_of(model), blocks, token_ids, batch_size, device)
+    reports, last_linear = {}, {}
+    for index, block in enumerate(blocks):
+        tell = _teller(progress, index, len(blocks), block.name)
+        with _on(block.module, device):
+            statistics = None
+            if inputs is not None:
+                tell("dense pass")
+                with clock.phase("dense pass"):
+                    statistics = _dense_pass(block, method, inputs, index, last_linear)
+            with clock.phase("selection"):
+                reports |= _prune_block(block, method, pattern, statistics, tell)
+            if inputs is not None and index + 1 < len(blocks):
+                tell("pruned pass")
+                with clock.phase("pruned pass"):
+                    for batch, call in inputs.batches(index):
+                        inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
+    return reports
+
+
+def _dense_pass(
+    block: Block, method: Method, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
+) -> BlockStatistics:
+    """Run the block with hooks. `last_linear`: by the block's make, which linear ends it."""
+    statistics = BlockStatistics(block, method.statistic)
+    make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
+    with statistics.gathering():
+        for batch, call in inputs.batches(index):
+            with _output_skipped(block, last_linear.get(make)):
+                call.run(block.module, inputs.hidden[batch])
+            last = statistics.calls[-1] if statistics.calls else None
+            if last is not None and statistics.calls.count(last) == 1:
+                last_linear[make] = last.removeprefix(block.name)
+    return statistics
+
+
+@contextmanager
+def _output_skipped(block: Block, linear: str | None) -> Iterator[None]:
+    """The last linear's hooks see its input; its product, which nobody reads, is not computed."""
+    if linear is None:
+        yield
+        return
+    module = block.module.get_submodule(linear.removeprefix("."))
+    module.forward = lambda x: x.new_zeros(*x.shape[:-1], module.out_features)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _prune_block(
+    block: Block, method: Method, pattern: Pattern, statistics: BlockStatistics | None, tell
+) -> dict[str, LinearReport]:
+    scales = {linear.name: _scale(linear, statistics) for linear in block.linears}
+    _require_finite(block, scales)
+    reports = {}
+    for linear in block.linears:
+        tell("selection", linear.name)
+        start = time.perf_counter()
+        weight = linear.module.weight.data
+        backend = method.prune_(weight, scales[linear.name], pattern)
+        seconds = time.perf_counter() - start
+        reports[linear.name] = LinearReport(sparsity(weight), weight.numel(), seconds, backend)
+    return reports
+
+
+def _scale(linear: Linear, statistics: BlockStatistics | None) -> Tensor | None:
+    if statistics is None:
+        return None
+    if linear.name not in statistics.by_name:
+        logger.warning("%s saw no calibration token; its scores are all zero", linear.name)
+        return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
+    return statistics.by_name[linear.name].acc
+
+
+def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
+    """One verdict a block, before any of its weights is touched."""
+    operands = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
+    operands |= {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
+    try:
+        wanda_kernels.require_finite(operands)
+    except ValueError as error:
+        raise NonFiniteError(f"block {block.name}: {error}") from error
+
+
+def _forward_of(model: nn.Module):
+    """The model's own forward without the language-model head, whose logits nobody reads."""
+    body = getattr(model, "base_model", model)
+    embedding_device = next(body.parameters()).device
+    return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)
+
+
+@contextmanager
+def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on `device` for a while, then back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def _teller(progress: Progress | None, index: int, total: int, block: str) -> Callable[..., None]:
+    return (
+        (lambda phase, detail="": progress.step(phase, index, total, detail or block))
+        if progress
+        else lambda *_: None
+    )

@@ -1,0 +1,48 @@
+"""Names to classes: what `--prune_method` and `--sparsity_type` can be, and how a user's own join them."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from wanda_fast.errors import MissingDependencyError
+
+METHODS: dict[str, type] = {}
+PATTERNS: dict[str, type] = {}
+
+
+def register_method(*names: str) -> Callable[[type], type]:
+    """Class decorator: make a `Method` available under these names."""
+    return _register_in(METHODS, names)
+
+
+def register_pattern(*names: str) -> Callable[[type], type]:
+    """Class decorator: make a `Pattern` available under these names (`name:2:3` passes 2 and 3 to it)."""
+    return _register_in(PATTERNS, names)
+
+
+def load_plugin(plugin: str) -> None:
+    """Import a module by dotted name or a `.py` file by path, for the methods and patterns it registers."""
+    path = Path(plugin)
+    if path.suffix != ".py":
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(f"plugin {plugin!r} cannot be imported: {error}") from error
+        return
+    if not path.is_file():
+        raise MissingDependencyError(f"plugin file {plugin} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+def _register_in(registry: dict[str, type], names: tuple[str, ...]) -> Callable[[type], type]:
+    def register(cls: type) -> type:
+        cls.name = names[0]
+        registry.update(dict.fromkeys(names, cls))
+        return cls
+
+    return register

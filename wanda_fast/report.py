@@ -1,0 +1,105 @@
+"""What a run did: sparsity and seconds per linear, perplexities with their protocol, the recipe."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from wanda_fast.architecture import Reach
+
+
+@dataclass
+class LinearReport:
+    """One pruned weight: the fraction of exact zeros, seconds of selection, and the backend that selected."""
+
+    sparsity: float
+    weights: int
+    seconds: float
+    backend: str
+
+
+@dataclass
+class Report:
+    """The outcome of `wanda_fast.prune`. `linears` is keyed by the linear's full name in the model."""
+
+    recipe: dict
+    linears: dict[str, LinearReport] = field(default_factory=dict)
+    reach: Reach | None = None
+    calibration: dict = field(default_factory=dict)  # nsamples, seqlen, digest
+    perplexity: dict = field(default_factory=dict)  # protocol, dense, pruned
+    zero_shot: dict = field(default_factory=dict)  # task -> results
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds
+    peak_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the prunable weights."""
+        weights = sum(linear.weights for linear in self.linears.values())
+        return sum(linear.sparsity * linear.weights for linear in self.linears.values()) / max(weights, 1)
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Backend -> how many linears it selected."""
+        names = [linear.backend for linear in self.linears.values()]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    def block_sparsity(self) -> dict[str, float]:
+        """Sparsity of each block, by its name."""
+        zeros: dict[str, list[float]] = {}
+        for name, linear in self.linears.items():
+            counts = zeros.setdefault(block_name(name), [0.0, 0])
+            counts[0] += linear.sparsity * linear.weights
+            counts[1] += linear.weights
+        return {name: pruned / weights for name, (pruned, weights) in zeros.items()}
+
+    def to_json(self) -> str:
+        content = asdict(self) | {
+            "sparsity": self.sparsity,
+            "block_sparsity": self.block_sparsity(),
+            "versions": versions(),
+        }
+        return json.dumps(content, indent=2, default=str) + "\n"
+
+    def published_log(self) -> str:
+        """The published code's `log_METHOD.txt`: method, sparsity, perplexity, tab-separated."""
+        pruned = self.perplexity.get("pruned")
+        value = "-" if pruned is None else f"{pruned:.4f}"
+        lines = [
+            "method\tactual_sparsity\tppl_test",
+            f"{self.recipe['prune_method']}\t{self.sparsity:.4f}\t{value}",
+        ]
+        lines += [f"{task}\t{results}" for task, results in self.zero_shot.items()]
+        return "\n".join(lines) + "\n"
+
+
+def block_name(linear: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> `model.layers.3`: up to the first number."""
+    parts = linear.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else linear
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in ("wanda_fast", "torch", "triton", "transformers", "datasets", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_published_log(report: Report, folder: Path) -> None:
+    """`--save DIR`: the published log line and the report as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"log_{report.recipe['prune_method']}.txt").write_text(report.published_log(), encoding="utf-8")
+    (folder / "wanda_fast.json").write_text(report.to_json(), encoding="utf-8")
+
+
+def write_log(report: Report, file: Path) -> None:
+    """`--save_log FILE`: the published log line, then the report as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")

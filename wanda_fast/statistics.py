@@ -1,0 +1,147 @@
+"""What the calibration tokens say about each linear's input, gathered by forward hooks during a block's
+dense pass.
+
+Linears that read the same tensor (q, k, v; gate, up) share one statistic: the tensor's identity says so, not
+a name.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import wanda_kernels
+from wanda_fast.architecture import Block, Linear
+
+KERNEL_ACTIVATIONS = {  # an activation's class or function name -> the name that the kernels know
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "gelu": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "relu": "relu",
+}
+
+
+class SquaredNorm:
+    """acc[j] = sum over tokens of x[t, j]^2, fp32 `[in]`."""
+
+    def __init__(self, linear: Linear):
+        self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
+
+    def add(self, x: Tensor) -> None:
+        wanda_kernels.add_sq_norm_(self.acc, x)
+
+
+class Coactivation:
+    """acc[i, j] = sum_t abs(act(gate[t, i])) * abs(x[t, j]), fp32 `[out, in]` of an up projection."""
+
+    def __init__(self, linear: Linear, activated: bool = True):
+        weight = linear.module.weight
+        self.acc = torch.zeros(weight.shape, device=weight.device)
+        self.gate = linear.gated.gate
+        self.kernel_activation, self.activation = None, None
+        if activated:
+            self.kernel_activation = _kernel_activation(linear.gated.activation)
+            self.activation = None if self.kernel_activation else linear.gated.activation
+
+    def add(self, gate: Tensor, x: Tensor, sq_norm: SquaredNorm | None) -> None:
+        """Add one batch; `sq_norm`, where given, receives the same x in the same read."""
+        if self.activation is not None:
+            gate = self.activation(gate)
+        acc = None if sq_norm is None else sq_norm.acc
+        wanda_kernels.add_coactivation_(self.acc, gate, x, self.kernel_activation, sq_norm=acc)
+
+
+Statistic = SquaredNorm | Coactivation
+
+
+class BlockStatistics:
+    """The statistics of one block's linears. `by_name[linear.name].acc` is what stands under the score's
+    root.
+
+    Args:
+        block: the block that will run.
+        statistic: what to gather for a linear; None for nothing.
+    """
+
+    def __init__(self, block: Block, statistic: Callable[[Linear], Statistic | None]):
+        self.block = block
+        self.by_name: dict[str, Statistic] = {}
+        self.calls: list[str] = []  # linears in the order of their calls in the latest forward
+        self._make = statistic
+        self._readers: dict[int, tuple[weakref.ref, SquaredNorm]] = {}  # this forward's inputs, by identity
+        self._coactivations = {
+            linear.name: stat
+            for linear in block.linears
+            if linear.gated is not None and isinstance(stat := statistic(linear), Coactivation)
+        }
+        self._gate_outputs: dict[nn.Module, Tensor] = {}
+        self._deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their up projection's pass adds
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Hooks on the block's linears, removed at the end."""
+        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
+        gates = {stat.gate for stat in self._coactivations.values()}
+        handles += [gate.register_forward_hook(self._keep_gate_output) for gate in gates]
+        for linear in self.block.linears:
+            handles.append(linear.module.register_forward_pre_hook(self._reader_of(linear)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._begin()
+
+    def _begin(self) -> None:
+        self.calls.clear()
+        self._readers.clear()
+        self._gate_outputs.clear()
+        self._deferred.clear()
+
+    def _keep_gate_output(self, gate: nn.Module, _args: tuple, output: Tensor) -> None:
+        self._gate_outputs[gate] = output
+
+    def _reader_of(self, linear: Linear) -> Callable[[nn.Module, tuple], None]:
+        def read(_module: nn.Module, args: tuple) -> None:
+            self.calls.append(linear.name)
+            if linear.name in self._coactivations:
+                self._read_coactivation(linear, args[0])
+            else:
+                self._read_sq_norm(linear, args[0])
+
+        return read
+
+    def _read_coactivation(self, linear: Linear, x: Tensor) -> None:
+        stat = self.by_name.setdefault(linear.name, self._coactivations[linear.name])
+        gate = self._gate_outputs.pop(stat.gate)  # a gated MLP computes its gate first
+        stat.add(gate, x, self._deferred.pop(stat.gate, None))
+
+    def _read_sq_norm(self, linear: Linear, x: Tensor) -> None:
+        reference, shared = self._readers.get(id(x), (None, None))
+        if reference is not None and reference() is not x:  # the address of a tensor that is gone
+            shared = None
+        own = self.by_name.get(linear.name)
+        if own is None:
+            own = self.by_name[linear.name] = shared or self._make(linear)
+        if own is None or own is shared:
+            return
+        self._readers[id(x)] = (weakref.ref(x), own)
+        if any(linear.module is stat.gate for stat in self._coactivations.values()):
+            self._deferred[linear.module] = own
+        else:
+            own.add(x)
+
+
+def _kernel_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
+    stateless = not isinstance(activation, nn.Module) or not any(True for _ in activation.parameters())
+    name = type(activation).__name__ if isinstance(activation, nn.Module) else activation.__name__
+    return KERNEL_ACTIVATIONS.get(name) if stateless else None
