@@ -3,10 +3,13 @@
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.errors import CheckpointError, OutputError
@@ -14,6 +17,7 @@ from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
 
+REPORT = "wanda_fast.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,7 +40,9 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     "bfloat16". Raises: `CheckpointError`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     folder, gguf = _gguf_of(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     if dtype not in ("auto", *DTYPES):
@@ -71,23 +77,44 @@ def require_empty(folder: Path, overwrite: bool) -> None:
 def save(checkpoint: Checkpoint, report: Report, folder: Path) -> None:
     """Write model, tokenizer and `wanda_fast.json` beside `folder`, then rename: it is whole or not there."""
     partial = folder.with_name(folder.name + ".partial")
-    try:
+    with _writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        computed = checkpoint.model.dtype
-        checkpoint.model.to(
-            checkpoint.dtype
-        )  # exact: kept weights came from this dtype, pruned ones are zero
-        checkpoint.model.save_pretrained(partial)
-        checkpoint.model.to(computed)
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(partial)
-        (partial / "wanda_fast.json").write_text(report.to_json(), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise OutputError(f"output folder {folder} cannot be written: {_first_line(error)}") from error
+        try:
+            partial.mkdir(parents=True)
+            computed = checkpoint.model.dtype
+            checkpoint.model.to(checkpoint.dtype)  # exact: kept weights came from it, pruned ones are zero
+            checkpoint.model.save_pretrained(partial)
+            checkpoint.model.to(computed)
+            if checkpoint.tokenizer is not None:
+                checkpoint.tokenizer.save_pretrained(partial)
+            (partial / REPORT).write_text(report.to_json(), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
+    """`--save DIR`: the published log line and the report; `--save_log FILE`: both in one file."""
+    if folder is not None:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            log = folder / f"log_{report.recipe['prune_method']}.txt"
+            log.write_text(report.published_log(), encoding="utf-8")
+            (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+    if file is not None:
+        with _writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"output {path} cannot be written: {_first_line(error)}") from error
 
 
 def _gguf_of(path: str) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """`wanda-fast`: prune, eval, inspect. Every flag of the published programs, with dashes or underscores."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -210,13 +211,12 @@ def main() -> None:
 
 def _quiet_libraries() -> None:
     """One progress display and one log: ours."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = RichHandler(console=errors, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    logging.getLogger("wanda_fast").setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from wanda_fast import checkpoint as checkpoints
 from wanda_fast.architecture import Block, find_blocks, ignored_linears, reach
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
-from wanda_fast.errors import OutOfMemoryError
+from wanda_fast.errors import CalibrationError, OutOfMemoryError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
 from wanda_fast.methods import Connect, Dense, Method, make_method
 from wanda_fast.patterns import Pattern, Variant, parse_pattern
 from wanda_fast.pipeline import Clock, Progress, prune_blocks
-from wanda_fast.report import Report, write_log, write_published_log
+from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,12 @@ def prune(
         token_ids = None
         if method.uses_activations:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
+            _require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
         evaluation = None
         if eval_dataset is not None:
             evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
+            _require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     with _out_of_memory_explained(), _in_eval_mode(model):
         _measure(model, evaluation, "dense", clock, report, progress)
@@ -130,10 +132,7 @@ def prune(
     if save_model is not None:
         with clock.phase("write"):
             checkpoints.save(loaded, report, Path(save_model))
-    if save is not None:
-        write_published_log(report, Path(save))
-    if save_log is not None:
-        write_log(report, Path(save_log))
+    checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 
 
@@ -207,6 +206,8 @@ def _measure(
         return
     total = len(evaluation.windows)
     tell = (lambda done: progress.step(f"perplexity, {which}", done, total)) if progress else None
+    if tell:
+        tell(0)
     with clock.phase("evaluation"):
         report.perplexity[which] = perplexity(model, evaluation, progress=tell)
 
@@ -219,6 +220,19 @@ def _context(model: nn.Module) -> int:
         or getattr(config, "n_positions", None)
         or sys.maxsize
     )
+
+
+def _require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
+    """Raise `CalibrationError` where token ids would index past the model's positions or vocabulary."""
+    context, vocabulary = _context(model), model.config.get_text_config().vocab_size
+    if token_ids.shape[1] > context:
+        raise CalibrationError(
+            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: lower --seqlen"
+        )
+    lowest, highest = token_ids.min().item(), token_ids.max().item()
+    if lowest < 0 or highest >= vocabulary:
+        wrong = lowest if lowest < 0 else highest
+        raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
 def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
@@ -244,8 +258,11 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _out_of_memory_explained() -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = next(iter(str(error).splitlines()), "")
+    except (RuntimeError, MemoryError) as error:  # torch has a type for it on GPUs, a RuntimeError on CPUs
+        on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = next(iter(str(error).splitlines()), "no memory left")
         raise OutOfMemoryError(
             f"out of memory: {reason}; lower --batch_size, --nsamples or --seqlen"
         ) from error

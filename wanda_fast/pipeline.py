@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wanda_kernels
-from wanda_fast.architecture import Block, Linear, sparsity
+from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_inputs import BlockInputs, record_block_inputs
 from wanda_fast.errors import NonFiniteError
 from wanda_fast.methods import Method
@@ -128,15 +128,48 @@ def _prune_block(
 ) -> dict[str, LinearReport]:
     scales = {linear.name: _scale(linear, statistics) for linear in block.linears}
     _require_finite(block, scales)
-    reports = {}
+    watch = _Stopwatch(block.linears[0].module.weight.device) if block.linears else None
+    backends, zeros = [], []
     for linear in block.linears:
         tell("selection", linear.name)
-        start = time.perf_counter()
         weight = linear.module.weight.data
-        backend = method.prune_(weight, scales[linear.name], pattern)
-        seconds = time.perf_counter() - start
-        reports[linear.name] = LinearReport(sparsity(weight), weight.numel(), seconds, backend)
+        with watch.lap():
+            backends.append(method.prune_(weight, scales[linear.name], pattern))
+        zeros.append((weight == 0).sum())
+    counts = torch.stack(zeros).tolist() if zeros else []  # waits for the device once a block
+    seconds = watch.seconds() if watch else []
+    reports = {}
+    for linear, backend, zero, lap in zip(block.linears, backends, counts, seconds, strict=True):
+        weights = linear.module.weight.numel()
+        reports[linear.name] = LinearReport(zero / max(weights, 1), weights, lap, backend)
     return reports
+
+
+class _Stopwatch:
+    """Seconds of each lap; on a GPU by events, so that no lap waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple] = []
+
+    @contextmanager
+    def lap(self) -> Iterator[None]:
+        begin = self._mark()
+        yield
+        self.marks.append((begin, self._mark()))
+
+    def seconds(self) -> list[float]:
+        """After the device was waited for."""
+        if self.on_gpu:
+            return [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
+        return [end - begin for begin, end in self.marks]
+
+    def _mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _scale(linear: Linear, statistics: BlockStatistics | None) -> Tensor | None:

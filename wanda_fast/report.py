@@ -4,7 +4,6 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 
 from wanda_fast.architecture import Reach
 
@@ -90,16 +89,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def write_published_log(report: Report, folder: Path) -> None:
-    """`--save DIR`: the published log line and the report as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"log_{report.recipe['prune_method']}.txt").write_text(report.published_log(), encoding="utf-8")
-    (folder / "wanda_fast.json").write_text(report.to_json(), encoding="utf-8")
-
-
-def write_log(report: Report, file: Path) -> None:
-    """`--save_log FILE`: the published log line, then the report as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")
