@@ -66,7 +66,7 @@ def prune(
     ] = "wanda",
     cache_dir: CacheDir = None,
     use_variant: Annotated[
-        bool, typer.Option("--use_variant", help="The Wanda variant's threshold (unstructured only).")
+        bool, typer.Option("--use-variant", help="The Wanda variant's threshold (unstructured only).")
     ] = False,
     save: Annotated[
         Path | None, typer.Option(help="Folder for log_METHOD.txt (the published line) and wanda_fast.json.")
@@ -77,7 +77,7 @@ def prune(
     save_log: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
     eval_zero_shot: Annotated[
         bool,
-        typer.Option("--eval_zero_shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
+        typer.Option("--eval-zero-shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
     ] = False,
     dataset: Annotated[
         str,
@@ -154,7 +154,7 @@ def evaluate(
     eval_windows: EvalWindows = None,
     eval_zero_shot: Annotated[
         bool,
-        typer.Option("--eval_zero_shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
+        typer.Option("--eval-zero-shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",

@@ -227,7 +227,8 @@ def _require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
     context, vocabulary = _context(model), model.config.get_text_config().vocab_size
     if token_ids.shape[1] > context:
         raise CalibrationError(
-            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: lower --seqlen"
+            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
+            f"lower --seqlen"
         )
     lowest, highest = token_ids.min().item(), token_ids.max().item()
     if lowest < 0 or highest >= vocabulary:

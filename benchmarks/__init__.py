@@ -1,0 +1,1 @@
+"""Measurements: each operation and the whole job against the PyTorch reference."""
