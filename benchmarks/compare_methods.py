@@ -17,6 +17,7 @@ from rich.table import Table
 import wanda_fast
 from wanda_fast import checkpoint
 from wanda_fast.architecture import find_blocks
+from wanda_fast.evaluation import evaluation_set
 
 app = typer.Typer(add_completion=False)
 
@@ -31,15 +32,24 @@ def compare(
     seqlen: int = 512,
     eval_windows: int | None = None,
     dtype: str = "auto",
-    with_report: Annotated[list[Path] | None, typer.Option()] = None,
+    with_report: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Prune the model once with each method, and print one table."""
-    reports = [json.loads(file.read_text()) for file in with_report or ()]
     loaded = checkpoint.load(model, dtype)
+    evaluation = evaluation_set(dataset, loaded.tokenizer, seqlen, eval_windows)
+    rows = {}
+    if with_report:
+        report = json.loads(with_report.read_text())
+        if report["perplexity"]["protocol"] != evaluation.protocol:
+            raise typer.BadParameter(f"{with_report} was measured on {report['perplexity']['protocol']}")
+        dense = report["perplexity"]["dense"]
+        rows[report["recipe"]["prune_method"]] = (report["sparsity"], report["perplexity"]["pruned"])
+    else:
+        dense = wanda_fast.perplexity(loaded.model, evaluation)
     weights = [linear.module.weight.data for block in find_blocks(loaded.model) for linear in block.linears]
-    dense = [weight.clone() for weight in weights]
+    originals = [weight.clone() for weight in weights]
     for method in methods.split(","):
-        for weight, original in zip(weights, dense, strict=True):
+        for weight, original in zip(weights, originals, strict=True):
             weight.copy_(original)
         report = wanda_fast.prune(
             loaded.model,
@@ -49,25 +59,12 @@ def compare(
             dataset=dataset,
             nsamples=nsamples,
             seqlen=seqlen,
-            eval_dataset=dataset,
-            eval_windows=eval_windows,
         )
-        reports.append(json.loads(report.to_json()))
-    Console().print(_table(reports))
-
-
-def _table(reports: list[dict]) -> Table:
-    protocols = {report["perplexity"]["protocol"] for report in reports}
-    if len(protocols) > 1:
-        raise typer.BadParameter(f"the reports were measured differently: {'; '.join(sorted(protocols))}")
-    table = Table(
-        "method", "pattern", "sparsity", "perplexity dense", "perplexity pruned", title=protocols.pop()
-    )
-    for report in sorted(reports, key=lambda report: -report["perplexity"]["pruned"]):
-        recipe, perplexity = report["recipe"], report["perplexity"]
-        values = (f"{perplexity['dense']:.3f}", f"{perplexity['pruned']:.3f}")
-        table.add_row(recipe["prune_method"], recipe["sparsity_type"], f"{report['sparsity']:.4f}", *values)
-    return table
+        rows[method] = (report.sparsity, wanda_fast.perplexity(loaded.model, evaluation))
+    table = Table("method", "pattern", "sparsity", "perplexity dense", "perplexity pruned")
+    for method, (sparsity, pruned) in sorted(rows.items(), key=lambda row: -row[1][1]):
+        table.add_row(method, sparsity_type, f"{sparsity:.4f}", f"{dense:.3f}", f"{pruned:.3f}")
+    Console().print(f"perplexity on {evaluation.protocol}", table, highlight=False)
 
 
 if __name__ == "__main__":
