@@ -1,0 +1,188 @@
+"""The published algorithms, straight from their papers: slow, plain, and sharing no code with the library.
+
+One block at a time, one sequence at a time, one statistic a linear, full sorts.
+Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda, variant); Wanda-CoNNect (connect).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def prune_published(
+    model, token_ids, method, pattern, *, use_variant=False, connect_gate="activated", gaps=None
+):
+    """Prune a live float32 model in place, and return which weights went.
+
+    Args:
+        model: a Hugging Face causal LM; every nn.Linear of its blocks is pruned.
+        token_ids: LongTensor [nsamples, seqlen].
+        method: "magnitude", "wanda" or "connect" (up_proj of a gated MLP; everything else as wanda).
+        pattern: "n:m" (n kept of m consecutive inputs) or a ratio as text, such as "0.5".
+        use_variant: wanda's per-row cumulative-sum variant, for a ratio.
+        connect_gate: "activated" (after the MLP's activation function) or "raw".
+        gaps: a list that gets each linear's nearest_tie: decisions with a gap do not hang on rounding.
+
+    Returns: dict of linears' names, as in model.named_modules(), to bool masks [out, in], True where pruned.
+    """
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "the oracle works in float32"
+    model.eval()
+    names = {module: name for name, module in model.named_modules()}
+    blocks = find_blocks(model)
+    hidden, kwargs = record_block_calls(model, blocks, token_ids)
+    masks = {}
+    for block, block_kwargs in zip(blocks, kwargs, strict=True):
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        squares, coactivations = collect_statistics(block, linears, hidden, block_kwargs, connect_gate)
+        for linear in linears:
+            scores = linear.weight.abs()
+            if method == "connect" and linear in coactivations:
+                scores = scores * coactivations[linear].sqrt()
+            elif method != "magnitude":
+                scores = scores * squares[linear].sqrt().reshape(1, -1)
+            mask = select(scores, pattern, method, use_variant)
+            if gaps is not None and method != "magnitude":
+                gaps.append(nearest_tie(scores, mask, pattern, use_variant))
+            linear.weight[mask] = 0
+            masks[names[linear]] = mask
+        hidden = [run_block(block, x, kw) for x, kw in zip(hidden, block_kwargs, strict=True)]
+    return masks
+
+
+def find_blocks(model):
+    """The outermost list of modules: every decoder keeps its layers in one."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def record_block_calls(model, blocks, token_ids):
+    """Run the dense model on each sequence; note block 0's input and every block's own arguments."""
+    hidden, kwargs, handles = [], [[] for _ in blocks], []
+
+    def record(index):
+        def hook(_, args, call_kwargs):
+            call_kwargs = dict(call_kwargs)
+            x = args[0] if args else call_kwargs.pop("hidden_states")
+            assert len(args) <= 1, "blocks are expected to take one positional argument"
+            kwargs[index].append(call_kwargs)
+            if index == 0:
+                hidden.append(x.clone())
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(record(index), with_kwargs=True))
+    for ids in token_ids:
+        model(ids.unsqueeze(0), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return hidden, kwargs
+
+
+def run_block(block, x, kwargs):
+    out = block(x, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def collect_statistics(block, linears, hidden, kwargs, connect_gate):
+    """The dense pass: a linear's mean over sequences of ||X_j||^2, a gated up_proj's sum_t |x_j| |g_i|."""
+    squares = {linear: torch.zeros(linear.in_features) for linear in linears}
+    seen = dict.fromkeys(linears, 0)
+    coactivations, handles = {}, []
+
+    def add_squares(linear, args, _):
+        x = args[0].reshape(-1, linear.in_features).float()
+        squares[linear] *= seen[linear] / (seen[linear] + 1)
+        seen[linear] += 1
+        squares[linear] += torch.linalg.vector_norm(x, dim=0) ** 2 / seen[linear]
+
+    def add_coactivation(mlp, args, _):
+        x = args[0].reshape(-1, mlp.up_proj.in_features)
+        gate = F.linear(x, mlp.gate_proj.weight, mlp.gate_proj.bias)
+        if connect_gate == "activated":
+            gate = mlp.act_fn(gate)
+        coactivations[mlp.up_proj] += torch.einsum("to,ti->oi", gate.float().abs(), x.float().abs())
+
+    for linear in linears:
+        handles.append(linear.register_forward_hook(add_squares))
+    for mlp in block.modules():
+        if isinstance(getattr(mlp, "gate_proj", None), nn.Linear):
+            coactivations[mlp.up_proj] = torch.zeros_like(mlp.up_proj.weight)
+            handles.append(mlp.register_forward_hook(add_coactivation))
+    for x, kw in zip(hidden, kwargs, strict=True):
+        run_block(block, x, kw)
+    for handle in handles:
+        handle.remove()
+    return squares, coactivations
+
+
+def select(scores, pattern, method, use_variant=False):
+    """Which of scores [out, in] go: a bool mask."""
+    if ":" in pattern:
+        kept, group = map(int, pattern.split(":"))
+        return lowest_of_each_group(scores, kept, group)
+    ratio = float(pattern)
+    if method == "magnitude":
+        threshold = scores.flatten().sort().values[int(scores.numel() * ratio)]
+        return scores <= threshold
+    if use_variant:
+        return variant_mask(scores, variant_alpha(scores, ratio))
+    order = torch.sort(scores, dim=1, stable=True).indices
+    lowest = order[:, : int(scores.shape[1] * ratio)]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, lowest, True)
+
+
+def lowest_of_each_group(scores, kept, group):
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for start in range(0, scores.shape[1], group):
+        order = torch.sort(scores[:, start : start + group], dim=1, stable=True).indices
+        mask.scatter_(1, start + order[:, : group - kept], True)
+    return mask
+
+
+def variant_alpha(scores, ratio):
+    """Wanda's variant: bisect alpha, from 0.4 within [0, 0.8], until sparsity is within 0.001 of ratio."""
+    low, alpha, high = 0.0, 0.4, 0.8
+    sparsity = variant_mask(scores, alpha).float().mean()
+    while abs(sparsity - ratio) > 0.001 and high - low >= 0.001:
+        if sparsity > ratio:
+            alpha, high = (alpha + low) / 2, alpha
+        else:
+            alpha, low = (alpha + high) / 2, alpha
+        sparsity = variant_mask(scores, alpha).float().mean()
+    return alpha
+
+
+def variant_mask(scores, alpha):
+    """The lowest scores of a row while their sum is within alpha of the row's; ties of the last go too."""
+    ascending = torch.sort(scores, dim=1, stable=True).values
+    count = (ascending.cumsum(dim=1) <= scores.sum(dim=1, keepdim=True) * alpha).sum(dim=1, keepdim=True)
+    return scores <= ascending.gather(1, count - 1)
+
+
+def nearest_tie(scores, mask, pattern, use_variant=False):
+    """The closest decision: relative gap of the highest score pruned and the lowest kept, per row or group."""
+    group = int(pattern.split(":")[1]) if ":" in pattern else scores.shape[1]
+    lost = scores.masked_fill(~mask, 0).reshape(-1, group).amax(dim=1)
+    kept = scores.masked_fill(mask, math.inf).reshape(-1, group).amin(dim=1)
+    gap = (1 - lost / kept).min().item()
+    if use_variant:
+        share = torch.sort(scores, dim=1).values.cumsum(dim=1) / scores.sum(dim=1, keepdim=True)
+        gap = min(gap, (share / variant_alpha(scores, float(pattern)) - 1).abs().min().item())
+    return gap
+
+
+@torch.no_grad()
+def perplexity_published(model, ids, seqlen):
+    """exp of the mean loss of windows side by side; each one's, over seqlen - 1 tokens, counts seqlen times."""
+    model.eval()
+    ids = ids.reshape(1, -1)
+    n_windows = ids.numel() // seqlen
+    total = 0.0
+    for i in range(n_windows):
+        window = ids[:, i * seqlen : (i + 1) * seqlen]
+        logits = model(window, use_cache=False).logits[0, :-1].float()
+        total += F.cross_entropy(logits, window[0, 1:]).item() * seqlen
+    return math.exp(total / (n_windows * seqlen))
