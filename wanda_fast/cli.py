@@ -203,7 +203,7 @@ def main() -> None:
     """The console script: errors of ours are one sentence on standard error and exit code 2."""
     _quiet_libraries()
     try:
-        app()
+        app(prog_name="wanda-fast")
     except WandaFastError as error:
         errors.print(f"wanda-fast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

@@ -47,16 +47,6 @@ class Wanda(Method):
     """abs(W) * the input's L2 norm (Sun et al. 2023, arXiv 2306.11695)."""
 
 
-@register_method("dense")
-class Dense(Method):
-    """Nothing is pruned; the run loads, evaluates and saves."""
-
-    uses_activations = False
-
-    def prune_(self, weight: Tensor, scale: Tensor | None, pattern: Pattern) -> str:
-        return "none"
-
-
 @register_method("connect", "wanda_connect")
 class Connect(Method):
     """Wanda, but a gated MLP's up_proj by how input and gate channels co-activate (Wanda-CoNNect)."""
@@ -70,6 +60,16 @@ class Connect(Method):
 
     def statistic(self, linear: Linear) -> Statistic:
         return SquaredNorm(linear) if linear.gated is None else Coactivation(linear, self.activated)
+
+
+@register_method("dense")
+class Dense(Method):
+    """Nothing is pruned; the run loads, evaluates and saves."""
+
+    uses_activations = False
+
+    def prune_(self, weight: Tensor, scale: Tensor | None, pattern: Pattern) -> str:
+        return "none"
 
 
 def make_method(name: str, **options: object) -> Method:

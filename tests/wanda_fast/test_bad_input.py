@@ -1,0 +1,187 @@
+"""Every bad input ends as one sentence with the culprit and the numbers, exit code 2, nothing written."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast import cli, errors
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pydoc_text):
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint(FAMILIES["llama2"](), folder, pydoc_text[:20000])
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `wanda-fast` with these words; returns (exit code, standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["wanda-fast", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, capsys.readouterr().err
+
+    return run
+
+
+QUICK = ("--dataset", "pydoc", "--nsamples", "2", "--seqlen", "32", "--eval_windows", "2")
+
+SENTENCES = {
+    "unknown method": (["--prune_method", "wander"], ["'wander'", "magnitude, wanda, connect"]),
+    "unknown pattern": (["--sparsity_type", "blocky"], ["'blocky'", "N:M"]),
+    "pattern without sense": (["--sparsity_type", "4:2"], ["4:2", "1 <= N < M <= 32"]),
+    "pattern too wide": (["--sparsity_type", "16:64"], ["16:64", "32"]),
+    "ratio 1": (["--sparsity_ratio", "1.0"], ["[0, 1)", "1.0"]),
+    "ratio below 0": (["--sparsity_ratio=-0.25"], ["[0, 1)", "-0.25"]),
+    "ratio against N:M": (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], ["2:4", "0.5", "0.7"]),
+    "in_features no multiple": (["--sparsity_type", "3:7"], ["model.layers.0", "64", "7"]),
+    "text too short": (["--dataset", "{short}", "--seqlen", "64"], ["short.txt", "64", "--seqlen"]),
+    "no such dataset": (["--dataset", "wikitext3"], ["'wikitext3'", "wikitext2", ".txt"]),
+    "ignore matches nothing": (["--ignore", "*.no_proj"], ["'*.no_proj'", "14 linears"]),
+    "ignore no expression": (["--ignore", "re:("], ["'re:('", "regular expression"]),
+    "no such dtype": (["--dtype", "int8"], ["'int8'", "bfloat16"]),
+    "no such gate": (["--prune_method", "connect", "--connect_gate", "up"], ["'up'", "activated", "raw"]),
+    "context exceeded": (["--seqlen", "512"], ["512", "256", "--seqlen"]),
+    "no such plugin": (["--plugin", "{folder}/none.py"], ["none.py", "does not exist"]),
+    "zero-shot without harness": (["--eval_zero_shot"], ["lm-evaluation-harness", "wanda_fast[eval]"]),
+    "output not empty": (["--save_model", "{folder}"], ["not empty", "--overwrite"]),
+    "log folder not empty": (["--save", "{folder}"], ["not empty", "--overwrite"]),
+    "output is a file": (["--save_model", "{short}"], ["short.txt", "no folder"]),
+}
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_one_sentence_and_exit_code_2(case, llama, run, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    flags, expected = SENTENCES[case]
+    words = [word.format(short=short, folder=llama) for word in flags]
+    before = sorted(llama.iterdir())
+    code, said = run("prune", "--model", llama, *QUICK, *words)
+    assert code == 2
+    assert said.startswith("wanda-fast: ") and said.count("\n") == 1 and "Traceback" not in said
+    for words in expected:
+        assert words in said
+    assert sorted(llama.iterdir()) == before
+    assert sorted(tmp_path.iterdir()) == [short]
+
+
+@pytest.mark.parametrize("flag", ["--nsamples=0", "--batch_size=0", "--seqlen=x", "--no_such_flag"])
+def test_usage_errors_exit_with_2(flag, llama, run):
+    code, said = run("prune", "--model", llama, *QUICK, flag)
+    assert code == 2 and "Traceback" not in said
+
+
+def test_a_model_that_is_not_there(run, tmp_path):
+    assert run("prune", "--model", tmp_path / "none", *QUICK)[0] == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, said = run("prune", "--model", empty, *QUICK)
+    assert code == 2 and "is empty" in said
+    code, said = run("prune", "--model", "someone/unheard-of", *QUICK)
+    assert code == 2 and "someone/unheard-of cannot be loaded" in said
+
+
+def test_two_gguf_files_in_one_folder(run, tmp_path):
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    code, said = run("prune", "--model", tmp_path, *QUICK)
+    assert code == 2 and "2 GGUF files (a.gguf, b.gguf)" in said
+
+
+def test_offline_hub_dataset_names_the_local_file_option(llama, run, monkeypatch):
+    import datasets
+
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    code, said = run("prune", "--model", llama, "--seqlen", "32")
+    assert code == 2 and "wikitext2" in said and "--dataset FILE.txt" in said and said.count("\n") == 1
+
+
+def test_nan_weight_names_block_and_linear_and_writes_nothing(llama, run, tmp_path, pydoc_text):
+    model = FAMILIES["llama2"]()
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    folder, out = tmp_path / "nan", tmp_path / "out"
+    save_checkpoint(model, folder, pydoc_text[:20000])
+    code, said = run("prune", "--model", folder, *QUICK, "--save_model", out, "--save", tmp_path / "log")
+    assert code == 2
+    assert "block model.layers.1" in said and "model.layers.1.mlp.up_proj.weight" in said and "[3, 5]" in said
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+def test_infinite_activation_names_block_and_linear():
+    model = FAMILIES["llama2"]()
+    model.model.layers[1].input_layernorm.weight[7] = float("inf")
+    before = model.model.layers[1].self_attn.q_proj.weight.clone()
+    with pytest.raises(errors.NonFiniteError, match=r"model\.layers\.1.*q_proj.*statistics.*\[7\]"):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, before)
+
+
+def test_no_prunable_block_lists_what_was_found():
+    model = FAMILIES["gpt2"]()
+    with pytest.raises(errors.NoPrunableBlockError, match="GPT2LMHeadModel.*Conv1D"):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(4, dtype=torch.long), torch.zeros(2, 8), torch.zeros(0, 8).long()]
+)
+def test_token_ids_of_another_form(ids):
+    with pytest.raises(errors.CalibrationError, match=r"\[nsamples, seqlen\]"):
+        wanda_fast.prune(FAMILIES["llama2"](), dataset=ids)
+
+
+def test_token_id_outside_the_vocabulary():
+    ids = torch.full((2, 8), 320)
+    with pytest.raises(errors.CalibrationError, match="320 is outside the model's vocabulary of 320"):
+        wanda_fast.prune(FAMILIES["llama2"](), dataset=ids)
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    def hungry(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("wanda_fast.driver.prune_blocks", hungry)
+    model = FAMILIES["llama2"]()
+    with pytest.raises(errors.OutOfMemoryError, match="--batch_size, --nsamples or --seqlen"):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+
+
+def test_full_disk_leaves_no_folder_that_looks_complete(llama, tmp_path):
+    limit = (
+        "import resource, signal, sys\n"
+        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
+        f"resource.setrlimit({resource.RLIMIT_FSIZE}, (100_000, 100_000))\n"
+        "from wanda_fast.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "out"
+    words = ["prune", "--model", str(llama), *QUICK, "--eval_dataset", "none", "--save_model", str(out)]
+    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jsonl_of_another_form(llama, run, tmp_path):
+    broken, other = tmp_path / "broken.jsonl", tmp_path / "other.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    other.write_text(json.dumps({"body": "no text here"}) + "\n")
+    code, said = run("prune", "--model", llama, *QUICK, "--dataset", broken)
+    assert code == 2 and "broken.jsonl cannot be read" in said
+    code, said = run("prune", "--model", llama, *QUICK, "--dataset", other)
+    assert code == 2 and "['body']" in said and "text, sentence, content" in said
