@@ -175,7 +175,7 @@ def test_ignore_leaves_linears_dense_and_says_which(llama, run, tmp_path, caplog
     for pattern in patterns:
         assert any(pattern in record.message and "matches" in record.message for record in caplog.records)
     linears = json.loads((out / "wanda_fast.json").read_text())["linears"]
-    assert set(linears) == {f"model.layers.1.{name}" for name in (
-        "self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}  # fmt: skip
+    left = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert set(linears) == {f"model.layers.1.{name}" for name in left}
     untouched = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
     assert untouched.count_nonzero() == untouched.numel()

@@ -1,0 +1,31 @@
+"""What an installation must keep to, so that other packages go on working."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_kernels_is_no_package():
+    """Hugging Face has a package `kernels`; one of ours by that name would break every model import."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    program = "import transformers.models.llama.modeling_llama as m; print(m.LlamaForCausalLM.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
+
+
+def test_import_is_cheap_and_leaves_optional_packages_alone():
+    """`datasets` and `gguf` are imported where they are used: not every machine has them."""
+    program = "import sys, wanda_fast; print([n for n in ('datasets', 'gguf', 'lm_eval', 'rich') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_wanda_kernels_is_a_leaf():
+    """The operation library knows tensors, not models."""
+    assert importlib.util.find_spec("wanda_kernels") is not None
+    for file in (ROOT / "kernels" / "wanda_kernels").rglob("*.py"):
+        text = file.read_text()
+        assert "wanda_fast" not in text and "transformers" not in text, file

@@ -1,0 +1,98 @@
+"""What is found in a model: blocks, linears, gated MLPs, routers, reach; and each linear's statistic."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+import wanda_fast
+from tests.tiny_models import EXPERTS, FAMILIES, PRUNABLE, token_ids
+from wanda_fast.architecture import find_blocks
+from wanda_fast.methods import make_method
+from wanda_fast.statistics import BlockStatistics
+
+
+@pytest.mark.parametrize("family", PRUNABLE)
+def test_every_linear_of_every_block_and_nothing_else(family):
+    model = FAMILIES[family]()
+    blocks = find_blocks(model)
+    assert len(blocks) == model.config.num_hidden_layers
+    found = {linear.name for block in blocks for linear in block.linears}
+    prefix = blocks[0].name.rpartition(".")[0] + "."
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
+    assert found == linears
+    assert not any("lm_head" in name or "embed" in name for name in found)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_weights_out_of_reach_are_counted_and_said(family):
+    model = FAMILIES[family]()
+    report = wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    assert experts > 0 and report.reach.blocks - report.reach.prunable >= experts
+    assert report.reach.model == sum(p.numel() for p in model.parameters())
+    assert any("no prunable nn.Linear" in warning and "experts" in warning for warning in report.warnings)
+
+
+def test_a_router_that_is_a_linear_is_left_alone():
+    model = FAMILIES["llama2"]()
+    for layer in model.model.layers:
+        layer.mlp.gate = nn.Linear(64, 4)
+    assert any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+    model.config.num_experts = 4
+    assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+
+
+@pytest.mark.parametrize("family", ["opt", "phi", "gpt_neox"])
+def test_connect_without_a_gated_mlp_warns_once_and_prunes_as_wanda(family):
+    connect, wanda = FAMILIES[family](), FAMILIES[family]()
+    ids = token_ids(connect, 2, 32)
+    report = wanda_fast.prune(connect, dataset=ids, prune_method="connect")
+    wanda_fast.prune(wanda, dataset=ids)
+    assert sum("no gated MLP" in warning for warning in report.warnings) == 1
+    for name, weight in wanda.state_dict().items():
+        assert torch.equal(connect.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"),
+    [("llama2", [3, 1, 2, 1]), ("opt", [3, 1, 1, 1]), ("phi", [4, 1, 1]), ("gpt_neox", [1, 1, 1, 1])],
+)
+def test_linears_that_read_one_tensor_share_one_statistic(family, shared):
+    """Groups by identity: q, k, v; gate, up; and in Phi's parallel block q, k, v and fc1."""
+    model = FAMILIES[family]()
+    block = find_blocks(model)[0]
+    statistics = BlockStatistics(block, make_method("wanda").statistic)
+    inputs = {}
+    for linear in block.linears:
+        linear.module.register_forward_pre_hook(
+            lambda _, args, name=linear.name: inputs.update({name: args[0]})
+        )
+    with statistics.gathering():
+        model(token_ids(model, 2, 16))
+    groups = [id(statistics.by_name[linear.name]) for linear in block.linears]
+    assert sorted(groups.count(group) for group in set(groups)) == sorted(shared)
+    for name, x in inputs.items():
+        expected = x.flatten(0, -2).float().square().sum(0)
+        torch.testing.assert_close(statistics.by_name[name].acc, expected, rtol=1e-6, atol=0)
+
+
+def test_the_model_is_as_it_was_but_for_its_zeros():
+    """No hook, no patched forward, no changed mode stays behind."""
+    model = FAMILIES["llama2"]().train()
+    wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+    assert model.training
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_an_expert_that_no_token_reaches_is_said(caplog):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.layers[0].never_called = nn.Linear(8, 8)
+    wanda_fast.prune(model, dataset=torch.randint(0, 64, (1, 8)))
+    assert "never_called saw no calibration token" in caplog.text
