@@ -18,7 +18,8 @@ def test_kernels_is_no_package():
 
 def test_import_is_cheap_and_leaves_optional_packages_alone():
     """`datasets` and `gguf` are imported where they are used: not every machine has them."""
-    program = "import sys, wanda_fast; print([n for n in ('datasets', 'gguf', 'lm_eval', 'rich') if n in sys.modules])"
+    modules = "('datasets', 'gguf', 'lm_eval', 'rich')"
+    program = f"import sys, wanda_fast; print([name for name in {modules} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -37,7 +37,7 @@ def test_a_method_and_a_pattern_of_ones_own_from_python(examples):
         registry.load_plugin(str(file))
     model, dense = FAMILIES["llama2"](), FAMILIES["llama2"]()
     ids = token_ids(model, 4, 32)
-    wanda_fast.prune(model, dataset=ids, prune_method="l1", sparsity_type="columns:16")
+    wanda_fast.prune(model, dataset=ids, prune_method="softer", sparsity_type="columns:16")
     seen = {}
     layer = dense.model.layers[0].self_attn.q_proj
     layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
@@ -54,7 +54,7 @@ def test_they_work_with_the_built_in_ones(examples):
         registry.load_plugin(str(file))
     model = FAMILIES["qwen2"]()
     ids = token_ids(model, 2, 32)
-    report = wanda_fast.prune(model, dataset=ids, prune_method="l1", sparsity_type="2:4")
+    report = wanda_fast.prune(model, dataset=ids, prune_method="softer", sparsity_type="2:4")
     assert report.sparsity == 0.5
     report = wanda_fast.prune(
         FAMILIES["qwen2"](), dataset=ids, prune_method="connect", sparsity_type="columns:8"
@@ -76,7 +76,7 @@ def test_from_the_command_line(examples, tmp_path, monkeypatch, capsys, pydoc_te
         "--seqlen",
         "32",
     ]
-    words += ["--eval-dataset", "none", "--prune_method", "l1", "--sparsity_type", "columns:16", *plugins]
+    words += ["--eval-dataset", "none", "--prune_method", "softer", "--sparsity_type", "columns:16", *plugins]
     monkeypatch.setattr(sys, "argv", ["wanda-fast", *words])
     with pytest.raises(SystemExit) as exit:
         cli.main()
