@@ -1,7 +1,7 @@
 """The published algorithms, straight from their papers: slow, plain, and sharing no code with the library.
 
 One block at a time, one sequence at a time, one statistic a linear, full sorts.
-Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda, variant); Wanda-CoNNect (connect).
+Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda); Wanda-CoNNect (connect).
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import nn
 
 @torch.no_grad()
 def prune_published(
-    model, token_ids, method, pattern, *, use_variant=False, connect_gate="activated", gaps=None
+    model, token_ids, method, pattern, *, use_variant=False, connect_gate="activated", gaps=None, follow=None
 ):
     """Prune a live float32 model in place, and return which weights went.
 
@@ -25,6 +25,8 @@ def prune_published(
         use_variant: wanda's per-row cumulative-sum variant, for a ratio.
         connect_gate: "activated" (after the MLP's activation function) or "raw".
         gaps: a list that gets each linear's nearest_tie: decisions with a gap do not hang on rounding.
+        follow: a model pruned already; each block takes its weights from there once its masks are chosen, so that the
+            next blocks see the inputs which they saw in that model.
 
     Returns: dict of linears' names, as in model.named_modules(), to bool masks [out, in], True where pruned.
     """
@@ -48,6 +50,8 @@ def prune_published(
                 gaps.append(nearest_tie(scores, mask, pattern, use_variant))
             linear.weight[mask] = 0
             masks[names[linear]] = mask
+            if follow is not None:
+                linear.weight.copy_(follow.get_submodule(names[linear]).weight)
         hidden = [run_block(block, x, kw) for x, kw in zip(hidden, block_kwargs, strict=True)]
     return masks
 
@@ -135,11 +139,9 @@ def select(scores, pattern, method, use_variant=False):
 
 
 def lowest_of_each_group(scores, kept, group):
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for start in range(0, scores.shape[1], group):
-        order = torch.sort(scores[:, start : start + group], dim=1, stable=True).indices
-        mask.scatter_(1, start + order[:, : group - kept], True)
-    return mask
+    groups = scores.reshape(-1, group)
+    lowest = torch.sort(groups, dim=1, stable=True).indices[:, : group - kept]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter(1, lowest, True).reshape(scores.shape)
 
 
 def variant_alpha(scores, ratio):
@@ -163,7 +165,7 @@ def variant_mask(scores, alpha):
 
 
 def nearest_tie(scores, mask, pattern, use_variant=False):
-    """The closest decision: relative gap of the highest score pruned and the lowest kept, per row or group."""
+    """The closest decision: relative gap of highest score pruned and lowest kept, within a row or group."""
     group = int(pattern.split(":")[1]) if ":" in pattern else scores.shape[1]
     lost = scores.masked_fill(~mask, 0).reshape(-1, group).amax(dim=1)
     kept = scores.masked_fill(mask, math.inf).reshape(-1, group).amin(dim=1)
@@ -176,7 +178,7 @@ def nearest_tie(scores, mask, pattern, use_variant=False):
 
 @torch.no_grad()
 def perplexity_published(model, ids, seqlen):
-    """exp of the mean loss of windows side by side; each one's, over seqlen - 1 tokens, counts seqlen times."""
+    """exp of the mean of window losses, each the mean over its seqlen - 1 predicted tokens."""
     model.eval()
     ids = ids.reshape(1, -1)
     n_windows = ids.numel() // seqlen

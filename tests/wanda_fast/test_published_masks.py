@@ -36,9 +36,10 @@ def prune_clearly(family, method, pattern, nsamples=4, seqlen=32, **options):
 
 def prune_fast(family, method, pattern, ids, **options):
     model = FAMILIES[family]()
-    sparsity = dict(sparsity_type="unstructured", sparsity_ratio=float(pattern))
     if ":" in pattern:
         sparsity = dict(sparsity_type=pattern, sparsity_ratio=None)
+    else:
+        sparsity = dict(sparsity_type="unstructured", sparsity_ratio=float(pattern))
     return model, wanda_fast.prune(model, prune_method=method, dataset=ids, **sparsity, **options)
 
 

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import wanda_fast
 from tests.published import perplexity_published, prune_published
 
-EQUAL_MASKS = 0.9999  # of all weights: sums may differ in the last bit
-PERPLEXITY_RTOL = 1e-3
+EQUAL_MASKS = 0.9999  # of all weights, given the same inputs: sums may differ in the last bit
+PERPLEXITY_RTOL = 1e-3  # of one model, measured twice
+# One swapped pair of weights in block 0 (a tie but for the last bit of a sum) changes 0.4% of this model's masks by
+# block 29, and its perplexity by up to 2%: rounding alone, so whole runs are only held to be close.
+EQUAL_MASKS_WHOLE_RUN, PERPLEXITY_RTOL_WHOLE_RUN = 0.98, 0.05
 NSAMPLES, SEQLEN = 4, 128
 
 
@@ -39,16 +42,29 @@ def pydoc_ids(smollm2, pydoc_text):
 )
 def test_same_masks_and_perplexity_as_published(smollm2, pydoc_ids, method, pattern):
     calibration, evaluation = pydoc_ids
-    expected, model = copy.deepcopy(smollm2[0]), copy.deepcopy(smollm2[0])
-    masks = prune_published(expected, calibration, method, pattern.get("sparsity_type", "0.5"))
+    dense = smollm2[0]
+    published_pattern = pattern.get("sparsity_type", "0.5")
+    model = copy.deepcopy(dense)
     report = wanda_fast.prune(model, prune_method=method, dataset=calibration, **pattern)
 
-    assert len(masks) == 7 * 30 and report.linears.keys() == masks.keys()
-    zeros = {name: model.get_submodule(name).weight == 0 for name in masks}
-    differing = sum((zeros[name] != mask).sum().item() for name, mask in masks.items())
-    total = sum(mask.numel() for mask in masks.values())
-    assert differing <= (1 - EQUAL_MASKS) * total, f"{differing} of {total} masks differ"
-    assert report.sparsity == pytest.approx(sum(z.sum().item() for z in zeros.values()) / total, abs=1e-6)
-
+    followed = prune_published(copy.deepcopy(dense), calibration, method, published_pattern, follow=model)
+    assert len(followed) == 7 * 30 and report.linears.keys() == followed.keys()
+    assert equal_masks(model, dense, followed) >= EQUAL_MASKS
     measured = wanda_fast.perplexity(model, evaluation, seqlen=SEQLEN)
-    assert measured == pytest.approx(perplexity_published(expected, evaluation, SEQLEN), rel=PERPLEXITY_RTOL)
+    assert measured == pytest.approx(perplexity_published(model, evaluation, SEQLEN), rel=PERPLEXITY_RTOL)
+
+    expected = copy.deepcopy(dense)
+    masks = prune_published(expected, calibration, method, published_pattern)
+    assert equal_masks(model, dense, masks) >= EQUAL_MASKS_WHOLE_RUN
+    published = perplexity_published(expected, evaluation, SEQLEN)
+    assert measured == pytest.approx(published, rel=PERPLEXITY_RTOL_WHOLE_RUN)
+
+
+def equal_masks(model, dense, masks):
+    """Fraction of weights pruned or kept as the masks say; 33,483 weights of this model are zero already."""
+    equal = total = 0
+    for name, mask in masks.items():
+        zeros = mask | (dense.get_submodule(name).weight == 0)
+        equal += (zeros == (model.get_submodule(name).weight == 0)).sum().item()
+        total += mask.numel()
+    return equal / total
