@@ -29,7 +29,9 @@ def summary_tables(report: Report) -> list[Table]:
     for task, results in report.zero_shot.items():
         summary.add_row(task, str(results))
     if report.backends:
-        summary.add_row("backends", ", ".join(f"{name}: {count}" for name, count in report.backends.items()))
+        summary.add_row(
+            "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())
+        )
     for device, peak in report.peak_memory.items():
         summary.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
     seconds = Table("phase", "seconds", title="time")
