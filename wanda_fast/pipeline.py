@@ -18,6 +18,7 @@ from wanda_fast.methods import Method
 from wanda_fast.patterns import Pattern
 from wanda_fast.report import LinearReport
 from wanda_fast.statistics import BlockStatistics
+from wanda_kernels.backends import TABLE, choose
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from wanda_fast.architecture import Reach
 
 @dataclass
 class LinearReport:
-    """One pruned weight: the fraction of exact zeros, seconds of selection, who selected, what was gathered."""
+    """One pruned weight: fraction of exact zeros, seconds of selection, who selected, what was gathered."""
 
     sparsity: float
     weights: int
