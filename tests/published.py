@@ -25,8 +25,8 @@ def prune_published(
         use_variant: wanda's per-row cumulative-sum variant, for a ratio.
         connect_gate: "activated" (after the MLP's activation function) or "raw".
         gaps: a list that gets each linear's nearest_tie: decisions with a gap do not hang on rounding.
-        follow: a model pruned already; each block takes its weights from there once its masks are chosen, so that the
-            next blocks see the inputs which they saw in that model.
+        follow: a model pruned already; each block takes its weights from there after its masks are chosen,
+            so that the next blocks see the inputs which they saw in that model.
 
     Returns: dict of linears' names, as in model.named_modules(), to bool masks [out, in], True where pruned.
     """
