@@ -32,10 +32,9 @@ def folders(tmp_path, pydoc_text, run):
     """A dense model, the same pruned to 2:4, and the mask of that run."""
     dense, pruned, mask = tmp_path / "dense", tmp_path / "pruned", tmp_path / "mask.safetensors"
     save_checkpoint(FAMILIES["smollm"](), dense, pydoc_text[:20000])
-    code, _, _ = run(
-        "prune", "--model", dense, "--dataset", "pydoc", "--nsamples", "2", "--seqlen", "32", "--eval-dataset",
-        "none", "--sparsity_type", "2:4", "--save_model", pruned, "--save_mask", mask,
-    )  # fmt: skip
+    words = ["--dataset", "pydoc", "--nsamples", "2", "--seqlen", "32", "--eval-dataset", "none"]
+    words += ["--sparsity_type", "2:4", "--save_model", pruned, "--save_mask", mask]
+    code, _, _ = run("prune", "--model", dense, *words)
     assert code == 0
     return dense, pruned, mask
 
