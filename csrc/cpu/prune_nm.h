@@ -30,14 +30,14 @@ struct Rotations {
 template <int M>
 void mark_by_rotation(const int32_t* keys, int64_t padded, int n, uint8_t* pruned) {
   const Rotations<M> rotations;
-  const Simd::Int one = Simd::broadcast(1), num_pruned = Simd::broadcast(M - n);
+  const Simd::Int num_pruned = Simd::broadcast(M - n);
   for (int64_t col = 0; col < padded; col += kWidth) {
     const Simd::Int key = Simd::load(keys + col);
     Simd::Int rank = Simd::broadcast(0);
     for (int r = 1; r < M; ++r) {
       // One less makes an equal key of a lower column come first.
       const Simd::Int other = Simd::subtract(Simd::permute(key, rotations.index[r]), rotations.earlier[r]);
-      rank = Simd::add_where(Simd::less(other, key), rank, one);
+      rank = Simd::increment_where(Simd::less(other, key), rank);
     }
     store_bits(pruned, col, Simd::to_bits(Simd::less(rank, num_pruned)));
   }
@@ -80,13 +80,13 @@ inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& n
     sorted[network.first[i]] = Simd::min(a, b);
     sorted[network.second[i]] = Simd::max(a, b);
   }
-  const Simd::Int threshold = sorted[m - n - 1], zero = Simd::broadcast(0), minus_one = Simd::broadcast(-1);
-  Simd::Int ties = Simd::broadcast(m - n);
-  for (int j = 0; j < m; ++j) ties = Simd::add_where(Simd::less(key[j], threshold), ties, minus_one);
-  Simd::Int pruned = zero;
+  // Those below the threshold go, then the first of those equal to it until m - n are gone.
+  const Simd::Int threshold = sorted[m - n - 1], num_pruned = Simd::broadcast(m - n);
+  Simd::Int gone = Simd::broadcast(0), pruned = gone;
+  for (int j = 0; j < m; ++j) gone = Simd::increment_where(Simd::less(key[j], threshold), gone);
   for (int j = 0; j < m; ++j) {
-    const auto tied = Simd::both(Simd::equal(key[j], threshold), Simd::less(zero, ties));
-    ties = Simd::add_where(tied, ties, minus_one);
+    const auto tied = Simd::both(Simd::equal(key[j], threshold), Simd::less(gone, num_pruned));
+    gone = Simd::increment_where(tied, gone);
     const auto low = Simd::either(Simd::less(key[j], threshold), tied);
     pruned = Simd::add_where(low, pruned, Simd::broadcast(static_cast<int32_t>(1u << j)));
   }

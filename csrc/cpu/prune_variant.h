@@ -31,7 +31,7 @@ struct FixedPoint {
 
 inline int64_t mass_below(const int32_t* keys, const int64_t* masses, int64_t n_cols, int32_t pivot) {
   int64_t sum = 0;
-  for (int64_t col = 0; col < n_cols; ++col) sum += keys[col] < pivot ? masses[col] : 0;
+  for (int64_t col = 0; col < n_cols; ++col) sum += masses[col] & -int64_t{keys[col] < pivot};
   return sum;
 }
 

@@ -138,16 +138,16 @@ inline void apply_row(const Selection& s, int64_t row, const uint8_t* pruned) {
 
 // How many of the keys are below the pivot; four sums hide the latency. `padded` is a multiple of kWidth.
 inline int64_t count_below(const int32_t* keys, int64_t padded, int32_t pivot) {
-  const Simd::Int bound = Simd::broadcast(pivot), one = Simd::broadcast(1);
+  const Simd::Int bound = Simd::broadcast(pivot);
   Simd::Int count[4] = {Simd::broadcast(0), Simd::broadcast(0), Simd::broadcast(0), Simd::broadcast(0)};
   int64_t col = 0;
   for (; col + 4 * kWidth <= padded; col += 4 * kWidth) {
     for (int i = 0; i < 4; ++i) {
-      count[i] = Simd::add_where(Simd::less(Simd::load(keys + col + i * kWidth), bound), count[i], one);
+      count[i] = Simd::increment_where(Simd::less(Simd::load(keys + col + i * kWidth), bound), count[i]);
     }
   }
   for (; col < padded; col += kWidth) {
-    count[0] = Simd::add_where(Simd::less(Simd::load(keys + col), bound), count[0], one);
+    count[0] = Simd::increment_where(Simd::less(Simd::load(keys + col), bound), count[0]);
   }
   return Simd::sum(Simd::add(Simd::add(count[0], count[1]), Simd::add(count[2], count[3])));
 }

@@ -19,7 +19,6 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static Float zero() { return _mm256_setzero_ps(); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm256_fmadd_ps(x, x, sum); }
   static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
@@ -62,6 +61,7 @@ struct Simd {
   static Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
   static Mask either(Mask a, Mask b) { return _mm256_or_si256(a, b); }
   static Int add_where(Mask mask, Int a, Int b) { return _mm256_add_epi32(a, _mm256_and_si256(mask, b)); }
+  static Int increment_where(Mask mask, Int a) { return _mm256_sub_epi32(a, mask); }
   static uint32_t to_bits(Mask mask) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
 
   // p[lane] = 0 where the lane's bit is set; the others keep their bits.

@@ -19,7 +19,6 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
-  static Float zero() { return _mm512_setzero_ps(); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm512_fmadd_ps(x, x, sum); }
   static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
@@ -44,10 +43,11 @@ struct Simd {
   static Mask both(Mask a, Mask b) { return a & b; }
   static Mask either(Mask a, Mask b) { return a | b; }
   static Int add_where(Mask mask, Int a, Int b) { return _mm512_mask_add_epi32(a, mask, a, b); }
+  static Int increment_where(Mask mask, Int a) { return add_where(mask, a, broadcast(1)); }
   static uint32_t to_bits(Mask mask) { return mask; }
 
   // p[lane] = 0 where the lane's bit is set; the others keep their bits.
-  static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, zero()); }
+  static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, _mm512_setzero_ps()); }
   template <typename T>  // Half, BFloat
   static void zero_where(uint32_t bits, T* p) {
     _mm256_storeu_si256((__m256i*)p, _mm256_maskz_loadu_epi16((__mmask16)~bits, p));
