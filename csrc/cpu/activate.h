@@ -8,9 +8,9 @@ namespace WANDA_ISA {
 
 using wanda::Activation;
 
-// exp(x) to 2 ulp for x in [-87, 88], held at the ends of that range outside of it.
+// exp(x) to 2 ulp for x in [-87, 88.3]; exp(-87) below, infinity above.
 inline float exponential(float x) {
-  x = smaller(larger(x, -87.0f), 88.0f);
+  x = smaller(larger(x, -87.0f), 89.0f);
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts

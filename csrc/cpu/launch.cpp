@@ -64,6 +64,7 @@ class ScratchMemory {
   void* memory_;
 };
 
+// Bodies take their Kernels from outside: an exception here, not in a thread, keeps its sentence.
 template <typename Body>
 void parallel_for(const Context& context, int64_t n, int64_t grain, const Body& body) {
   auto call = [](int64_t begin, int64_t end, void* closure) { (*static_cast<const Body*>(closure))(begin, end); };
@@ -84,13 +85,14 @@ void for_rows(const Context& context, const Matrix& matrix, const Body& body) {
 std::vector<int64_t> histogram(const Context& context, const Selection& s, int32_t high, int n_bins) {
   const int64_t numel = s.weight.n_rows * s.weight.n_cols;
   const int64_t n_parts = std::clamp<int64_t>(numel / kGrainElements, 1, std::max(1, context.n_threads));
+  const Kernels& isa = kernels();
   std::vector<std::vector<uint32_t>> bins(n_parts);
   parallel_for(context, n_parts, 1, [&](int64_t first, int64_t last) {
     const ScratchMemory scratch(s.weight.n_cols);
     for (int64_t part = first; part < last; ++part) {
       bins[part].assign(n_bins, 0);
       const int64_t begin = s.weight.n_rows * part / n_parts, end = s.weight.n_rows * (part + 1) / n_parts;
-      kernels().count_keys(s, high, bins[part].data(), begin, end, scratch.get());
+      isa.count_keys(s, high, bins[part].data(), begin, end, scratch.get());
     }
   });
   std::vector<int64_t> total(n_bins, 0);
@@ -108,18 +110,20 @@ int32_t find_bin(const std::vector<int64_t>& bins, int64_t& rank) {
 }
 
 int64_t prune_at_most(const Context& context, const Selection& s, const int32_t* thresholds, int64_t step) {
+  const Kernels& isa = kernels();
   std::atomic<int64_t> n_pruned{0};
   for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    n_pruned += kernels().prune_at_most(s, thresholds, step, begin, end, scratch);
+    n_pruned += isa.prune_at_most(s, thresholds, step, begin, end, scratch);
   });
   return n_pruned;
 }
 
 int64_t find_variant(const Context& context, const Selection& s, double alpha, const std::vector<Bracket>& brackets,
                      std::vector<int32_t>& thresholds) {
+  const Kernels& isa = kernels();
   std::atomic<int64_t> n_pruned{0};
   for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    n_pruned += kernels().find_variant(s, alpha, brackets.data(), thresholds.data(), begin, end, scratch);
+    n_pruned += isa.find_variant(s, alpha, brackets.data(), thresholds.data(), begin, end, scratch);
   });
   return n_pruned;
 }
@@ -130,22 +134,25 @@ void add_sq_norm(const Context& context, const Matrix& x, float* acc) {
   const int64_t n_blocks = (x.n_cols + kColumnBlock - 1) / kColumnBlock;
   const int64_t worthwhile = kGrainElements / (x.n_rows * kColumnBlock) + 1;
   const int64_t grain = std::max(kMinStreamColumns / kColumnBlock, worthwhile);
+  const Kernels& isa = kernels();
   parallel_for(context, n_blocks, grain, [&](int64_t first, int64_t last) {
     const int64_t begin = first * kColumnBlock, end = std::min(x.n_cols, last * kColumnBlock);
     const ScratchMemory scratch(end - begin);
-    kernels().add_sq_norm(x, acc, begin, end, scratch.get());
+    isa.add_sq_norm(x, acc, begin, end, scratch.get());
   });
 }
 
 void prune_rows(const Context& context, const Selection& s, int64_t num_pruned) {
+  const Kernels& isa = kernels();
   for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    kernels().prune_rows(s, num_pruned, begin, end, scratch);
+    isa.prune_rows(s, num_pruned, begin, end, scratch);
   });
 }
 
 void prune_nm(const Context& context, const Selection& s, int n, int m) {
+  const Kernels& isa = kernels();
   for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    kernels().prune_nm(s, n, m, begin, end, scratch);
+    isa.prune_nm(s, n, m, begin, end, scratch);
   });
 }
 
@@ -180,16 +187,18 @@ double prune_variant(const Context& context, const Selection& s, double ratio) {
 
 void activate(const Context& context, const Matrix& x, Activation activation, int power, float* out) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
+  const Kernels& isa = kernels();
   parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) {
-    kernels().activate(x, activation, power, out, begin, end);
+    isa.activate(x, activation, power, out, begin, end);
   });
 }
 
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
+  const Kernels& isa = kernels();
   parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) {
-    if (!kernels().all_finite(x, non_negative, begin, end)) finite = false;
+    if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
   });
   return finite;
 }
@@ -208,7 +217,9 @@ extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isa() {
 extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isas() {
   static const std::string names = [] {
     std::string joined;
-    for (const wanda::cpu::Kernels* each : wanda::runnable()) joined += (joined.empty() ? "" : ",") + std::string(each->name);
+    for (const wanda::cpu::Kernels* each : wanda::runnable()) {
+      joined += (joined.empty() ? "" : ",") + std::string(each->name);
+    }
     return joined;
   }();
   return names.c_str();

@@ -131,3 +131,8 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if scale.dim() == 1:
         return scale.sqrt().contiguous(), None
     return None, _as_rows(scale)
+
+
+def all_finite(tensor: Tensor, non_negative: bool) -> bool:
+    """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, no negative number."""
+    return torch.ops.wanda_kernels.native_all_finite(_as_rows(tensor), non_negative)
