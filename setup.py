@@ -1,7 +1,8 @@
 """Installs `wanda_fast` (the driver) and `wanda_kernels` (the operations, from kernels/wanda_kernels).
 
-WANDA_FAST_CPU and WANDA_FAST_CUDA say whether the native libraries are built: 0 no, 1 yes or fail, auto (the default)
-where a compiler and torch are found. Without them the install is pure Python: slower on a CPU, and on a GPU Triton.
+WANDA_FAST_CPU and WANDA_FAST_CUDA say whether the native libraries are built: 0 no, 1 yes or fail, auto (the
+default) where a compiler and torch are found. Without them the install is pure Python: slower on a CPU, and
+on a GPU left to Triton.
 """
 
 import os
@@ -28,16 +29,17 @@ def wanted(backend: str) -> str:
 
 
 def native_extensions() -> list[Extension]:
-    """The libraries to build here. What stands in the way of one is said once, or fatal where it was asked for."""
+    """The libraries to build here. What stands in the way of one is said, or fatal where it was asked for."""
     extensions = []
     for backend in BACKENDS:
-        reason = native_build.why_not(backend) if wanted(backend) != "0" else f"WANDA_FAST_{backend.upper()}=0"
-        if reason and wanted(backend) == "1":
-            raise SystemExit(f"cannot build {native_build.LIBRARIES[backend]}: {reason}")
+        choice, library = wanted(backend), native_build.LIBRARIES[backend]
+        reason = "as asked for" if choice == "0" else native_build.why_not(backend)
+        if reason and choice == "1":
+            raise SystemExit(f"cannot build {library}: {reason}")
         if reason:
-            say(f"{native_build.LIBRARIES[backend]} is left out: {reason}")
+            say(f"{library} is left out: {reason}")
         else:
-            extensions.append(Extension(f"wanda_kernels.{backend}", sources=[], optional=wanted(backend) == "auto"))
+            extensions.append(Extension(f"wanda_kernels.{backend}", sources=[], optional=choice == "auto"))
     return extensions
 
 

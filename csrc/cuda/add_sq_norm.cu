@@ -17,7 +17,8 @@ int64_t n_slabs(const Matrix& x) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_slab_kernel(Matrix x, int64_t slab_tokens, float* partial, bool aligned) {
+__global__ void __launch_bounds__(kThreads) sum_slab_kernel(Matrix x, int64_t slab_tokens, float* partial,
+                                                            bool aligned) {
   __shared__ float of_warp[kWarps][kTileColumns];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTileColumns, col = tile + lane * kVector;
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(kThreads) sum_slab_kernel(Matrix x, int64_t sl
   }
 }
 
-__global__ void __launch_bounds__(kThreads) add_slabs_kernel(const float* partial, int64_t slabs, int64_t n_cols, float* acc) {
+__global__ void __launch_bounds__(kThreads) add_slabs_kernel(const float* partial, int64_t slabs, int64_t n_cols,
+                                                             float* acc) {
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (col >= n_cols) return;
   double sum = acc[col];

@@ -12,7 +12,7 @@ namespace {
 using Count = unsigned long long;
 
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16, kLowBits = 16;
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;  // 1024 left ptxas 32 registers, and it spilled
 constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
 constexpr int64_t kPieceColumns = 16384;
 constexpr int64_t kMaxCount = 65535;  // of a counter
@@ -164,8 +164,8 @@ void prune_matrix_of(const Context& context, const Selection& s, int64_t rank) {
   }
   const int64_t n_bytes = s.weight.n_rows * ((s.weight.n_cols + kVector - 1) / kVector);
   const dim3 pruning(static_cast<unsigned>((n_bytes + kThreads - 1) / kThreads));
-  launch(prune_at_most_kernel<T, kNarrow>, pruning, kThreads, 0, context.stream, s, static_cast<const Scratch*>(scratch),
-         aligned);
+  launch(prune_at_most_kernel<T, kNarrow>, pruning, kThreads, 0, context.stream, s,
+         static_cast<const Scratch*>(scratch), aligned);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // A digit is (key - low) >> shift, scaled to 2048 bins over [min, max] of the row: at most 3 passes over 31-bit keys,
 // without the few hot bins that a plain radix of exponents has. Equal keys are decided the same way, by column.
 // Weights are read once and written once; keys stay in shared memory, or in rows too long for that (more than
-// about 39,000 columns on sm_80, 23,000 on sm_89, 56,000 on sm_90) are computed anew from L2 in each pass.
+// about 39,000 columns on sm_80, 23,000 on sm_89, 55,000 on sm_90) are computed anew from L2 in each pass.
 #include "block.cuh"
 
 namespace wanda {
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kBins = 2048;
 constexpr int kBinBits = 11;
+constexpr size_t kStaticBytes = kBins * sizeof(uint32_t) + 1024;  // the histogram, and small arrays of the block
 constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
 
 // The keys of a row, from shared memory or from the weights.
@@ -50,8 +51,8 @@ struct Bound {
 
 // The bound that prunes `count` > 0 of the values in [low, high]; values outside take no part.
 template <typename Value>
-__device__ Bound find_bound(int64_t n, const Value& value, uint32_t low, uint32_t high, uint32_t count) {
-  __shared__ uint32_t bins[kBins];
+__device__ Bound find_bound(int64_t n, const Value& value, uint32_t low, uint32_t high, uint32_t count,
+                            uint32_t* bins) {
   uint32_t position = count - 1;  // of the last one pruned
   while (true) {
     const int range_bits = 32 - __clz(high - low | 1);
@@ -82,14 +83,15 @@ struct Cut {
 
 template <typename Keys>
 __device__ Cut find_cut(const Keys& keys, int64_t n_cols, KeyRange range, int64_t num_pruned) {
+  __shared__ uint32_t bins[kBins];
   if (num_pruned == 0) return {0, 0};
-  const Bound by_key = find_bound(n_cols, keys, range.low, range.high, static_cast<uint32_t>(num_pruned));
+  const Bound by_key = find_bound(n_cols, keys, range.low, range.high, static_cast<uint32_t>(num_pruned), bins);
   if (by_key.ties == 0) return {by_key.bound, 0};
   const auto column_of_tie = [&](int64_t col) {
     return keys(col) == by_key.bound ? static_cast<uint32_t>(col) : 0xffffffffu;
   };
   const uint32_t last = static_cast<uint32_t>(n_cols - 1);
-  return {by_key.bound, find_bound(n_cols, column_of_tie, 0, last, by_key.ties).bound};
+  return {by_key.bound, find_bound(n_cols, column_of_tie, 0, last, by_key.ties, bins).bound};
 }
 
 template <typename Keys>
@@ -135,7 +137,7 @@ int threads_for(int64_t n_cols) {
 
 void prune_rows(const Context& context, const Selection& s, int64_t num_pruned) {
   const size_t key_bytes = s.weight.n_cols * sizeof(uint32_t);
-  const bool fits = key_bytes + sizeof(uint32_t) * kBins + 2048 <= shared_memory_limit();  // 2048: small arrays
+  const bool fits = key_bytes + kStaticBytes <= shared_memory_limit();
   for_dtype(s.weight.dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = fits ? prune_rows_kernel<T, true> : prune_rows_kernel<T, false>;

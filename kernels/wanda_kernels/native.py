@@ -1,8 +1,9 @@
 """The compiled backends: `cpu` (csrc/cpu, for any CPU) and `cuda` (csrc/cuda), loaded when first asked for.
 
-Each is a plain shared library beside this file that registers `torch.ops.wanda_kernels.native_*` for its device
-through PyTorch's stable ABI. It depends on neither the Python version nor, from 2.10 on, on torch's.
-`WANDA_KERNELS_NATIVE_DIR` names another folder to load from; `WANDA_KERNELS_CPU_ISA` forces avx512, avx2 or portable.
+Each is a plain shared library beside this file that registers `torch.ops.wanda_kernels.native_*` for its
+device through PyTorch's stable ABI. It depends on neither the Python version nor, from 2.10 on, on torch's.
+`WANDA_KERNELS_NATIVE_DIR` names another folder to load from; `WANDA_KERNELS_CPU_ISA` forces avx512, avx2 or
+portable.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
 
-# One definition for both libraries. `root` is the square root of a [in] statistic, `scale` a [out, in] statistic.
+# One definition for both libraries. `root`: square root of a [in] statistic; `scale`: a [out, in] statistic.
 _SELECTION = "Tensor(a!) weight, Tensor? root, Tensor? scale"
 SCHEMAS = (
     "native_add_sq_norm_(Tensor(a!) acc, Tensor x) -> ()",
@@ -87,7 +88,7 @@ def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
 def add_coactivation_(
     acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None
 ) -> None:
-    """Blocks of tokens become fp32 with the activation, abs and power applied; torch's matmul sums them into acc."""
+    """Blocks of tokens become fp32, activation, abs and power applied; torch's matmul sums them into acc."""
     gate, x = _as_rows(gate), _as_rows(x)
     if sq_norm is not None:
         torch.ops.wanda_kernels.native_add_sq_norm_(sq_norm, x)
@@ -125,7 +126,7 @@ def _as_rows(x: Tensor) -> Tensor:
 
 
 def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A vector's root is taken here, once, as the reference takes it; a matrix's by the kernel, weight by weight."""
+    """A vector's root is taken here, once, as the reference takes it; a matrix's by the kernel."""
     if scale is None:
         return None, None
     if scale.dim() == 1:
@@ -134,5 +135,5 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
-    """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, no negative number."""
+    """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
     return torch.ops.wanda_kernels.native_all_finite(_as_rows(tensor), non_negative)

@@ -7,8 +7,8 @@ from torch import Tensor
 from wanda_kernels import native, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# One column, below a vector of 8 and 16, odd, a multiple of nothing, whole vectors, a vector and one, a real row.
-SHAPES = ((1, 1), (3, 7), (37, 129), (4, 96), (5, 256), (2, 257), (3, 4096))
+# One column, below a vector, odd, whole vectors, a vector and one more, a real row.
+SHAPES = ((1, 1), (3, 7), (37, 129), (4, 96), (2, 257), (2, 4096))
 RECIPES = ("normal", "ties", "zeros", "dead", "outliers", "overflow", "subnormal", "signed zeros", "equal")
 SCALES = ("vector", "matrix", None)
 

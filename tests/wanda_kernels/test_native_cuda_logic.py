@@ -1,6 +1,6 @@
 """The CUDA kernels' logic without a GPU: csrc/cuda compiled for the CPU, a block's threads as fibers.
 
-Selections equal the reference bit for bit, whichever order the threads run in. A GPU runs test_native_cuda.py.
+Selections equal the reference bit for bit, whichever order the threads run in.
 """
 
 import ctypes
@@ -41,7 +41,14 @@ class Operands(ctypes.Structure):
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+    ]
     flags += ["-I", str(CSRC), "-I", str(HERE)]
     objects = []
     for source in [HERE / "cuda_on_cpu.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
@@ -63,10 +70,10 @@ def operands(weight, scale=None, mask=None):
     """Operands, and the root that must outlive them."""
     root = scale.sqrt() if scale is not None and scale.dim() == 1 else None
     matrix = scale if scale is not None and scale.dim() == 2 else None
-    pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in (root, matrix, mask)]
-    stride = 0 if matrix is None else matrix.stride(0)
-    code, (n_rows, n_cols) = CODES[weight.dtype], weight.shape
-    return Operands(weight.data_ptr(), code, n_rows, n_cols, weight.stride(0), *pointers[:2], stride, pointers[2]), root
+    root_at, scale_at, mask_at = (each if each is None else each.data_ptr() for each in (root, matrix, mask))
+    shape = (CODES[weight.dtype], *weight.shape, weight.stride(0))
+    scale_stride = 0 if matrix is None else matrix.stride(0)
+    return Operands(weight.data_ptr(), *shape, root_at, scale_at, scale_stride, mask_at), root
 
 
 def assert_same(library, operation, weight, scale, *args):
@@ -90,7 +97,7 @@ def test_rows(blocks, recipe, dtype):
     for shape in ((1, 1), (2, 7), (3, 129), (1, 2056)):
         for scale in SCALES:
             weight, statistic = make(recipe, shape, dtype, scale)
-            for num_pruned in {0, 1, shape[1] // 2, shape[1] - 1, shape[1]}:
+            for num_pruned in {0, shape[1] // 2, shape[1] - 1, shape[1]}:
                 assert_same(blocks, "prune_rows_", weight, statistic, num_pruned)
 
 

@@ -1,4 +1,4 @@
-"""The CPU library's selections equal the reference bit for bit, on each instruction set that this machine runs."""
+"""The CPU library's selections equal the reference bit for bit, on each instruction set of this machine."""
 
 import pytest
 import torch
@@ -21,6 +21,15 @@ pytestmark = needs_cpu
 ISAS = () if native.why_not("cpu") else native.cpu_isas()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These matrices are small: waking threads for the reference would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
@@ -34,13 +43,13 @@ def test_rows(isa, recipe, dtype):
         n_cols = shape[1]
         for scale in SCALES:
             weight, statistic = make(recipe, shape, dtype, scale)
-            for num_pruned in {0, 1, n_cols // 3, n_cols // 2, n_cols - 1, n_cols}:
+            for num_pruned in {0, 1, n_cols // 2, n_cols - 1, n_cols}:
                 assert_same("prune_rows_", weight, statistic, num_pruned)
 
 
 @pytest.mark.parametrize("m", range(2, 33))
 def test_every_n_of_m(isa, m):
-    for n_groups in (1, 5, 16, 33):  # below, at and above a vector of groups
+    for n_groups in (1, 16, 33):  # below, at and above a vector of groups
         for recipe, dtype, scale in (("ties", torch.bfloat16, "vector"), ("normal", torch.float32, "matrix")):
             weight, statistic = make(recipe, (3, n_groups * m), dtype, scale)
             for n in range(1, m):
@@ -89,16 +98,12 @@ def test_nan_sorts_last(isa):
 
 def test_threads_cut_rows_anywhere(isa):
     weight, scale = make("ties", (301, 515), torch.bfloat16, "vector")
-    threads = torch.get_num_threads()
-    try:
-        for n_threads in (1, 2, 5):
-            torch.set_num_threads(n_threads)
-            assert_same("prune_rows_", weight, scale, 200)
-            assert_same("prune_nm_", weight, scale, 2, 5)
-            assert_same("prune_matrix_", weight, scale, 70_000)
-            assert_same("prune_variant_", weight, scale, 0.4)
-    finally:
-        torch.set_num_threads(threads)
+    for n_threads in (1, 2, 5):
+        torch.set_num_threads(n_threads)
+        assert_same("prune_rows_", weight, scale, 200)
+        assert_same("prune_nm_", weight, scale, 2, 5)
+        assert_same("prune_matrix_", weight, scale, 70_000)
+        assert_same("prune_variant_", weight, scale, 0.4)
 
 
 def test_long_row(isa):

@@ -32,12 +32,14 @@ def test_sq_norm_is_the_same_for_any_threads_and_layout(isa):
     x = wide[:, 5:1205]
     sums = []
     threads = torch.get_num_threads()
-    for n_threads in (1, 2, 7):
-        torch.set_num_threads(n_threads)
-        acc = torch.zeros(1200)
-        native.add_sq_norm_(acc, x if n_threads == 1 else x.contiguous())
-        sums.append(acc)
-    torch.set_num_threads(threads)
+    try:
+        for n_threads in (1, 2, 7):
+            torch.set_num_threads(n_threads)
+            acc = torch.zeros(1200)
+            native.add_sq_norm_(acc, x if n_threads == 1 else x.contiguous())
+            sums.append(acc)
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
@@ -53,7 +55,8 @@ def test_sq_norm_carries_infinity_and_nan(isa):
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("power", [1, 2])
 def test_coactivation(isa, activation, power, dtype):
-    gate, x = (3 * torch.randn(2, 601, 37)).to(dtype), torch.randn(2, 601, 53).to(dtype)  # two blocks of tokens
+    gate, x = 3 * torch.randn(2, 601, 37), torch.randn(2, 601, 53)  # two blocks of tokens
+    gate, x = gate.to(dtype), x.to(dtype)
     acc, sq_norm = torch.rand(37, 53), torch.rand(53)
     expected = acc.double(), sq_norm.double()
     gate64, x64 = reference.ACTIVATIONS[activation](gate.double()).flatten(0, 1), x.double().flatten(0, 1)
