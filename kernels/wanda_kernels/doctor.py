@@ -1,4 +1,4 @@
-"""The facts behind `wanda-fast doctor`: what this machine has, what loaded, which backend serves what and why."""
+"""The facts behind `wanda-fast doctor`: what this machine has, what loaded, which backend serves what."""
 
 import os
 import platform

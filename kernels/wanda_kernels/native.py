@@ -110,11 +110,11 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
     alpha = torch.ops.wanda_kernels.native_prune_variant_(weight, *_root_or_scale(scale), ratio, mask)
-    return torch.tensor(alpha, dtype=torch.float64)
+    return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     torch.ops.wanda_kernels.native_activate_(out, x, ACTIVATION_CODES[activation], power)
     return out
 
