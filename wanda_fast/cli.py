@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wanda_fast.errors import WandaFastError
-from wanda_fast.tables import inspection_tables, perplexity_line, summary_tables
+from wanda_fast.tables import doctor_tables, inspection_tables, perplexity_line, summary_tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -238,6 +238,15 @@ def verify(
         say(f"{violation.name}: {violation.count:,} {unit}")
     say(f"{model} {'breaks' if broken else 'keeps'} {mask or pattern}")
     raise typer.Exit(1 if broken else 0)
+
+
+@app.command()
+def doctor() -> None:
+    """What is here: versions, GPU, CPU instruction sets, libraries, and which backend serves what and why."""
+    from wanda_kernels import doctor as examination
+
+    for table in doctor_tables(examination.report()):
+        console.print(table)
 
 
 def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:

@@ -64,3 +64,11 @@ def inspection_tables(inspection: Inspection) -> list[Table]:
     share = reach.prunable / max(reach.model, 1)
     totals.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
     return [linears, totals]
+
+
+def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
+    """One table a section of `wanda_kernels.doctor.report`."""
+    tables: dict[str, Table] = {}
+    for section, name, value in facts:
+        tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)
+    return list(tables.values())

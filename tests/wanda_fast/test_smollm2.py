@@ -58,7 +58,7 @@ def test_whole_run_equals_the_formulas(smollm2, pydoc_ids, method, pattern, flag
 
 
 def test_every_block_equals_the_published_code(smollm2, pydoc_ids):
-    """The fastest backend and the default batch, each block judged on the inputs that the driver's block saw."""
+    """The fastest backend, the default batch; each block is judged on the inputs that the driver's saw."""
     dense, (calibration, _) = smollm2[0], pydoc_ids
     model = copy.deepcopy(dense)
     wanda_fast.prune(model, prune_method="wanda", dataset=calibration, sparsity_ratio=0.5)
