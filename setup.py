@@ -102,7 +102,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
         "eval": ["lm-eval>=0.4.5"],
         "vision": ["pillow"],
     },
