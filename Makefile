@@ -22,7 +22,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf build dist out *.egg-info

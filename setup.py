@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis", "pytest", "ruff"],
+        "bench": ["matplotlib"],
         "eval": ["lm-eval>=0.4.5"],
         "vision": ["pillow"],
     },

@@ -71,9 +71,10 @@ def run(
     session = Session(device, quick, not (quick or no_compile), budget, measured)
     console.print(tables.conditions(facts, measured))
     rows = [row for name in names for row in _run_one(BENCHMARKS[name], session, facts, folder)]
-    reason = roofline.plot(folder / "roofline.svg", rows, measured, machine.sentence(facts))
-    plotted = f"No roofline plot: {reason}." if reason else f"Plot: {folder / 'roofline.svg'}"
-    console.print(plotted, markup=False)
+    plotted = [row for path in sorted(folder.glob("*.json")) for row in tables.read(path)["rows"]]
+    reason = roofline.plot(folder / "roofline.svg", plotted, measured, machine.sentence(facts))
+    message = f"No roofline plot: {reason}." if reason else f"Plot: {folder / 'roofline.svg'}"
+    console.print(message, markup=False)
     console.print(f"Tables: {folder}")
     if any(row.status == FAILED for row in rows):
         raise typer.Exit(1)

@@ -88,6 +88,7 @@ def _measured(operation: str, operands: dict, params: dict, providers: list[Prov
             headline=True,
             status="ok",
             time_ms=taken.seconds * 1e3 / n_calls,
+            fastest_ms=taken.fastest * 1e3 / n_calls,
             spread_pct=taken.spread * 100,
             rounds=taken.rounds,
         )

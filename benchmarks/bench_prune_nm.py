@@ -25,7 +25,9 @@ def workloads(device: str, quick: bool) -> list[Workload]:
     return [
         workload
         for n, m in PATTERNS
-        for workload in selections("prune_nm_", device, quick, f"{n}:{m}", lambda _, n=n, m=m: (n, m))
+        for workload in selections(
+            "prune_nm_", device, quick, f"{n}:{m}", lambda _, n=n, m=m: (n, m), headline_only=(n, m) != (2, 4)
+        )
     ]
 
 

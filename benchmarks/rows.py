@@ -23,7 +23,8 @@ class Row:
     status: str  # "ok" or FAILED
     note: str = ""  # why it failed
     error: float | None = None  # fraction of weights that differ, or largest relative error of a sum
-    time_ms: float | None = None
+    time_ms: float | None = None  # median
+    fastest_ms: float | None = None
     spread_pct: float | None = None
     rounds: int | None = None
     gb_s: float | None = None
@@ -64,6 +65,7 @@ def timed(row: Row, timing: Timing, workload: Workload, roofs: Roofs) -> Row:
     return replace(
         row,
         time_ms=timing.seconds * 1e3,
+        fastest_ms=timing.fastest * 1e3,
         spread_pct=timing.spread * 100,
         rounds=timing.rounds,
         gb_s=bytes_per_s / 1e9,

@@ -79,7 +79,8 @@ def _page(operation, rows, facts, roofs: Roofs, quick: bool, not_run: Mapping[st
         parts.append("**A smoke test on tiny shapes: these figures say nothing about speed.**")
     if operation != "dispatch":
         parts.append(
-            "Time is the median of calls on cold buffers, variants interleaved; spread is between quartiles."
+            "Time is the median of calls on cold buffers, variants interleaved; spread is between quartiles. "
+            "torch.compile is run on the headline shapes in bf16."
         )
     parts.append(markdown(COLUMNS, [cells(row) for row in rows]))
     parts += [f"Not run: {provider}: {reason}." for provider, reason in not_run.items()]

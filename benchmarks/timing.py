@@ -2,8 +2,8 @@
 
 A call that prunes in place gets weights that nobody has pruned yet; renewing them is not timed. Each round
 runs every variant once, starting with another one each time, so that a machine's moods fall on all alike. A
-variant leaves the rounds when it has used its time; a slow one is timed `LEAST_ROUNDS` times, unless that takes
-more than three times as long.
+variant leaves the rounds when it has used its time; a slow one is timed `LEAST_ROUNDS` times, unless that
+takes more than three times as long.
 """
 
 import statistics
@@ -28,6 +28,7 @@ Stopwatch = Callable[[Callable[[], None]], float]
 @dataclass(frozen=True)
 class Timing:
     seconds: float  # median
+    fastest: float
     spread: float  # between the quartiles, as a fraction of the median
     rounds: int
 
@@ -91,7 +92,7 @@ def _wants_more(times: list[float], budget_s: float) -> bool:
 def _timing(times: list[float]) -> Timing:
     median = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return Timing(median, (high - low) / median if median else 0.0, len(times))
+    return Timing(median, min(times), (high - low) / median if median else 0.0, len(times))
 
 
 def cpu_stopwatch(call: Callable[[], None]) -> float:
