@@ -1,5 +1,8 @@
 """add_coactivation_: Wanda-CoNNect's statistic of an up_proj. FLOP: one matmul that contracts over tokens."""
 
+from collections.abc import Callable
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +26,15 @@ def published(acc: Tensor, gate: Tensor, x: Tensor, activation: str, power: int)
 def sixteen_bit(acc: Tensor, gate: Tensor, x: Tensor, activation: str, power: int) -> None:
     """A 16-bit matmul, fast where there are tensor cores; the product itself is rounded to 16 bits."""
     acc += F.silu(gate).abs().t() @ x.abs()
+
+
+def triton_path(name: str, **fixed) -> Callable[..., None]:
+    """One of the Triton backend's two ways, whichever its table picks: the table follows these figures."""
+
+    def call(*arguments) -> None:
+        getattr(import_module("wanda_kernels.add_coactivation"), name)(*arguments, **fixed)
+
+    return call
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:
@@ -65,5 +77,10 @@ def _operands(n_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device:
 BENCHMARK = Benchmark(
     "add_coactivation_",
     workloads,
-    [Provider(PUBLISHED, published), Provider("torch 16-bit", sixteen_bit, slack=2**-7)],
+    [
+        Provider(PUBLISHED, published),
+        Provider("torch 16-bit", sixteen_bit, slack=2**-7),
+        Provider("triton, fused", triton_path("add_fused_"), needs="triton"),
+        Provider("triton, addmm", triton_path("add_addmm_", sq_norm=None), needs="triton"),
+    ],
 )

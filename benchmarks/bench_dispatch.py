@@ -57,7 +57,7 @@ def _public(operation: str, device: str) -> list[Provider]:
 
 def _raw(operation: str, operands: dict[str, Tensor], params: dict) -> list[Provider]:
     """The registered op, called with what its schema names; a scale of ones is its own root."""
-    known = {"mask": None, "sq_norm": None} | operands | params
+    known = {"mask": None, "sq_norm": None, "backend": "auto"} | operands | params
     found = []
     for name in (operation, f"native_{operation}"):
         packet = getattr(torch.ops.wanda_kernels, name, None)

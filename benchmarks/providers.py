@@ -24,6 +24,7 @@ class Provider:
     name: str
     call: Callable[..., object]
     slack: float = 0.0  # error it may make beyond the workload's tolerance, by its own definition
+    needs: str = ""  # the backend that it is part of
     optional: bool = False  # may be unable to run here, which is a reason to leave it out, not a failure
 
 
@@ -37,8 +38,10 @@ class Lineup:
 
 def lineup(operation: str, device: str, peers: list[Provider], compiled: bool) -> Lineup:
     """All who can run `operation` on `device`; `peers` are the published algorithm and other rivals."""
-    providers = [*peers, Provider(TORCH, ours(operation, TORCH))]
-    not_run = {}
+    not_run = {peer.name: why_not(operation, device, peer.needs) for peer in peers if peer.needs}
+    not_run = {name: reason for name, reason in not_run.items() if reason}
+    providers = [peer for peer in peers if peer.name not in not_run]
+    providers.append(Provider(TORCH, ours(operation, TORCH)))
     if compiled:
         providers.append(Provider(COMPILED, _compiled(operation), optional=True))
     else:

@@ -34,7 +34,7 @@ def plot(path: Path, rows: list[Row], roofs: Roofs, title: str) -> str:
     _points(axes, shown)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte (one a weight for selections)", ylabel="TFLOP/s")
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return ""
@@ -44,7 +44,7 @@ def _roofs(axes, roofs: Roofs, intensities: list[float]) -> None:
     ridge = roofs.flops_per_s / roofs.bytes_per_s
     low, high = min(*intensities, ridge) / 4, max(*intensities, ridge) * 4
     flat = roofs.flops_per_s / 1e12
-    label = f"{roofs.bytes_per_s / 1e9:,.0f} GB/s, {flat:,.3g} TFLOP/s, measured"
+    label = f"{roofs.bytes_per_s / 1e9:,.3g} GB/s, {flat:,.3g} TFLOP/s, measured"
     axes.plot([low, ridge, high], [roofs.bytes_per_s * low / 1e12, flat, flat], "k-", label=label)
 
 

@@ -39,7 +39,12 @@ class Benchmark:
     def run(self, session: Session, line: Lineup) -> Iterator[list[Row]]:
         """Rows of one workload after another. Who turns out unable to run is moved to `line.not_run`."""
         for workload in self.workloads(session.device, session.quick):
-            yield run_workload(workload, line, session)
+            try:
+                yield run_workload(workload, line, session)
+            except (
+                RuntimeError
+            ) as error:  # out of memory in the reference, say; the other workloads still count
+                yield [rows.judged(workload, "all", float("inf"), 0.0, _raised(error))]
 
 
 def run_workload(workload: Workload, line: Lineup, session: Session) -> list[Row]:
@@ -70,10 +75,13 @@ def _judge(provider: Provider, workload: Workload, ring: timing.Ring, expected: 
         return rows.judged(workload, provider.name, error, allowed)
     except Exception as exception:  # a rival of any kind must not end the run; the row says what happened
         logger.debug("%s", provider.name, exc_info=True)
-        note = f"raises {type(exception).__name__}: {str(exception).strip().partition(chr(10))[0]}"
-        return rows.judged(workload, provider.name, float("inf"), allowed, note)
+        return rows.judged(workload, provider.name, float("inf"), allowed, _raised(exception))
     finally:
         ring.renew(slot)
+
+
+def _raised(error: Exception) -> str:
+    return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _time(found: dict[str, Row], workload: Workload, line: Lineup, ring, session: Session) -> list[Row]:

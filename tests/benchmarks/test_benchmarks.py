@@ -1,4 +1,4 @@
-"""The benchmarks' honesty: wrong results get no figures, calls get fresh operands, pages say what files say."""
+"""The benchmarks' honesty: wrong results get no figures, calls fresh operands, pages say what files say."""
 
 import csv
 import json
@@ -236,3 +236,11 @@ def test_the_readme_shows_what_the_results_say():
     text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
     between = text.split(readme.BEGIN)[1].split(readme.END)[0]
     assert between.strip() == readme.section(readme.RESULTS).strip()
+
+
+def test_a_reference_that_raises_fails_its_workload_and_no_other(monkeypatch):
+    calls = iter([raising])
+    monkeypatch.setattr(suite, "ours", lambda *args: next(calls, lambda *_: None))
+    found = list(bench_prune_rows.BENCHMARK.run(SESSION, suite.Lineup([], {})))
+    assert [one.status for one in found[0]] == [FAILED] and "no such kernel" in found[0][0].note
+    assert len(found) > 1 and not any(found[1:])
