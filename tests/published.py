@@ -13,7 +13,16 @@ from torch import nn
 
 @torch.no_grad()
 def prune_published(
-    model, token_ids, method, pattern, *, use_variant=False, connect_gate="activated", gaps=None, follow=None
+    model,
+    token_ids,
+    method,
+    pattern,
+    *,
+    use_variant=False,
+    connect_gate="activated",
+    running_mean=True,
+    gaps=None,
+    follow=None,
 ):
     """Prune a live float32 model in place, and return which weights went.
 
@@ -24,9 +33,11 @@ def prune_published(
         pattern: "n:m" (n kept of m consecutive inputs) or a ratio as text, such as "0.5".
         use_variant: wanda's per-row cumulative-sum variant, for a ratio.
         connect_gate: "activated" (after the MLP's activation function) or "raw".
+        running_mean: wanda's statistic as the published code keeps it; False: the paper's sum of squares,
+            which ranks alike but for the last bit.
         gaps: a list that gets each linear's nearest_tie: decisions with a gap do not hang on rounding.
-        follow: a model pruned already; each block takes its weights from there once its masks are chosen, so that the
-            next blocks see the inputs which they saw in that model.
+        follow: a model pruned already; each block takes its weights from there after its masks are chosen,
+            so that the next blocks see the inputs which they saw in that model.
 
     Returns: dict of linears' names, as in model.named_modules(), to bool masks [out, in], True where pruned.
     """
@@ -38,7 +49,9 @@ def prune_published(
     masks = {}
     for block, block_kwargs in zip(blocks, kwargs, strict=True):
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        squares, coactivations = collect_statistics(block, linears, hidden, block_kwargs, connect_gate)
+        squares, coactivations = collect_statistics(
+            block, linears, hidden, block_kwargs, connect_gate, running_mean
+        )
         for linear in linears:
             scores = linear.weight.abs()
             if method == "connect" and linear in coactivations:
@@ -90,14 +103,17 @@ def run_block(block, x, kwargs):
     return out[0] if isinstance(out, tuple) else out
 
 
-def collect_statistics(block, linears, hidden, kwargs, connect_gate):
-    """The dense pass: a linear's mean over sequences of ||X_j||^2, a gated up_proj's sum_t |x_j| |g_i|."""
+def collect_statistics(block, linears, hidden, kwargs, connect_gate, running_mean=True):
+    """The dense pass: a linear's mean (or sum) of ||X_j||^2, a gated up_proj's sum_t |x_j| |g_i|."""
     squares = {linear: torch.zeros(linear.in_features) for linear in linears}
     seen = dict.fromkeys(linears, 0)
     coactivations, handles = {}, []
 
     def add_squares(linear, args, _):
         x = args[0].reshape(-1, linear.in_features).float()
+        if not running_mean:
+            squares[linear] += (x * x).sum(dim=0)
+            return
         squares[linear] *= seen[linear] / (seen[linear] + 1)
         seen[linear] += 1
         squares[linear] += torch.linalg.vector_norm(x, dim=0) ** 2 / seen[linear]

@@ -22,6 +22,15 @@ from tests.tiny_models import EXPERTS, FAMILIES, NO_LINEAR, PRUNABLE, save_check
 SCORES = torch.tensor([[4.0, 1.0, 3.0, 2.0], [5.0, 5.0, 5.0, 9.0]])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pruned_columns(mask):
     return [row.nonzero().flatten().tolist() for row in mask]
 

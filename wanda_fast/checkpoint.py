@@ -74,10 +74,10 @@ def require_empty(folder: Path, overwrite: bool) -> None:
         )
 
 
-def save(checkpoint: Checkpoint, report: Report, folder: Path) -> None:
-    """Write model, tokenizer and `wanda_fast.json` beside `folder`, then rename: it is whole or not there."""
+def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
+    """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
     partial = folder.with_name(folder.name + ".partial")
-    with _writing(folder):
+    with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
@@ -87,7 +87,8 @@ def save(checkpoint: Checkpoint, report: Report, folder: Path) -> None:
             checkpoint.model.to(computed)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(partial)
-            (partial / REPORT).write_text(report.to_json(), encoding="utf-8")
+            if report is not None:
+                (partial / REPORT).write_text(report.to_json(), encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(partial, folder)
@@ -98,19 +99,19 @@ def save(checkpoint: Checkpoint, report: Report, folder: Path) -> None:
 def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
     """`--save DIR`: the published log line and the report; `--save_log FILE`: both in one file."""
     if folder is not None:
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / f"log_{report.recipe['prune_method']}.txt"
             log.write_text(report.published_log(), encoding="utf-8")
             (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
     if file is not None:
-        with _writing(file):
+        with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wanda_fast.errors import WandaFastError
-from wanda_fast.tables import inspection_tables, perplexity_line, summary_tables
+from wanda_fast.tables import doctor_tables, inspection_tables, perplexity_line, summary_tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Option(help="Hub id, folder or .gguf file of a causal LM.")]
 CacheDir = Annotated[str | None, typer.Option(help="For hub downloads. Default: Hugging Face's own cache.")]
@@ -75,6 +77,9 @@ def prune(
         Path | None, typer.Option(help="Folder for the pruned model, which from_pretrained loads.")
     ] = None,
     save_log: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    save_mask: Annotated[
+        Path | None, typer.Option(help="File for the packed masks (safetensors), for apply-mask and verify.")
+    ] = None,
     eval_zero_shot: Annotated[
         bool,
         typer.Option("--eval-zero-shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
@@ -137,13 +142,14 @@ def prune(
             save=save,
             save_model=save_model,
             save_log=save_log,
+            save_mask=save_mask,
             overwrite=overwrite,
             progress=progress,
         )
     for table in summary_tables(report):
         console.print(table)
-    for folder in filter(None, (save_model, save, save_log)):
-        console.print(f"written: {folder}", highlight=False)
+    for path in filter(None, (save_model, save, save_log, save_mask)):
+        say(f"written: {path}")
 
 
 @app.command("eval")
@@ -176,9 +182,9 @@ def evaluate(
             cache_dir=cache_dir,
             progress=progress,
         )
-    console.print(perplexity_line(report), highlight=False)
+    say(perplexity_line(report))
     for task, results in report.zero_shot.items():
-        console.print(f"{task}: {results}", highlight=False)
+        say(f"{task}: {results}")
 
 
 @app.command()
@@ -190,6 +196,56 @@ def inspect(
     from wanda_fast.inspection import inspect as inspect_model
 
     for table in inspection_tables(inspect_model(model, cache_dir)):
+        console.print(table)
+
+
+@app.command()
+def apply_mask(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    mask: Annotated[Path, typer.Option(help="A file that prune --save_mask wrote.")],
+    save_model: Annotated[Path, typer.Option(help="Folder for the masked model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow a folder that is not empty.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Zero what a mask does not keep: after fine-tuning or merging a pruned model."""
+    from wanda_fast import checkpoint, masks
+
+    checkpoint.require_empty(save_model, overwrite)
+    loaded = checkpoint.load(model, cache_dir=cache_dir, device="any")
+    changed = masks.apply_masks_(loaded.model, mask)
+    checkpoint.save(loaded, save_model)
+    say(f"{changed:,} weights set to zero; written: {save_model}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    mask: Annotated[Path | None, typer.Option(help="A file that prune --save_mask wrote.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M, for every prunable linear.")] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Check that a model keeps to a mask or an N:M pattern: exit code 0, or 1 and the linears that do not."""
+    from wanda_fast import checkpoint, masks
+    from wanda_fast.patterns import parse_pattern
+
+    if (mask is None) == (pattern is None):
+        raise typer.BadParameter("name either --mask FILE or --pattern N:M")
+    wanted = None if pattern is None else parse_pattern(pattern)
+    loaded = checkpoint.load(model, cache_dir=cache_dir, device="any").model
+    broken = masks.mask_violations(loaded, mask) if mask else masks.pattern_violations(loaded, wanted)
+    for violation in broken:
+        unit = "weights not zero" if mask else f"groups over {wanted.n} of {wanted.m}"
+        say(f"{violation.name}: {violation.count:,} {unit}")
+    say(f"{model} {'breaks' if broken else 'keeps'} {mask or pattern}")
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command()
+def doctor() -> None:
+    """What is here: versions, GPU, CPU instruction sets, libraries, and which backend serves what and why."""
+    from wanda_kernels import doctor as examination
+
+    for table in doctor_tables(examination.report()):
         console.print(table)
 
 

@@ -16,6 +16,7 @@ from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.errors import CalibrationError, OutOfMemoryError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.masks import write_masks
 from wanda_fast.methods import Connect, Dense, Method, make_method
 from wanda_fast.patterns import Pattern, Variant, parse_pattern
 from wanda_fast.pipeline import Clock, Progress, prune_blocks
@@ -51,6 +52,7 @@ def prune(
     save: str | Path | None = None,
     save_model: str | Path | None = None,
     save_log: str | Path | None = None,
+    save_mask: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -79,6 +81,7 @@ def prune(
         save: folder for the published code's log line and the report.
         save_model: folder for the pruned model, its tokenizer and the report.
         save_log: file for the summary.
+        save_mask: safetensors file for the packed masks (`wanda_fast.masks`).
         overwrite: allow `save` and `save_model` to be folders that are not empty.
         progress: told of each block and phase.
     Returns: the `Report`.
@@ -121,9 +124,19 @@ def prune(
         _measure(model, evaluation, "dense", clock, report, progress)
         if not isinstance(method, Dense):
             batch = batch_size or _batch_size(target, token_ids)
+            masks = {} if save_mask is not None else None
             report.linears = prune_blocks(
-                model, blocks, method, pattern, token_ids, batch_size=batch, device=target, clock=clock,
-            progress=progress )  # fmt: skip
+                model,
+                blocks,
+                method,
+                pattern,
+                token_ids,
+                batch_size=batch,
+                device=target,
+                clock=clock,
+                progress=progress,
+                masks=masks,
+            )
             _measure(model, evaluation, "pruned", clock, report, progress)
         if eval_zero_shot:
             with clock.phase("zero-shot"):
@@ -131,7 +144,10 @@ def prune(
     report.seconds, report.peak_memory = clock.seconds, _peak_memory()
     if save_model is not None:
         with clock.phase("write"):
-            checkpoints.save(loaded, report, Path(save_model))
+            checkpoints.save(loaded, Path(save_model), report)
+    if save_mask is not None:
+        with checkpoints.writing(Path(save_mask)):
+            write_masks(masks or {}, Path(save_mask), recipe)
     checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 

@@ -41,6 +41,10 @@ class OutputError(WandaFastError, OSError):
     """An output folder that is not empty, or cannot be written."""
 
 
+class MaskError(WandaFastError, ValueError):
+    """A mask file that is none, or does not fit the model."""
+
+
 class OutOfMemoryError(WandaFastError, MemoryError):
     """Memory ran out; the sentence says what to lower."""
 

@@ -25,11 +25,13 @@ class Method:
         """What to gather from this linear's calibration inputs; None for nothing."""
         return SquaredNorm(linear) if self.uses_activations else None
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, pattern: Pattern) -> str:
-        """Prune one weight in place; returns the backend that did it."""
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
+        """Prune one weight in place; returns the operation that did it."""
         if self.score is not None:
-            return pattern.prune_by_score_(weight, self.score(weight, scale).float())
-        return pattern.prune_(weight, scale)
+            return pattern.prune_by_score_(weight, self.score(weight, scale).float(), mask)
+        return pattern.prune_(weight, scale, mask=mask)
 
 
 @register_method("magnitude")
@@ -38,8 +40,10 @@ class Magnitude(Method):
 
     uses_activations = False
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, pattern: Pattern) -> str:
-        return pattern.prune_(weight, None, whole_matrix=True)
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
+        return pattern.prune_(weight, None, whole_matrix=True, mask=mask)
 
 
 @register_method("wanda")
@@ -68,7 +72,9 @@ class Dense(Method):
 
     uses_activations = False
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, pattern: Pattern) -> str:
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
         return "none"
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 import wanda_kernels
 from wanda_fast.errors import PatternError, SparsityRatioError
 from wanda_fast.registry import PATTERNS, register_pattern
-from wanda_kernels.backends import choose
 
 
 class Pattern:
@@ -35,18 +34,25 @@ class Pattern:
         """scores fp32 `[out, in]` -> bool `[out, in]`, True where the weight is to be pruned."""
         raise NotImplementedError
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, whole_matrix: bool = False) -> str:
-        """Zero the weights whose score abs(W) * sqrt(scale) loses; returns the backend that did it.
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        """Zero the weights whose score abs(W) * sqrt(scale) loses; returns the operation that did it.
 
         Here by way of `select`; the built-in patterns use fused kernels. `whole_matrix` asks for one
         threshold instead of one a row (published magnitude), where the pattern knows the difference.
+        `mask`, where given, receives the packed mask (`wanda_kernels.pack_bits`).
         """
         magnitude = weight.float().abs()
-        return self.prune_by_score_(weight, magnitude if scale is None else magnitude * scale.sqrt())
+        scores = magnitude if scale is None else magnitude * scale.sqrt()
+        return self.prune_by_score_(weight, scores, mask)
 
-    def prune_by_score_(self, weight: Tensor, scores: Tensor) -> str:
-        weight.masked_fill_(self.select(scores), 0.0)
-        return "torch"
+    def prune_by_score_(self, weight: Tensor, scores: Tensor, mask: Tensor | None = None) -> str:
+        pruned = self.select(scores)
+        weight.masked_fill_(pruned, 0.0)
+        if mask is not None:
+            mask.copy_(wanda_kernels.pack_bits(~pruned))
+        return "select"
 
 
 @register_pattern("unstructured")
@@ -60,21 +66,27 @@ class Unstructured(Pattern):
         lowest = scores.sort(dim=1, stable=True).indices[:, : self.num_pruned(scores.shape[1])]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, whole_matrix: bool = False) -> str:
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
         if whole_matrix:
             rank = int(weight.numel() * self.ratio)
-            wanda_kernels.prune_matrix_(weight, scale, rank, check_finite=False)
-            return choose("prune_matrix_", weight.device.type)
-        wanda_kernels.prune_rows_(weight, scale, self.num_pruned(weight.shape[1]), check_finite=False)
-        return choose("prune_rows_", weight.device.type)
+            wanda_kernels.prune_matrix_(weight, scale, rank, mask=mask, check_finite=False)
+            return "prune_matrix_"
+        wanda_kernels.prune_rows_(
+            weight, scale, self.num_pruned(weight.shape[1]), mask=mask, check_finite=False
+        )
+        return "prune_rows_"
 
 
 class Variant(Unstructured):
     """The Wanda variant: how many a row loses follows its scores' mass; the matrix reaches the ratio."""
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, whole_matrix: bool = False) -> str:
-        wanda_kernels.prune_variant_(weight, scale, self.ratio, check_finite=False)
-        return choose("prune_variant_", weight.device.type)
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
+        return "prune_variant_"
 
 
 class NM(Pattern):
@@ -106,9 +118,11 @@ class NM(Pattern):
         lowest = groups.sort(dim=1, stable=True).indices[:, : self.m - self.n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True).view(scores.shape)
 
-    def prune_(self, weight: Tensor, scale: Tensor | None, whole_matrix: bool = False) -> str:
-        wanda_kernels.prune_nm_(weight, scale, self.n, self.m, check_finite=False)
-        return choose("prune_nm_", weight.device.type)
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        wanda_kernels.prune_nm_(weight, scale, self.n, self.m, mask=mask, check_finite=False)
+        return "prune_nm_"
 
 
 def parse_pattern(sparsity_type: str, ratio: float | None = None, use_variant: bool = False) -> Pattern:

@@ -13,10 +13,12 @@ import wanda_kernels
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_inputs import BlockInputs, record_block_inputs
 from wanda_fast.errors import NonFiniteError
+from wanda_fast.masks import empty_mask
 from wanda_fast.methods import Method
 from wanda_fast.patterns import Pattern
 from wanda_fast.report import LinearReport
 from wanda_fast.statistics import BlockStatistics
+from wanda_kernels.backends import TABLE, choose
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def prune_blocks(
     device: torch.device,
     clock: Clock,
     progress: Progress | None = None,
+    masks: dict[str, Tensor] | None = None,
 ) -> dict[str, LinearReport]:
     """Prune every linear of `blocks` in place, block by block; the model stays on its own device.
 
@@ -64,6 +67,7 @@ def prune_blocks(
         token_ids: int64 `[nsamples, seqlen]`; None for a method that uses no activations.
         batch_size: sequences a forward.
         device: where a block is moved for its turn.
+        masks: where given, receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched; `PatternError` before
     all.
     """
@@ -84,7 +88,7 @@ def prune_blocks(
                 with clock.phase("dense pass"):
                     statistics = _dense_pass(block, method, inputs, index, last_linear)
             with clock.phase("selection"):
-                reports |= _prune_block(block, method, pattern, statistics, tell)
+                reports |= _prune_block(block, method, pattern, statistics, tell, masks)
             if inputs is not None and index + 1 < len(blocks):
                 tell("pruned pass")
                 with clock.phase("pruned pass"):
@@ -124,25 +128,48 @@ def _output_skipped(block: Block, linear: str | None) -> Iterator[None]:
 
 
 def _prune_block(
-    block: Block, method: Method, pattern: Pattern, statistics: BlockStatistics | None, tell
+    block: Block,
+    method: Method,
+    pattern: Pattern,
+    statistics: BlockStatistics | None,
+    tell: Callable[..., None],
+    masks: dict[str, Tensor] | None,
 ) -> dict[str, LinearReport]:
     scales = {linear.name: _scale(linear, statistics) for linear in block.linears}
     _require_finite(block, scales)
     watch = _Stopwatch(block.linears[0].module.weight.device) if block.linears else None
-    backends, zeros = [], []
+    operations, zeros = [], []
     for linear in block.linears:
         tell("selection", linear.name)
         weight = linear.module.weight.data
+        mask = None if masks is None else empty_mask(weight)
         with watch.lap():
-            backends.append(method.prune_(weight, scales[linear.name], pattern))
+            operations.append(method.prune_(weight, scales[linear.name], pattern, mask))
+        if masks is not None:
+            masks[linear.name] = mask.cpu()
         zeros.append((weight == 0).sum())
     counts = torch.stack(zeros).tolist() if zeros else []  # waits for the device once a block
     seconds = watch.seconds() if watch else []
-    reports = {}
-    for linear, backend, zero, lap in zip(block.linears, backends, counts, seconds, strict=True):
-        weights = linear.module.weight.numel()
-        reports[linear.name] = LinearReport(zero / max(weights, 1), weights, lap, backend)
-    return reports
+    return {
+        linear.name: _report(linear, zero, lap, operation, statistics)
+        for linear, operation, zero, lap in zip(block.linears, operations, counts, seconds, strict=True)
+    }
+
+
+def _report(
+    linear: Linear, zeros: int, seconds: float, operation: str, statistics: BlockStatistics | None
+) -> LinearReport:
+    device, weights = linear.module.weight.device.type, linear.module.weight.numel()
+    gathered = statistics.by_name.get(linear.name) if statistics else None
+    return LinearReport(
+        sparsity=zeros / max(weights, 1),
+        weights=weights,
+        seconds=seconds,
+        operation=operation,
+        backend=choose(operation, device) if operation in TABLE else "torch",
+        statistic=gathered and gathered.operation,
+        statistic_backend=gathered and choose(gathered.operation, device),
+    )
 
 
 class _Stopwatch:

@@ -10,12 +10,15 @@ from wanda_fast.architecture import Reach
 
 @dataclass
 class LinearReport:
-    """One pruned weight: the fraction of exact zeros, seconds of selection, and the backend that selected."""
+    """One pruned weight: fraction of exact zeros, seconds of selection, who selected, what was gathered."""
 
     sparsity: float
     weights: int
     seconds: float
+    operation: str  # of wanda_kernels, or "select" of a pattern of the user's
     backend: str
+    statistic: str | None  # operation that gathered the statistic
+    statistic_backend: str | None
 
 
 @dataclass
@@ -39,10 +42,11 @@ class Report:
         return sum(linear.sparsity * linear.weights for linear in self.linears.values()) / max(weights, 1)
 
     @property
-    def backends(self) -> dict[str, int]:
-        """Backend -> how many linears it selected."""
-        names = [linear.backend for linear in self.linears.values()]
-        return {name: names.count(name) for name in sorted(set(names))}
+    def backends(self) -> dict[str, str]:
+        """Operation -> the backend that it ran on."""
+        used = {linear.operation: linear.backend for linear in self.linears.values()}
+        used |= {x.statistic: x.statistic_backend for x in self.linears.values() if x.statistic}
+        return dict(sorted(used.items()))
 
     def block_sparsity(self) -> dict[str, float]:
         """Sparsity of each block, by its name."""

@@ -33,6 +33,8 @@ KERNEL_ACTIVATIONS = {  # an activation's class or function name -> the name tha
 class SquaredNorm:
     """acc[j] = sum over tokens of x[t, j]^2, fp32 `[in]`."""
 
+    operation = "add_sq_norm_"
+
     def __init__(self, linear: Linear):
         self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
@@ -42,6 +44,8 @@ class SquaredNorm:
 
 class Coactivation:
     """acc[i, j] = sum_t abs(act(gate[t, i])) * abs(x[t, j]), fp32 `[out, in]` of an up projection."""
+
+    operation = "add_coactivation_"
 
     def __init__(self, linear: Linear, activated: bool = True):
         weight = linear.module.weight

@@ -29,7 +29,9 @@ def summary_tables(report: Report) -> list[Table]:
     for task, results in report.zero_shot.items():
         summary.add_row(task, str(results))
     if report.backends:
-        summary.add_row("backends", ", ".join(f"{name}: {count}" for name, count in report.backends.items()))
+        summary.add_row(
+            "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())
+        )
     for device, peak in report.peak_memory.items():
         summary.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
     seconds = Table("phase", "seconds", title="time")
@@ -62,3 +64,11 @@ def inspection_tables(inspection: Inspection) -> list[Table]:
     share = reach.prunable / max(reach.model, 1)
     totals.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
     return [linears, totals]
+
+
+def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
+    """One table a section of `wanda_kernels.doctor.report`."""
+    tables: dict[str, Table] = {}
+    for section, name, value in facts:
+        tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)
+    return list(tables.values())

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
+from wanda_kernels import native
+
 ORDER = {
     "cuda": ("cuda", "triton", "torch"),
     "cpu": ("cpu", "torch"),
@@ -16,12 +18,34 @@ ORDER = {
 
 # operation -> backend -> "module:function" of this package
 TABLE = {
-    "add_sq_norm_": {"torch": "reference:add_sq_norm_"},
-    "add_coactivation_": {"torch": "reference:add_coactivation_"},
-    "prune_rows_": {"torch": "reference:prune_rows_"},
-    "prune_nm_": {"torch": "reference:prune_nm_"},
-    "prune_matrix_": {"torch": "reference:prune_matrix_"},
-    "prune_variant_": {"torch": "reference:prune_variant_"},
+    "add_sq_norm_": {
+        "torch": "reference:add_sq_norm_",
+        "cpu": "native:add_sq_norm_",
+        "cuda": "native:add_sq_norm_",
+    },
+    "add_coactivation_": {
+        "torch": "reference:add_coactivation_",
+        "cpu": "native:add_coactivation_",
+    },
+    "prune_rows_": {
+        "torch": "reference:prune_rows_",
+        "cpu": "native:prune_rows_",
+        "cuda": "native:prune_rows_",
+    },
+    "prune_nm_": {
+        "torch": "reference:prune_nm_",
+        "cpu": "native:prune_nm_",
+        "cuda": "native:prune_nm_",
+    },
+    "prune_matrix_": {
+        "torch": "reference:prune_matrix_",
+        "cpu": "native:prune_matrix_",
+        "cuda": "native:prune_matrix_",
+    },
+    "prune_variant_": {
+        "torch": "reference:prune_variant_",
+        "cpu": "native:prune_variant_",
+    },
 }
 
 BACKENDS = ("torch", "triton", "cuda", "cpu")
@@ -56,6 +80,8 @@ def why_not(operation: str, device: str, backend: str) -> str:
     """Why `backend` cannot serve `operation` on `device`; empty where it can."""
     if backend not in TABLE[operation]:
         return "it has no such operation"
+    if backend in native.LIBRARIES:
+        return f"it serves {backend} tensors" if device != backend else native.why_not(backend)
     return ""
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wanda_kernels import native
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -82,6 +84,9 @@ def require_finite(tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def _is_bad(name: str, tensor: Tensor) -> Tensor:
+    non_negative = name.endswith("scale")
+    if tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.dim() and not native.why_not("cpu"):
+        return torch.tensor(not native.all_finite(tensor, non_negative))
     lowest, highest = torch.aminmax(tensor)  # one read, no temporary; NaN and infinities come through
     bad = ~(lowest.isfinite() & highest.isfinite())
-    return bad | (lowest < 0) if name.endswith("scale") else bad
+    return bad | (lowest < 0) if non_negative else bad

@@ -20,6 +20,15 @@ CASES = [
 CASES += [("wanda", ratio, True) for ratio in RATIOS]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def prune_clearly(family, method, pattern, nsamples=4, seqlen=32, **options):
     """The published algorithm, on the first calibration tokens for which no mask hangs on rounding.
 

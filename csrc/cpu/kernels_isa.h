@@ -1,0 +1,19 @@
+// Included by one file for each instruction set, after its simd_*.h: compiles every kernel for it.
+#pragma once
+
+#include "activate.h"
+#include "add_sq_norm.h"
+#include "all_finite.h"
+#include "prune_matrix.h"
+#include "prune_nm.h"
+#include "prune_rows.h"
+#include "prune_variant.h"
+
+namespace WANDA_ISA {
+
+constexpr wanda::cpu::Kernels kernels_named(const char* name) {
+  return {name,         prune_rows,  prune_nm, count_keys, prune_at_most,
+          find_variant, add_sq_norm, activate, all_finite};
+}
+
+}  // namespace WANDA_ISA

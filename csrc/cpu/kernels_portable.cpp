@@ -1,0 +1,8 @@
+#define WANDA_ISA wanda_portable
+#include "simd_portable.h"
+// After its vectors.
+#include "kernels_isa.h"
+
+namespace wanda::cpu {
+extern const Kernels kPortable = WANDA_ISA::kernels_named("portable");
+}

@@ -1,0 +1,38 @@
+// Pieces of prune_matrix_ and prune_variant_: a histogram of keys, and the pruning of all keys up to a threshold.
+#pragma once
+
+#include "prune_rows.h"
+
+namespace WANDA_ISA {
+
+inline void count_keys(const Selection& s, int32_t high, uint32_t* bins, int64_t begin, int64_t end, void* memory) {
+  const Scratch scratch(memory, s.weight.n_cols);
+  for (int64_t row = begin; row < end; ++row) {
+    row_keys(s, row, s.weight.n_cols, scratch.keys);
+    for (int64_t col = 0; col < s.weight.n_cols; ++col) {
+      const int32_t key = scratch.keys[col];
+      if (high < 0) {
+        ++bins[key >> wanda::cpu::kLowBits];
+      } else if (key >> wanda::cpu::kLowBits == high) {
+        ++bins[key & ((1 << wanda::cpu::kLowBits) - 1)];
+      }
+    }
+  }
+}
+
+inline int64_t prune_at_most(const Selection& s, const int32_t* thresholds, int64_t threshold_step, int64_t begin,
+                             int64_t end, void* memory) {
+  const int64_t n_cols = s.weight.n_cols, padded = round_up(n_cols, kWidth);
+  const Scratch scratch(memory, n_cols);
+  int64_t n_pruned = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t bound = thresholds[row * threshold_step] + 1;
+    row_keys(s, row, padded, scratch.keys);
+    n_pruned += count_below(scratch.keys, padded, bound);
+    mark_below(scratch.keys, padded, {bound, 0}, scratch.pruned);
+    apply_row(s, row, scratch.pruned);
+  }
+  return n_pruned;
+}
+
+}  // namespace WANDA_ISA

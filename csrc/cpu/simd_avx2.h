@@ -1,0 +1,81 @@
+// 8 lanes of AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace WANDA_ISA {
+
+struct Simd {
+  static constexpr int kWidth = 8;
+  using Float = __m256;
+  using Int = __m256i;
+  using Mask = __m256i;  // all bits of a lane set, or none
+
+  static Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static Float load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static Float load(const BFloat* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+  }
+  static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float add_square(Float sum, Float x) { return _mm256_fmadd_ps(x, x, sum); }
+  static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
+  static Int bits(Float a) { return _mm256_castps_si256(a); }
+
+  static Int broadcast(int32_t v) { return _mm256_set1_epi32(v); }
+  static Int load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static void store(int32_t* p, Int v) { _mm256_storeu_si256((__m256i*)p, v); }
+  static Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static Int min(Int a, Int b) { return _mm256_min_epi32(a, b); }
+  static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static Int permute(Int v, Int index) { return _mm256_permutevar8x32_epi32(v, index); }
+  static Int gather(const int32_t* p, Int index) { return _mm256_i32gather_epi32(p, index, 4); }
+  static int64_t sum(Int v) {
+    int32_t lane[kWidth];
+    store(lane, v);
+    int64_t total = 0;
+    for (int32_t each : lane) total += each;
+    return total;
+  }
+  static int32_t lowest(Int v) {
+    int32_t lane[kWidth];
+    store(lane, v);
+    int32_t result = lane[0];
+    for (int32_t each : lane) result = smaller(result, each);
+    return result;
+  }
+  static int32_t highest(Int v) {
+    int32_t lane[kWidth];
+    store(lane, v);
+    int32_t result = lane[0];
+    for (int32_t each : lane) result = larger(result, each);
+    return result;
+  }
+
+  static Mask less(Int a, Int b) { return _mm256_cmpgt_epi32(b, a); }
+  static Mask equal(Int a, Int b) { return _mm256_cmpeq_epi32(a, b); }
+  static Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
+  static Mask either(Mask a, Mask b) { return _mm256_or_si256(a, b); }
+  static Int add_where(Mask mask, Int a, Int b) { return _mm256_add_epi32(a, _mm256_and_si256(mask, b)); }
+  static Int increment_where(Mask mask, Int a) { return _mm256_sub_epi32(a, mask); }
+  static uint32_t to_bits(Mask mask) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
+
+  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  static void zero_where(uint32_t bits, float* p) {
+    const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i pruned = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), place), place);
+    _mm256_storeu_ps(p, _mm256_andnot_ps(_mm256_castsi256_ps(pruned), _mm256_loadu_ps(p)));
+  }
+  template <typename T>  // Half, BFloat
+  static void zero_where(uint32_t bits, T* p) {
+    const __m128i place = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m128i pruned = _mm_cmpeq_epi16(_mm_and_si128(_mm_set1_epi16((short)bits), place), place);
+    _mm_storeu_si128((__m128i*)p, _mm_andnot_si128(pruned, _mm_loadu_si128((const __m128i*)p)));
+  }
+};
+
+}  // namespace WANDA_ISA

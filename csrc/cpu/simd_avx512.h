@@ -1,0 +1,57 @@
+// 16 lanes of AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace WANDA_ISA {
+
+struct Simd {
+  static constexpr int kWidth = 16;
+  using Float = __m512;
+  using Int = __m512i;
+  using Mask = __mmask16;
+
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static Float load(const BFloat* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+  }
+  static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float add_square(Float sum, Float x) { return _mm512_fmadd_ps(x, x, sum); }
+  static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
+  static Int bits(Float a) { return _mm512_castps_si512(a); }
+
+  static Int broadcast(int32_t v) { return _mm512_set1_epi32(v); }
+  static Int load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+  static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int min(Int a, Int b) { return _mm512_min_epi32(a, b); }
+  static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static Int permute(Int v, Int index) { return _mm512_permutexvar_epi32(index, v); }
+  static Int gather(const int32_t* p, Int index) { return _mm512_i32gather_epi32(index, p, 4); }
+  static int64_t sum(Int v) { return _mm512_reduce_add_epi32(v); }
+  static int32_t lowest(Int v) { return _mm512_reduce_min_epi32(v); }
+  static int32_t highest(Int v) { return _mm512_reduce_max_epi32(v); }
+
+  static Mask less(Int a, Int b) { return _mm512_cmplt_epi32_mask(a, b); }
+  static Mask equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  static Int add_where(Mask mask, Int a, Int b) { return _mm512_mask_add_epi32(a, mask, a, b); }
+  static Int increment_where(Mask mask, Int a) { return add_where(mask, a, broadcast(1)); }
+  static uint32_t to_bits(Mask mask) { return mask; }
+
+  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, _mm512_setzero_ps()); }
+  template <typename T>  // Half, BFloat
+  static void zero_where(uint32_t bits, T* p) {
+    _mm256_storeu_si256((__m256i*)p, _mm256_maskz_loadu_epi16((__mmask16)~bits, p));
+  }
+};
+
+}  // namespace WANDA_ISA

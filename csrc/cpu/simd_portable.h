@@ -1,0 +1,102 @@
+// 8 lanes in the vector language of GCC and Clang, as two halves of 16 bytes: SSE2, NEON and the like have those, and
+// wider ones would be taken apart lane by lane.
+#pragma once
+
+#include "types.h"
+
+namespace WANDA_ISA {
+
+struct Simd {
+  static constexpr int kWidth = 8;
+  typedef float Float4 __attribute__((vector_size(16)));
+  typedef int32_t Int4 __attribute__((vector_size(16)));
+  struct Float {
+    Float4 a, b;
+  };
+  struct Int {
+    Int4 a, b;
+  };
+  using Mask = Int;  // all bits of a lane set, or none
+
+  template <typename T>
+  static Float load(const T* p) {
+    return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])},
+            Float4{to_float(p[4]), to_float(p[5]), to_float(p[6]), to_float(p[7])}};
+  }
+  static Float load(const float* p) {
+    Float v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(float* p, Float v) { memcpy(p, &v, sizeof v); }
+  static Float multiply(Float x, Float y) { return {x.a * y.a, x.b * y.b}; }
+  static Float add_square(Float sum, Float x) { return {sum.a + x.a * x.a, sum.b + x.b * x.b}; }
+  static Float sqrt(Float x) { return {sqrt(x.a), sqrt(x.b)}; }
+  static Int bits(Float x) { return {(Int4)x.a, (Int4)x.b}; }
+
+  static Int broadcast(int32_t v) { return {Int4{v, v, v, v}, Int4{v, v, v, v}}; }
+  static Int load(const int32_t* p) {
+    Int v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(int32_t* p, Int v) { memcpy(p, &v, sizeof v); }
+  static Int bit_and(Int x, Int y) { return {x.a & y.a, x.b & y.b}; }
+  static Int min(Int x, Int y) { return select(less(x, y), x, y); }
+  static Int max(Int x, Int y) { return select(less(x, y), y, x); }
+  static Int add(Int x, Int y) { return {x.a + y.a, x.b + y.b}; }
+  static Int subtract(Int x, Int y) { return {x.a - y.a, x.b - y.b}; }
+  static Int permute(Int v, Int index) {
+    int32_t from[kWidth];
+    store(from, v);
+    return gather(from, index);
+  }
+  static Int gather(const int32_t* p, Int index) {
+    int32_t at[kWidth];
+    store(at, index);
+    return {Int4{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}, Int4{p[at[4]], p[at[5]], p[at[6]], p[at[7]]}};
+  }
+  static int64_t sum(Int v) {
+    int64_t total = 0;
+    for (int lane = 0; lane < 4; ++lane) total += int64_t{v.a[lane]} + v.b[lane];
+    return total;
+  }
+  static int32_t lowest(Int v) {
+    int32_t result = v.a[0];
+    for (int lane = 0; lane < 4; ++lane) result = smaller<int32_t>(result, smaller<int32_t>(v.a[lane], v.b[lane]));
+    return result;
+  }
+  static int32_t highest(Int v) {
+    int32_t result = v.a[0];
+    for (int lane = 0; lane < 4; ++lane) result = larger<int32_t>(result, larger<int32_t>(v.a[lane], v.b[lane]));
+    return result;
+  }
+
+  static Mask less(Int x, Int y) { return {x.a < y.a, x.b < y.b}; }
+  static Mask equal(Int x, Int y) { return {x.a == y.a, x.b == y.b}; }
+  static Mask both(Mask x, Mask y) { return bit_and(x, y); }
+  static Mask either(Mask x, Mask y) { return {x.a | y.a, x.b | y.b}; }
+  static Int add_where(Mask mask, Int x, Int y) { return add(x, bit_and(mask, y)); }
+  static Int increment_where(Mask mask, Int x) { return subtract(x, mask); }
+  static uint32_t to_bits(Mask mask) {
+    const Int4 place = {1, 2, 4, 8};
+    const Int4 low = mask.a & place, high = mask.b & place;
+    return (uint32_t)(low[0] | low[1] | low[2] | low[3] | (high[0] | high[1] | high[2] | high[3]) << 4);
+  }
+
+  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  template <typename T>
+  static void zero_where(uint32_t bits, T* p) {
+    for (int lane = 0; lane < kWidth; ++lane) p[lane] = bits >> lane & 1 ? T{} : p[lane];
+  }
+
+ private:
+  static Float4 sqrt(Float4 v) {
+    return Float4{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
+  }
+  static Int select(Mask mask, Int x, Int y) {
+    return {(x.a & mask.a) | (y.a & ~mask.a), (x.b & mask.b) | (y.b & ~mask.b)};
+  }
+};
+
+}  // namespace WANDA_ISA

@@ -1,0 +1,79 @@
+// Cooperation of one block: reductions, and the bin of a histogram that holds a sorted position.
+#pragma once
+
+#include "device.cuh"
+
+namespace wanda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+__device__ T inclusive_scan_of_warp(T value) {
+  const int lane = threadIdx.x % kWarp;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// Sum over the threads before this one. blockDim.x is a multiple of kWarp.
+template <typename T>
+__device__ T exclusive_scan_of_block(T value) {
+  __shared__ T of_warp[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
+  const T inclusive = inclusive_scan_of_warp(value);
+  __syncthreads();  // of_warp may still be read from an earlier call
+  if (lane == kWarp - 1) of_warp[warp] = inclusive;
+  __syncthreads();
+  T before = inclusive - value;
+  for (int i = 0; i < n_warps; ++i) before += i < warp ? of_warp[i] : T{0};
+  return before;
+}
+
+struct KeyRange {
+  uint32_t low, high;
+};
+
+__device__ inline KeyRange range_of_block(KeyRange range) {
+  __shared__ KeyRange of_warp[kWarp];
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    range.low = min(range.low, __shfl_xor_sync(kAllLanes, range.low, distance));
+    range.high = max(range.high, __shfl_xor_sync(kAllLanes, range.high, distance));
+  }
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
+  __syncthreads();
+  for (int i = 0; i < static_cast<int>(blockDim.x / kWarp); ++i) {
+    range.low = min(range.low, of_warp[i].low);
+    range.high = max(range.high, of_warp[i].high);
+  }
+  return range;
+}
+
+// A sorted position inside a histogram: its bin, the position within the bin, the bin's count.
+template <typename Count>
+struct Place {
+  int bin;
+  Count rest, count;
+};
+
+template <typename Count>
+__device__ Place<Count> find_place(const Count* bins, int n_bins, Count position) {
+  __shared__ Place<Count> place;
+  const int each = n_bins / blockDim.x, first = threadIdx.x * each;
+  Count sum = 0;
+  for (int bin = first; bin < first + each; ++bin) sum += bins[bin];
+  Count before = exclusive_scan_of_block(sum);
+  if (before <= position && position < before + sum) {  // true of one thread
+    int bin = first;
+    for (; position >= before + bins[bin]; ++bin) before += bins[bin];
+    place = {bin, position - before, bins[bin]};
+  }
+  __syncthreads();
+  const Place<Count> found = place;
+  __syncthreads();  // before the next call writes it
+  return found;
+}
+
+}  // namespace wanda

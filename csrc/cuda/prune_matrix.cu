@@ -1,0 +1,186 @@
+// prune_matrix_ on the GPU: the exact order statistic of the whole matrix, without a sort and without the host.
+//
+// 16-bit weights without a scale have 2^15 magnitudes: one read into one histogram decides. Else the key's high 15 bits
+// are counted first, then the low 16 of the few keys that share them. A last pass prunes.
+// A block's counters are 16 bits wide, so that 2^15 of them take 64 KB (sm_89 has 99); they go to the global ones
+// before they can overflow.
+#include "block.cuh"
+
+namespace wanda {
+namespace {
+
+using Count = unsigned long long;
+
+constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16, kLowBits = 16;
+constexpr int kThreads = 512;  // 1024 left ptxas 32 registers, and it spilled
+constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
+constexpr int64_t kPieceColumns = 16384;
+constexpr int64_t kMaxCount = 65535;  // of a counter
+constexpr int kMaxBlocks = 512;
+
+struct Scratch {
+  Count high[kHighBins], low[kLowBins];
+  Count rest;          // the position within the high bin
+  uint32_t high_bin;   // narrow keys: this is the threshold
+  uint32_t threshold;  // keys up to it are pruned; kNone: none
+};
+constexpr uint32_t kNone = 0xffffffffu;
+
+template <typename T>
+constexpr bool is_narrow = sizeof(T) == 2;
+
+__device__ inline uint32_t narrow_key(BFloat w) { return min(w.bits & 0x7fffu, 0x7f81u); }
+__device__ inline uint32_t narrow_key(Half w) { return min(w.bits & 0x7fffu, 0x7c01u); }
+__device__ inline uint32_t narrow_key(float) { return 0; }  // never asked for
+
+// The last of the keys is NaN.
+__host__ __device__ inline uint32_t nan_key(BFloat) { return 0x7f81; }
+__host__ __device__ inline uint32_t nan_key(Half) { return 0x7c01; }
+__host__ __device__ inline uint32_t nan_key(float) { return kNaNKey; }
+
+template <typename T, bool kNarrow>
+__device__ uint32_t matrix_key(const Selection& s, T w, int64_t row, int64_t col) {
+  return kNarrow ? narrow_key(w) : key_of(s, w, row, col);
+}
+
+// A block's share of the matrix comes in pieces of rows, so that no index is divided weight by weight.
+struct Pieces {
+  int64_t per_row, total;
+
+  __host__ __device__ explicit Pieces(const Matrix& matrix)
+      : per_row((matrix.n_cols + kPieceColumns - 1) / kPieceColumns), total(per_row * matrix.n_rows) {}
+};
+
+// body(key) for each weight of a piece.
+template <typename T, bool kNarrow, typename Body>
+__device__ void for_keys(const Selection& s, const Pieces& pieces, int64_t piece, bool aligned, const Body& body) {
+  const int64_t row = piece / pieces.per_row, begin = piece % pieces.per_row * kPieceColumns;
+  const int64_t end = begin + kPieceColumns < s.weight.n_cols ? begin + kPieceColumns : s.weight.n_cols;
+  for (int64_t col = begin + threadIdx.x * kVector; col < end; col += kThreads * kVector) {
+    Pack<T, kVector> pack;
+    pack.load(row_of<T>(s.weight, row), col, end, aligned);
+    for (int i = 0; i < kVector && col + i < end; ++i) body(matrix_key<T, kNarrow>(s, pack.values[i], row, col + i));
+  }
+}
+
+__device__ inline void flush(uint32_t* bins, Count* total) {
+  __syncthreads();
+  for (int word = threadIdx.x; word < kHighBins / 2; word += kThreads) {
+    const uint32_t pair = bins[word];
+    if (pair & 0xffff) atomicAdd(&total[2 * word], static_cast<Count>(pair & 0xffff));
+    if (pair >> 16) atomicAdd(&total[2 * word + 1], static_cast<Count>(pair >> 16));
+    bins[word] = 0;
+  }
+  __syncthreads();
+}
+
+template <typename T, bool kNarrow>
+__global__ void __launch_bounds__(kThreads) count_high_kernel(Selection s, Scratch* scratch, bool aligned) {
+  uint32_t* bins = reinterpret_cast<uint32_t*>(dynamic_shared());  // two counters a word
+  for (int word = threadIdx.x; word < kHighBins / 2; word += kThreads) bins[word] = 0;
+  __syncthreads();
+  const Pieces pieces(s.weight);
+  const int64_t largest = s.weight.n_cols < kPieceColumns ? s.weight.n_cols : kPieceColumns;
+  int64_t n_counted = 0;
+  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += gridDim.x) {
+    if (n_counted + largest > kMaxCount) {
+      flush(bins, scratch->high);
+      n_counted = 0;
+    }
+    n_counted += largest;
+    for_keys<T, kNarrow>(s, pieces, piece, aligned, [&](uint32_t key) {
+      const uint32_t bin = kNarrow ? key : key >> kLowBits;
+      atomicAdd(&bins[bin / 2], bin % 2 ? 1u << 16 : 1u);
+    });
+  }
+  flush(bins, scratch->high);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) count_low_kernel(Selection s, Scratch* scratch, bool aligned) {
+  const Pieces pieces(s.weight);
+  const uint32_t high = scratch->high_bin;
+  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += gridDim.x) {
+    for_keys<T, false>(s, pieces, piece, aligned, [&](uint32_t key) {
+      if (key >> kLowBits == high) atomicAdd(&scratch->low[key & (kLowBins - 1)], Count{1});
+    });
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) find_high_kernel(Scratch* scratch, Count rank, uint32_t nan) {
+  const Place<Count> place = find_place(scratch->high, kHighBins, rank);
+  if (threadIdx.x != 0) return;
+  scratch->high_bin = static_cast<uint32_t>(place.bin);
+  scratch->rest = place.rest;
+  scratch->threshold = scratch->high_bin == nan ? kNone : scratch->high_bin;
+}
+
+__global__ void __launch_bounds__(kThreads) find_low_kernel(Scratch* scratch, uint32_t nan) {
+  const Place<Count> place = find_place(scratch->low, kLowBins, scratch->rest);
+  if (threadIdx.x != 0) return;
+  const uint32_t key = scratch->high_bin << kLowBits | static_cast<uint32_t>(place.bin);
+  scratch->threshold = key == nan ? kNone : key;  // no score is <= NaN
+}
+
+template <typename T, bool kNarrow>
+__global__ void __launch_bounds__(kThreads) prune_at_most_kernel(Selection s, const Scratch* scratch, bool aligned) {
+  const int64_t n_cols = s.weight.n_cols, per_row = (n_cols + kVector - 1) / kVector;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= per_row * s.weight.n_rows) return;
+  const int64_t row = index / per_row, first = index % per_row * kVector;
+  const uint32_t threshold = scratch->threshold;
+  T* weights = row_of<T>(s.weight, row);
+  Pack<T, kVector> pack;
+  pack.load(weights, first, n_cols, aligned);
+  unsigned kept = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (first + i >= n_cols) break;
+    const uint32_t key = matrix_key<T, kNarrow>(s, pack.values[i], row, first + i);
+    if (threshold != kNone && key <= threshold) {
+      pack.values[i] = T{};
+    } else {
+      kept |= 1u << i;
+    }
+  }
+  pack.store(weights, first, n_cols, aligned);
+  if (s.mask != nullptr) mask_row(s, row)[first / 8] = static_cast<uint8_t>(kept);
+}
+
+template <typename T, bool kNarrow>
+void prune_matrix_of(const Context& context, const Selection& s, int64_t rank) {
+  Scratch* scratch = static_cast<Scratch*>(context.scratch);
+  const bool aligned = is_aligned<T>(s.weight);
+  const int64_t n_pieces = Pieces(s.weight).total;
+  const dim3 counting(static_cast<unsigned>(n_pieces < kMaxBlocks ? n_pieces : kMaxBlocks));
+  clear(scratch, sizeof(Scratch), context.stream);
+  launch(count_high_kernel<T, kNarrow>, counting, kThreads, kHighBins * sizeof(uint16_t), context.stream, s, scratch,
+         aligned);
+  launch(find_high_kernel, dim3(1), kThreads, 0, context.stream, scratch, static_cast<Count>(rank),
+         kNarrow ? nan_key(T{}) : kNone);
+  if (!kNarrow) {
+    launch(count_low_kernel<T>, counting, kThreads, 0, context.stream, s, scratch, aligned);
+    launch(find_low_kernel, dim3(1), kThreads, 0, context.stream, scratch, nan_key(float{}));
+  }
+  const int64_t n_bytes = s.weight.n_rows * ((s.weight.n_cols + kVector - 1) / kVector);
+  const dim3 pruning(static_cast<unsigned>((n_bytes + kThreads - 1) / kThreads));
+  launch(prune_at_most_kernel<T, kNarrow>, pruning, kThreads, 0, context.stream, s,
+         static_cast<const Scratch*>(scratch), aligned);
+}
+
+}  // namespace
+
+size_t matrix_scratch_bytes() { return sizeof(Scratch); }
+
+void prune_matrix(const Context& context, const Selection& s, int64_t rank) {
+  for_dtype(s.weight.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (is_narrow<T> && s.root == nullptr && s.scale == nullptr) {
+      prune_matrix_of<T, is_narrow<T>>(context, s, rank);
+    } else {
+      prune_matrix_of<T, false>(context, s, rank);
+    }
+  });
+}
+
+}  // namespace wanda

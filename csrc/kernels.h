@@ -1,0 +1,32 @@
+// What the kernels take: plain pointers and sizes. Nothing here knows torch, so that ops.cpp alone meets its ABI.
+#pragma once
+
+#include <cstdint>
+
+namespace wanda {
+
+enum class DType : int { kFloat, kHalf, kBFloat };
+
+// A score's key: the bits of fp32 abs(W) * sqrt(scale), which order as integers. All NaNs are one, above infinity.
+constexpr int32_t kNaNKey = 0x7f800001;
+constexpr int32_t kPaddingKey = 0x7fffffff;  // above every score's key: padding is never pruned
+
+// [n_rows, n_cols], rows contiguous, `stride` elements from row to row.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t n_rows, n_cols, stride;
+};
+
+// The operands of every selection. At most one of `root` and `scale` is given; neither means plain magnitude.
+struct Selection {
+  Matrix weight;
+  const float* root;     // [n_cols]: the square root of the statistic, already taken
+  const float* scale;    // [n_rows, n_cols]: the statistic itself; the kernel takes the root
+  int64_t scale_stride;  // elements from row to row of `scale`
+  uint8_t* mask;         // [n_rows, ceil(n_cols / 8)], contiguous, or null: bit 1 = kept, little-endian
+};
+
+enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+
+}  // namespace wanda

@@ -1,0 +1,37 @@
+// What each device's library offers to ops.cpp: whole operations on whole tensors. The CPU's stand in cpu/launch.cpp,
+// the GPU's in cuda/*.cu.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace wanda {
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* closure);
+
+// What an operation needs from its surroundings; ops.cpp fills in the half of its device.
+struct Context {
+  // CPU: torch's own thread pool, for a second one would fight it.
+  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* closure);
+  int n_threads;
+  // GPU: torch's current stream, and device memory of scratch_bytes() that lives as long as the stream needs it.
+  void* stream;
+  void* scratch;
+};
+
+void add_sq_norm(const Context&, const Matrix& x, float* acc);
+void prune_rows(const Context&, const Selection&, int64_t num_pruned);
+void prune_nm(const Context&, const Selection&, int n, int m);
+void prune_matrix(const Context&, const Selection&, int64_t rank);
+
+// CPU alone.
+double prune_variant(const Context&, const Selection&, double ratio);  // returns alpha
+void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
+bool all_finite(const Context&, const Matrix& x, bool non_negative);
+
+// GPU alone: bytes of scratch for an operation on this operand.
+size_t sq_norm_scratch_bytes(const Matrix& x);
+size_t matrix_scratch_bytes();
+
+}  // namespace wanda

@@ -1,0 +1,196 @@
+// The one registration: torch.ops.wanda_kernels.native_* through PyTorch's stable ABI, so that one build serves torch
+// 2.10 and later. Compiled once for the CPU library and, with -DWANDA_CUDA, once for the CUDA library.
+//
+// The schemas stand in kernels/wanda_kernels/native.py, which loads either library or both. Users' errors are found
+// and worded in checks.py; what is checked here only keeps memory safe.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "launch.h"
+
+#ifdef WANDA_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+wanda::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return wanda::DType::kFloat;
+    case ScalarType::Half: return wanda::DType::kHalf;
+    case ScalarType::BFloat16: return wanda::DType::kBFloat;
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
+
+void require_floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+}
+
+wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, "'s rows must be contiguous");
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+const float* root_of(const OptionalTensor& root, const wanda::Matrix& weight) {
+  if (!root) return nullptr;
+  require_floats(*root, "root");
+  const bool fits = root->dim() == 1 && root->size(0) == weight.n_cols && root->is_contiguous();
+  STD_TORCH_CHECK(fits, "root must be contiguous with ", weight.n_cols, " elements");
+  return static_cast<const float*>(root->data_ptr());
+}
+
+uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
+  if (!mask) return nullptr;
+  const int64_t n_bytes = weight.n_rows * ((weight.n_cols + 7) / 8);
+  const bool fits = mask->scalar_type() == ScalarType::Byte && mask->numel() == n_bytes && mask->is_contiguous();
+  STD_TORCH_CHECK(fits, "mask must be contiguous uint8 with ", n_bytes, " elements");
+  return static_cast<uint8_t*>(mask->data_ptr());
+}
+
+wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, const OptionalTensor& scale,
+                              const OptionalTensor& mask) {
+  const wanda::Matrix matrix = matrix_of(weight, "weight");
+  wanda::Selection selection = {matrix, root_of(root, matrix), nullptr, 0, mask_of(mask, matrix)};
+  if (scale) {
+    require_floats(*scale, "scale");
+    const wanda::Matrix squared = matrix_of(*scale, "scale");
+    STD_TORCH_CHECK(!root && squared.n_rows == matrix.n_rows && squared.n_cols == matrix.n_cols,
+                    "scale must have the weight's shape, and no root beside it");
+    selection.scale = static_cast<const float*>(squared.data);
+    selection.scale_stride = squared.stride;
+  }
+  return selection;
+}
+
+float* accumulator_of(const Tensor& acc, int64_t numel) {
+  require_floats(acc, "acc");
+  STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), "acc must be contiguous with ", numel, " elements");
+  return static_cast<float*>(acc.data_ptr());
+}
+
+#ifdef WANDA_CUDA
+
+// The tensor's device and torch's current stream on it. Scratch comes from torch's allocator: it may be handed out
+// again as soon as it is freed, but only behind this work on the same stream.
+class Surroundings {
+ public:
+  explicit Surroundings(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
+    if (scratch_bytes == 0) return;
+    scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(scratch_bytes)}, ScalarType::Byte);
+    context_.scratch = scratch_->data_ptr();
+  }
+  const wanda::Context& context() const { return context_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  wanda::Context context_ = {};
+  OptionalTensor scratch_;
+};
+
+#else
+
+class Surroundings {
+ public:
+  explicit Surroundings(const Tensor&) {
+    context_.n_threads = static_cast<int>(torch::stable::get_num_threads());
+    context_.parallel_for = [](int64_t begin, int64_t end, int64_t grain, wanda::ParallelBody body, void* closure) {
+      torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, closure); });
+    };
+  }
+  const wanda::Context& context() const { return context_; }
+
+ private:
+  wanda::Context context_ = {};
+};
+
+#endif
+
+void native_add_sq_norm_(Tensor acc, Tensor x) {
+  const wanda::Matrix matrix = matrix_of(x, "x");
+  float* sums = accumulator_of(acc, matrix.n_cols);
+#ifdef WANDA_CUDA
+  const Surroundings surroundings(acc, wanda::sq_norm_scratch_bytes(matrix));
+#else
+  const Surroundings surroundings(acc);
+#endif
+  wanda::add_sq_norm(surroundings.context(), matrix, sums);
+}
+
+void native_prune_rows_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t num_pruned,
+                        OptionalTensor mask) {
+  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  STD_TORCH_CHECK(0 <= num_pruned && num_pruned <= selection.weight.n_cols, "num_pruned out of range");
+  wanda::prune_rows(Surroundings(weight).context(), selection, num_pruned);
+}
+
+void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t n, int64_t m,
+                      OptionalTensor mask) {
+  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  STD_TORCH_CHECK(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
+  wanda::prune_nm(Surroundings(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
+}
+
+void native_prune_matrix_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t rank, OptionalTensor mask) {
+  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  STD_TORCH_CHECK(0 <= rank && rank < weight.numel(), "rank out of range");
+#ifdef WANDA_CUDA
+  const Surroundings surroundings(weight, wanda::matrix_scratch_bytes());
+#else
+  const Surroundings surroundings(weight);
+#endif
+  wanda::prune_matrix(surroundings.context(), selection, rank);
+}
+
+#ifndef WANDA_CUDA
+
+double native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor scale, double ratio,
+                             OptionalTensor mask) {
+  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  return wanda::prune_variant(Surroundings(weight).context(), selection, ratio);
+}
+
+void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
+  const wanda::Matrix matrix = matrix_of(x, "x");
+  float* values = accumulator_of(out, x.numel());
+  STD_TORCH_CHECK(0 <= activation && activation <= 4 && (power == 1 || power == 2), "no such activation or power");
+  wanda::activate(Surroundings(x).context(), matrix, static_cast<wanda::Activation>(activation),
+                  static_cast<int>(power), values);
+}
+
+bool native_all_finite(Tensor x, bool non_negative) {
+  return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
+}
+
+#endif
+
+void register_operations(torch::stable::detail::StableLibrary& library) {
+  library.impl("native_add_sq_norm_", TORCH_BOX(&native_add_sq_norm_));
+  library.impl("native_prune_rows_", TORCH_BOX(&native_prune_rows_));
+  library.impl("native_prune_nm_", TORCH_BOX(&native_prune_nm_));
+  library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
+#ifndef WANDA_CUDA
+  library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));
+  library.impl("native_activate_", TORCH_BOX(&native_activate_));
+  library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
+#endif
+}
+
+}  // namespace
+
+#ifdef WANDA_CUDA
+STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CUDA, library) { register_operations(library); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) { register_operations(library); }
+#endif

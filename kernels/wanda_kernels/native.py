@@ -1,0 +1,139 @@
+"""The compiled backends: `cpu` (csrc/cpu, for any CPU) and `cuda` (csrc/cuda), loaded when first asked for.
+
+Each is a plain shared library beside this file that registers `torch.ops.wanda_kernels.native_*` for its
+device through PyTorch's stable ABI. It depends on neither the Python version nor, from 2.10 on, on torch's.
+`WANDA_KERNELS_NATIVE_DIR` names another folder to load from; `WANDA_KERNELS_CPU_ISA` forces avx512, avx2 or
+portable.
+"""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
+
+# One definition for both libraries. `root`: square root of a [in] statistic; `scale`: a [out, in] statistic.
+_SELECTION = "Tensor(a!) weight, Tensor? root, Tensor? scale"
+SCHEMAS = (
+    "native_add_sq_norm_(Tensor(a!) acc, Tensor x) -> ()",
+    f"native_prune_rows_({_SELECTION}, int num_pruned, Tensor(b!)? mask) -> ()",
+    f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
+    f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
+    f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
+    "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
+    "native_all_finite(Tensor x, bool non_negative) -> bool",
+)
+ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
+BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
+
+
+def library_path(backend: str) -> Path:
+    folder = os.environ.get("WANDA_KERNELS_NATIVE_DIR") or Path(__file__).parent
+    return Path(folder) / LIBRARIES[backend]
+
+
+@cache
+def why_not(backend: str) -> str:
+    """Load the library of "cpu" or "cuda"; why that failed, empty where it did not. Tries once a process."""
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    path = library_path(backend)
+    if not path.exists():
+        return f"{path.name} was not built (it needs a compiler and torch at install: see README)"
+    _define_operations()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        reason = f"{path.name} does not load: {error}"
+        logger.warning("%s", reason)
+        return reason
+    return ""
+
+
+@cache
+def _define_operations() -> torch.library.Library:
+    library = torch.library.Library("wanda_kernels", "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+    return library
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use now: avx512, avx2 or portable."""
+    return _cpu_string("wanda_cpu_isa")
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets of the CPU kernels that this machine can run, widest first."""
+    return tuple(_cpu_string("wanda_cpu_isas").split(","))
+
+
+def _cpu_string(function: str) -> str:
+    call = getattr(ctypes.CDLL(str(library_path("cpu"))), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
+    torch.ops.wanda_kernels.native_add_sq_norm_(acc, _as_rows(x))
+
+
+def add_coactivation_(
+    acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None
+) -> None:
+    """Blocks of tokens become fp32, activation, abs and power applied; torch's matmul sums them into acc."""
+    gate, x = _as_rows(gate), _as_rows(x)
+    if sq_norm is not None:
+        torch.ops.wanda_kernels.native_add_sq_norm_(sq_norm, x)
+    for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
+        acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
+
+
+def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
+    torch.ops.wanda_kernels.native_prune_rows_(weight, *_root_or_scale(scale), num_pruned, mask)
+
+
+def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
+    torch.ops.wanda_kernels.native_prune_nm_(weight, *_root_or_scale(scale), n, m, mask)
+
+
+def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
+    torch.ops.wanda_kernels.native_prune_matrix_(weight, *_root_or_scale(scale), rank, mask)
+
+
+def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
+    alpha = torch.ops.wanda_kernels.native_prune_variant_(weight, *_root_or_scale(scale), ratio, mask)
+    return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+
+
+def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    torch.ops.wanda_kernels.native_activate_(out, x, ACTIVATION_CODES[activation], power)
+    return out
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """`[..., features]` as `[tokens, features]` with contiguous rows, copied only where it must be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A vector's root is taken here, once, as the reference takes it; a matrix's by the kernel."""
+    if scale is None:
+        return None, None
+    if scale.dim() == 1:
+        return scale.sqrt().contiguous(), None
+    return None, _as_rows(scale)
+
+
+def all_finite(tensor: Tensor, non_negative: bool) -> bool:
+    """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
+    return torch.ops.wanda_kernels.native_all_finite(_as_rows(tensor), non_negative)

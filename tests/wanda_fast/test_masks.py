@@ -1,0 +1,93 @@
+"""Masks as a product: saved by a run, applied again after the weights moved, and checked."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast import cli
+
+CASES = [("wanda", "unstructured"), ("connect", "2:4"), ("magnitude", "unstructured"), ("wanda", "1:4")]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `wanda-fast`; returns (exit code, standard output, standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["wanda-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def folders(tmp_path, pydoc_text, run):
+    """A dense model, the same pruned to 2:4, and the mask of that run."""
+    dense, pruned, mask = tmp_path / "dense", tmp_path / "pruned", tmp_path / "mask.safetensors"
+    save_checkpoint(FAMILIES["smollm"](), dense, pydoc_text[:20000])
+    words = ["--dataset", "pydoc", "--nsamples", "2", "--seqlen", "32", "--eval-dataset", "none"]
+    words += ["--sparsity_type", "2:4", "--save_model", pruned, "--save_mask", mask]
+    code, _, _ = run("prune", "--model", dense, *words)
+    assert code == 0
+    return dense, pruned, mask
+
+
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+@pytest.mark.parametrize("use_variant", [False, True])
+def test_the_file_holds_the_kept_weights_as_little_endian_bits(method, pattern, use_variant, tmp_path):
+    model, file = FAMILIES["opt_350m"](), tmp_path / "mask.safetensors"
+    report = wanda_fast.prune(
+        model, prune_method=method, sparsity_type=pattern, dataset=token_ids(model, 2, 32),
+        use_variant=use_variant, save_mask=file,
+    )  # fmt: skip
+    masks = load_file(file)
+    assert masks.keys() == {f"{name}.weight" for name in report.linears}
+    for name, bits in masks.items():
+        weight = model.get_parameter(name)
+        expected = np.packbits((weight != 0).numpy(), axis=1, bitorder="little")
+        assert np.array_equal(bits.numpy(), expected), name
+
+
+def test_a_mask_applied_to_the_dense_model_gives_the_pruned_one(folders, run, tmp_path):
+    dense, pruned, mask = folders
+    again = tmp_path / "again"
+    code, said, _ = run("apply-mask", dense, "--mask", mask, "--save_model", again)
+    expected, got = load_file(pruned / "model.safetensors"), load_file(again / "model.safetensors")
+    zeros = sum(int((expected[name] == 0).sum()) for name in load_file(mask))
+    assert code == 0 and f"{zeros:,} weights set to zero" in said
+    for name, weight in expected.items():
+        assert torch.equal(got[name], weight), name
+
+
+def test_verify(folders, run):
+    dense, pruned, mask = folders
+    assert run("verify", pruned, "--mask", mask)[0] == 0
+    assert run("verify", pruned, "--pattern", "2:4")[0] == 0
+    assert run("verify", pruned, "--pattern", "4:8")[0] == 0
+    code, said, _ = run("verify", pruned, "--pattern", "1:4")
+    assert code == 1 and "model.layers.0.self_attn.q_proj" in said and "groups over 1 of 4" in said
+    code, said, _ = run("verify", dense, "--mask", mask)
+    assert code == 1 and "model.layers.1.mlp.down_proj: 3,840 weights not zero" in said
+
+
+def test_bad_masks_end_as_one_sentence(folders, run, tmp_path, pydoc_text):
+    dense, _, mask = folders
+    other, broken = tmp_path / "other", tmp_path / "broken.safetensors"
+    save_checkpoint(FAMILIES["llama2"](), other, pydoc_text[:20000])
+    broken.write_bytes(b"not a mask")
+    for words, expected in (
+        (("verify", dense, "--mask", broken), "broken.safetensors cannot be read"),
+        (("verify", dense, "--mask", tmp_path / "none"), "none cannot be read"),
+        (("verify", other, "--mask", mask), "the model needs uint8"),
+        (("verify", dense), "either --mask FILE or --pattern N:M"),
+        (("verify", dense, "--pattern", "unstructured"), "only N:M patterns can be verified"),
+    ):
+        code, _, said = run(*words)
+        assert code == 2 and expected in said and "Traceback" not in said

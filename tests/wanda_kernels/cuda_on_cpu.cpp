@@ -1,0 +1,53 @@
+// The CUDA operations as C functions on host memory, for test_native_cuda_logic.py. See cuda_on_cpu.h.
+#include "cuda_on_cpu.h"
+
+#include "launch.h"
+
+namespace {
+
+struct Operands {
+  void* weight;
+  int64_t dtype, n_rows, n_cols, stride;
+  const float *root, *scale;
+  int64_t scale_stride;
+  uint8_t* mask;
+};
+
+wanda::Matrix matrix_of(const Operands& o) {
+  return {o.weight, static_cast<wanda::DType>(o.dtype), o.n_rows, o.n_cols, o.stride};
+}
+
+wanda::Selection selection_of(const Operands& o) { return {matrix_of(o), o.root, o.scale, o.scale_stride, o.mask}; }
+
+wanda::Context with_scratch(std::vector<char>& memory, size_t bytes) {
+  memory.assign(bytes, 0x5A);
+  wanda::Context context = {};
+  context.scratch = memory.data();
+  return context;
+}
+
+}  // namespace
+
+extern "C" {
+
+void set_up(bool reverse, int64_t shared_limit) {
+  emulator::reverse = reverse;
+  emulator::shared_limit = static_cast<size_t>(shared_limit);
+}
+
+void prune_rows(const Operands* o, int64_t num_pruned) { wanda::prune_rows({}, selection_of(*o), num_pruned); }
+
+void prune_nm(const Operands* o, int64_t n, int64_t m) {
+  wanda::prune_nm({}, selection_of(*o), static_cast<int>(n), static_cast<int>(m));
+}
+
+void prune_matrix(const Operands* o, int64_t rank) {
+  std::vector<char> memory;
+  wanda::prune_matrix(with_scratch(memory, wanda::matrix_scratch_bytes()), selection_of(*o), rank);
+}
+
+void add_sq_norm(const Operands* o, float* acc) {
+  std::vector<char> memory;
+  wanda::add_sq_norm(with_scratch(memory, wanda::sq_norm_scratch_bytes(matrix_of(*o))), matrix_of(*o), acc);
+}
+}

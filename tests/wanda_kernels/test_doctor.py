@@ -1,0 +1,39 @@
+"""`doctor.report()` states what is so, on a machine with the native libraries and on one without."""
+
+import torch
+
+from wanda_kernels import backends, doctor, native
+
+
+def facts() -> dict[tuple[str, str], str]:
+    return {(section, name): value for section, name, value in doctor.report()}
+
+
+def test_report_names_versions_and_the_backend_of_every_operation():
+    found = facts()
+    assert torch.__version__ in found["versions", "torch"]
+    for operation in backends.TABLE:
+        assert found["operations", f"{operation} on cpu"].split()[0] == backends.choose(operation, "cpu")
+    state = found["libraries", "libwanda_cpu.so"]
+    assert state == native.why_not("cpu") or state.startswith("loaded from ")
+
+
+def test_report_says_why_a_library_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDA_KERNELS_NATIVE_DIR", str(tmp_path))
+    caches = (native.why_not, backends.why_not, backends._first_available)
+    try:
+        for each in caches:
+            each.cache_clear()
+        found = facts()
+    finally:
+        monkeypatch.undo()
+        for each in caches:
+            each.cache_clear()
+    assert "was not built" in found["libraries", "libwanda_cpu.so"]
+    chosen = found["operations", "prune_rows_ on cpu"]
+    assert chosen.startswith("torch (cpu: libwanda_cpu.so was not built")
+
+
+def test_report_names_a_forced_backend_that_cannot_serve(monkeypatch):
+    monkeypatch.setenv("WANDA_KERNELS_BACKEND", "cuda")
+    assert "cannot serve prune_rows_" in facts()["operations", "prune_rows_ on cpu"]

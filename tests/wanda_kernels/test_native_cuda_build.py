@@ -1,0 +1,77 @@
+"""Every .cu compiles offline and the library links against this torch's headers; no kernel spills.
+
+Needs nvcc, not a GPU. sm_80 and sm_90 alone, to save minutes; releases add sm_89.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).resolve().parents[2] / "csrc" / "build.py"
+KERNELS = (
+    "prune_rows_kernel",
+    "prune_nm_kernel",
+    "prune_any_nm_kernel",
+    "count_high_kernel",
+    "count_low_kernel",
+    "prune_at_most_kernel",
+    "sum_slab_kernel",
+    "add_slabs_kernel",
+)
+MOST_REGISTERS = 64  # 1024 threads fit a multiprocessor; prune_rows_ launches that many for long rows
+
+pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """(library, {(kernel, sm): [(registers, stack, spilled bytes), ...]})"""
+    folder = tmp_path_factory.mktemp("cuda")
+    settings = {"WANDA_FAST_CUDA": "1", "WANDA_FAST_CUDA_ARCHITECTURES": "80 90"}
+    said = subprocess.run(
+        [sys.executable, str(BUILD), "cuda", str(folder), "--report"],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert said.returncode == 0, said.stdout
+    return Path(said.stdout.split()[-1]), _usage(said.stdout)
+
+
+def _usage(text: str) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+    pattern = (
+        r"entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    usage: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+    for name, sm, stack, stores, loads, registers in re.findall(pattern, text, re.DOTALL):
+        kernel = next((each for each in KERNELS if each in name), name)
+        usage.setdefault((kernel, sm), []).append((int(registers), int(stack), int(stores) + int(loads)))
+    return usage
+
+
+def test_library_links(report):
+    library, _ = report
+    assert library.name == "libwanda_cuda.so" and library.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("sm", ["80", "90"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_spills(report, kernel, sm):
+    variants = report[1][kernel, sm]
+    assert variants
+    for registers, stack, spilled in variants:
+        assert spilled == 0 and stack == 0, (
+            f"{kernel} sm_{sm}: {registers} registers, {stack} B stack, {spilled} B"
+        )
+
+
+@pytest.mark.parametrize("sm", ["80", "90"])
+def test_rows_leave_room_for_1024_threads(report, sm):
+    assert max(registers for registers, _, _ in report[1]["prune_rows_kernel", sm]) <= MOST_REGISTERS

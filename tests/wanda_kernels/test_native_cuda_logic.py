@@ -1,0 +1,158 @@
+"""The CUDA kernels' logic without a GPU: csrc/cuda compiled for the CPU, a block's threads as fibers.
+
+Selections equal the reference bit for bit, whichever order the threads run in.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
+from wanda_kernels import reference
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ROOMY, CRAMPED = 96 << 10, 70 << 10  # bytes of shared memory: sm_89, and too little for the long rows here
+COMPILER = os.environ.get("CXX", "c++").split()
+
+pytestmark = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="no C++ compiler")
+
+
+class Operands(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("n_rows", ctypes.c_int64),
+        ("n_cols", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("root", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("scale_stride", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+    ]
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+    ]
+    flags += ["-I", str(CSRC), "-I", str(HERE)]
+    objects = []
+    for source in [HERE / "cuda_on_cpu.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
+        objects.append(str(folder / f"{source.stem}.o"))
+        subprocess.run([*COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True)
+    library = folder / "libcuda_on_cpu.so"
+    subprocess.run([*COMPILER, "-shared", *objects, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def blocks(request, emulator):
+    """The emulated library; threads run first to last, or last to first."""
+    emulator.set_up(request.param == "reverse", ctypes.c_int64(ROOMY))
+    return emulator
+
+
+def operands(weight, scale=None, mask=None):
+    """Operands, and the root that must outlive them."""
+    root = scale.sqrt() if scale is not None and scale.dim() == 1 else None
+    matrix = scale if scale is not None and scale.dim() == 2 else None
+    root_at, scale_at, mask_at = (each if each is None else each.data_ptr() for each in (root, matrix, mask))
+    shape = (CODES[weight.dtype], *weight.shape, weight.stride(0))
+    scale_stride = 0 if matrix is None else matrix.stride(0)
+    return Operands(weight.data_ptr(), *shape, root_at, scale_at, scale_stride, mask_at), root
+
+
+def assert_same(library, operation, weight, scale, *args):
+    expected, expected_mask, mask = weight.clone(), empty_mask(weight), empty_mask(weight)
+    getattr(reference, operation)(expected, scale, *args, expected_mask)
+    for padding in (0, 3):  # rows on 16-byte boundaries, and not
+        wide = torch.full((weight.shape[0], weight.shape[1] + padding), 7.0, dtype=weight.dtype)
+        pruned = wide[:, : weight.shape[1]]
+        pruned.copy_(weight)
+        given, _root = operands(pruned, scale, mask)
+        getattr(library, operation.rstrip("_"))(ctypes.byref(given), *map(ctypes.c_int64, args))
+        said = f"{operation}{args} on {list(weight.shape)} {weight.dtype}, padding {padding}"
+        assert torch.equal(bits(pruned.contiguous()), bits(expected)), said
+        assert torch.equal(mask, expected_mask), said
+        assert (wide[:, weight.shape[1] :] == 7.0).all(), said
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rows(blocks, recipe, dtype):
+    for shape in ((1, 1), (2, 7), (3, 129), (1, 2056)):
+        for scale in SCALES:
+            weight, statistic = make(recipe, shape, dtype, scale)
+            for num_pruned in {0, shape[1] // 2, shape[1] - 1, shape[1]}:
+                assert_same(blocks, "prune_rows_", weight, statistic, num_pruned)
+
+
+@pytest.mark.parametrize("recipe", ["normal", "ties", "zeros"])
+@pytest.mark.parametrize("shared_bytes", [ROOMY, CRAMPED])
+def test_long_rows(blocks, recipe, shared_bytes):
+    blocks.set_up(False, ctypes.c_int64(shared_bytes))
+    weight, scale = make(recipe, (1, 17_000), torch.bfloat16, "vector")
+    assert_same(blocks, "prune_rows_", weight, scale, 8500)
+
+
+@pytest.mark.parametrize("m", range(2, 33))
+def test_every_m(blocks, m):
+    for recipe, dtype, scale in (("ties", torch.bfloat16, "vector"), ("normal", torch.float32, "matrix")):
+        weight, statistic = make(recipe, (2, 35 * m), dtype, scale)
+        for n in {1, m // 2, m - 1}:
+            assert_same(blocks, "prune_nm_", weight, statistic, n, m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nm(blocks, recipe, dtype):
+    for n, m in ((2, 4), (3, 5), (16, 32)):
+        weight, statistic = make(recipe, (2, 7 * m), dtype, "vector")
+        assert_same(blocks, "prune_nm_", weight, statistic, n, m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", ["normal", "ties", "overflow", "subnormal", "signed zeros"])
+def test_matrix(blocks, recipe, dtype):
+    for scale in ("vector", None):
+        weight, statistic = make(recipe, (37, 129), dtype, scale)
+        for rank in (0, weight.numel() // 2, weight.numel() - 1):
+            assert_same(blocks, "prune_matrix_", weight, statistic, rank)
+
+
+def test_matrix_flushes_before_counters_overflow(blocks):
+    blocks.set_up(False, ctypes.c_int64(ROOMY))
+    weight = torch.ones(513 * 5, 16_385, dtype=torch.bfloat16)[:5]  # one bin, in pieces and remainders
+    assert_same(blocks, "prune_matrix_", weight.contiguous(), None, 5 * 16_385 - 1)
+
+
+def test_nan_threshold_prunes_nothing(blocks):
+    for dtype in DTYPES:
+        weight, _ = make("normal", (5, 40), dtype, None)
+        weight[2] = float("nan")
+        assert_same(blocks, "prune_matrix_", weight, None, 199)
+        assert_same(blocks, "prune_rows_", weight, None, 17)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (300, 37), (700, 264)])
+def test_sq_norm(blocks, shape, dtype):
+    x, acc = torch.randn(shape).to(dtype), torch.rand(shape[1])
+    expected = acc.double() + x.double().square().sum(0)
+    given, _ = operands(x)
+    blocks.add_sq_norm(ctypes.byref(given), ctypes.c_void_p(acc.data_ptr()))
+    torch.testing.assert_close(acc.double(), expected, rtol=1e-5, atol=0)

@@ -1,0 +1,55 @@
+"""Installing without a compiler ends well in pure Python, and says what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what setup.py needs, with an empty driver: this is about the build alone."""
+    for name in ("csrc", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "wanda_fast").mkdir()
+    (tmp_path / "wanda_fast" / "__init__.py").touch()
+    return tmp_path
+
+
+def build_wheel(tree: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDA_", "CXX"))}
+    clean |= {"PYTHONPATH": "", **environment}
+    return subprocess.run(command, cwd=tree, env=clean, capture_output=True, text=True)
+
+
+def test_no_compiler_gives_a_pure_wheel(tree):
+    said = build_wheel(tree, PATH=str(tree))
+    assert said.returncode == 0, said.stderr
+    assert said.stderr.count("libwanda_cpu.so is left out: no C++ compiler found (c++, g++, clang++)") == 1
+    assert [wheel.name for wheel in (tree / "dist").iterdir()] == ["wanda_fast-0.1.0-py3-none-any.whl"]
+
+
+def test_a_library_asked_for_by_name_must_build(tree):
+    said = build_wheel(tree, PATH=str(tree), WANDA_FAST_CPU="1")
+    assert said.returncode != 0
+    assert "cannot build libwanda_cpu.so: no C++ compiler found" in said.stderr
+
+
+@pytest.mark.skipif(not Path("/bin/false").exists(), reason="needs a compiler that fails")
+def test_a_failing_compiler_leaves_the_library_out(tree):
+    said = build_wheel(tree, CXX="/bin/false", WANDA_FAST_CUDA="0")
+    assert said.returncode == 0, said.stderr
+    assert "libwanda_cpu.so is left out: its build failed" in said.stderr
+
+
+def test_a_wrong_setting_is_named(tree):
+    said = build_wheel(tree, WANDA_FAST_CPU="yes")
+    assert said.returncode != 0 and "WANDA_FAST_CPU must be 0, 1 or auto, got 'yes'" in said.stderr

@@ -1,0 +1,91 @@
+"""The CPU library's statistics against fp64, and its verdict on finiteness."""
+
+import pytest
+import torch
+
+from tests.wanda_kernels.native_cases import DTYPES, needs_cpu
+from wanda_kernels import native, reference
+
+pytestmark = needs_cpu
+ISAS = () if native.why_not("cpu") else native.cpu_isas()
+SUM_TOLERANCE = 2e-5  # 256 fp32 additions of squares, each off by 2^-24 at most, then fp64
+PRODUCT_TOLERANCE = 2e-5  # fp32 matmul over tokens; the activations are good to 1e-6
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (513, 129), (1000, 576), (2, 300, 64), (260, 2050)])
+def test_sq_norm(isa, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    acc = torch.rand(shape[-1])
+    expected = acc.double() + x.double().square().flatten(0, -2).sum(0)
+    native.add_sq_norm_(acc, x)
+    torch.testing.assert_close(acc.double(), expected, rtol=SUM_TOLERANCE, atol=0)
+
+
+def test_sq_norm_is_the_same_for_any_threads_and_layout(isa):
+    wide = torch.randn(700, 1300).bfloat16()
+    x = wide[:, 5:1205]
+    sums = []
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 7):
+            torch.set_num_threads(n_threads)
+            acc = torch.zeros(1200)
+            native.add_sq_norm_(acc, x if n_threads == 1 else x.contiguous())
+            sums.append(acc)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
+def test_sq_norm_carries_infinity_and_nan(isa):
+    x = torch.ones(9, 40)
+    x[3, 7], x[8, 39] = float("inf"), float("nan")
+    acc = torch.zeros(40)
+    native.add_sq_norm_(acc, x)
+    assert acc[7] == float("inf") and acc[39].isnan() and (acc[8:39] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("power", [1, 2])
+def test_coactivation(isa, activation, power, dtype):
+    gate, x = 3 * torch.randn(2, 601, 37), torch.randn(2, 601, 53)  # two blocks of tokens
+    gate, x = gate.to(dtype), x.to(dtype)
+    acc, sq_norm = torch.rand(37, 53), torch.rand(53)
+    expected = acc.double(), sq_norm.double()
+    gate64, x64 = reference.ACTIVATIONS[activation](gate.double()).flatten(0, 1), x.double().flatten(0, 1)
+    expected[0].addmm_(gate64.abs().pow(power).t(), x64.abs().pow(power))
+    expected[1].add_(x64.square().sum(0))
+    native.add_coactivation_(acc, gate, x, activation, power, sq_norm)
+    torch.testing.assert_close(acc.double(), expected[0], rtol=PRODUCT_TOLERANCE, atol=0)
+    torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activations_far_out(isa, activation):
+    x = torch.cat([torch.linspace(-90, 90, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])])[None]
+    expected = reference.ACTIVATIONS[activation](x.double()).abs()
+    got = native._activated(x, activation, 1).double()
+    # Absolute, too: below that the fp64 formulas of GELU cancel, and a term is lost in any sum.
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_verdict_on_finiteness(isa, dtype):
+    for shape in ((1, 1), (37, 129), (300, 257)):
+        x = torch.randn(shape).to(dtype)
+        x[0, 0] = torch.finfo(dtype).max
+        assert native.all_finite(x, False)
+        for bad in (float("inf"), -float("inf"), float("nan")):
+            broken = x.clone()
+            broken[-1, -1] = bad
+            assert not native.all_finite(broken, False)
+    assert native.all_finite(torch.tensor([0.0, -0.0, 1.0], dtype=dtype), True)
+    smallest = torch.tensor([1], dtype=torch.int16 if dtype != torch.float32 else torch.int32).view(dtype)
+    assert native.all_finite(-smallest, False) and not native.all_finite(-smallest, True)
