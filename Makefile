@@ -28,7 +28,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf build dist out *.egg-info

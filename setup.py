@@ -103,6 +103,7 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "bench": ["matplotlib"],
         "eval": ["lm-eval>=0.4.5"],
         "vision": ["pillow"],
     },

@@ -1,0 +1,84 @@
+"""What a figure was measured on: machine, driver, versions, clocks, commit."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+GPU_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+
+
+def describe(device: str) -> dict[str, str | int | float]:
+    """Facts by name, ready for JSON."""
+    facts = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return facts | (_gpu() if device == "cuda" else {})
+
+
+def slug(facts: dict) -> str:
+    """A short name for folders: `nvidia-h200`, `intel-xeon-processor-2-cores`."""
+    name = facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name).lower()).strip("-")
+
+
+def sentence(facts: dict) -> str:
+    """The conditions above a table."""
+    where = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['cpu_capability']}"
+    if facts["device"] == "cuda":
+        clock = f"SM clock {facts['clocks.sm']} of {facts['clocks.max.sm']}"
+        where = f"{facts['gpu']}, driver {facts['driver_version']}, {clock}, CUDA {facts['cuda']}"
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, Python {facts['python']}"
+    return (
+        f"{where}; {versions}; commit {facts['commit']}; load {facts['load_before']} before; {facts['date']}."
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, str]:
+    facts = {"gpu": torch.cuda.get_device_name(0), "cuda": str(torch.version.cuda)}
+    answer = _output("nvidia-smi", "--id=0", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader")
+    names = GPU_QUERY.split(",")
+    values = [value.strip() for value in answer.split(",")] if answer else ["unknown"] * len(names)
+    return facts | dict(zip(names, values, strict=True))
+
+
+def _commit() -> str:
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown"
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit} with changes" if changed else commit
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,95 @@
+"""`python -m benchmarks.readme`: writes the README's section on speed from `benchmarks/results/`.
+
+The section stands between two comments. It shows the headline workloads: our backends, won or lost, from the
+newest file of each operation, on a CPU and on a GPU. What has no file reads "not measured".
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import tables
+from benchmarks.__main__ import BENCHMARKS, RESULTS
+from benchmarks.machine import ROOT
+from benchmarks.providers import OURS, TORCH
+from benchmarks.rows import Row
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+COLUMNS = ("operation", *tables.COLUMNS)
+INTRODUCTION = """\
+Median time of one call, the share of what a plain copy (for the co-activation, a matmul) reaches on the same
+machine in the same run, and factors over the published algorithm and over the best plain torch. Below 1.00x
+we are slower. All shapes and providers are in `benchmarks/results/`; your own machine's: `make bench`."""
+TITLES = {"cpu": "CPU", "cuda": "GPU"}
+NOT_MEASURED = "not measured"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def write(
+    readme: Annotated[Path, typer.Option(help="The page with the two comments.")] = ROOT / "README.md",
+    results: Annotated[Path, typer.Option(help="Folder of DATE-MACHINE folders.")] = RESULTS,
+) -> None:
+    """Replace what stands between the two comments."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise typer.BadParameter(f"{readme} needs the lines {BEGIN} and {END}, once each and in this order")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
+
+
+def section(results: Path) -> str:
+    """Everything between the comments."""
+    parts = [INTRODUCTION]
+    for device, title in TITLES.items():
+        parts += [f"### {title}", *_device(latest(results, device))]
+    return "\n\n".join(parts)
+
+
+def latest(results: Path, device: str) -> dict[str, Path]:
+    """The newest file of each operation that was measured on such a device, smoke tests aside."""
+    found = {}
+    for path in sorted(results.glob("*/*.json"), key=lambda path: tables.read(path)["machine"]["date"]):
+        report = tables.read(path)
+        if report["machine"]["device"] == device and not report["quick"] and path.stem in BENCHMARKS:
+            found[path.stem] = path
+    return found
+
+
+def _device(paths: dict[str, Path]) -> list[str]:
+    lines = [line for name in BENCHMARKS if name != "dispatch" for line in _lines(name, paths)]
+    parts = [tables.markdown(COLUMNS, lines)]
+    for folder in sorted({path.parent for path in paths.values()}):
+        report = tables.read(next(path for path in paths.values() if path.parent == folder))
+        parts.append(f"`{folder.name}`: {tables.conditions(report['machine'], report['roofs'])}")
+        if (folder / "roofline.svg").exists():
+            parts.append(f"![Roofline]({_relative(folder)}/roofline.svg)")
+    return parts + _dispatch(paths)
+
+
+def _lines(name: str, paths: dict[str, Path]) -> list[tuple[str, ...]]:
+    if name not in paths:
+        operation = BENCHMARKS[name].operation
+        return [(operation, *[NOT_MEASURED if column == "time" else "-" for column in tables.COLUMNS])]
+    rows = [row for row in tables.read(paths[name])["rows"] if row.headline]
+    shown = [row for row in rows if row.provider in OURS] or [row for row in rows if row.provider == TORCH]
+    return [(row.operation, *tables.cells(row)) for row in shown]
+
+
+def _dispatch(paths: dict[str, Path]) -> list[str]:
+    if "dispatch" not in paths:
+        return []
+    rows: list[Row] = tables.read(paths["dispatch"])["rows"]
+    calls = [f"`{row.setting}` {row.provider} {tables.duration(row.time_ms)}" for row in rows]
+    return ["What a call costs before any work: " + "; ".join(calls) + "."]
+
+
+def _relative(folder: Path) -> str:
+    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
+
+
+if __name__ == "__main__":
+    app()
