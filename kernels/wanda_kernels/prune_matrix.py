@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.score_keys import key_bits, load_keys, mask_arguments, pack_mask, scale_arguments
+from wanda_kernels.score_keys import RAW_BITS, load_keys, mask_arguments, pack_mask, scale_arguments
 
 
 @triton.jit
@@ -89,8 +89,8 @@ MOST_PROGRAMS = 1056  # 8 for each of an H200's 132 multiprocessors; each adds i
 
 def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
     n_rows, n_cols = weight.shape
-    digits = DIGITS[key_bits(weight, scale)]
     scale, stride_sm, kind = scale_arguments(weight, scale)
+    digits = DIGITS[15 if kind == RAW_BITS.value else 31]
     packed, stride_mm = mask_arguments(weight, mask)
     operands = (weight, weight.stride(0), scale, stride_sm)
     tiles_per_row = triton.cdiv(n_cols, 2048)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wanda_kernels.reference import pack_bits
 from wanda_kernels.score_keys import (
-    NO_SCALE,
+    ROOT_VECTOR,
+    SCALE_MATRIX,
     keys_of,
     mask_arguments,
     pack_mask,

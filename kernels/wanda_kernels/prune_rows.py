@@ -11,36 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.score_keys import PAD_KEY, load_keys, mask_arguments, pack_mask, scale_arguments
-
-FALSE_POSITION_PASSES = tl.constexpr(16)  # then every second pass halves, which bounds the search
-NO_SIDE, LOW_SIDE, HIGH_SIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _next_guess(low, high, missing, surplus, n_passes):
-    """Where to cut low..high: by false position on the counts, or in the middle once that has gone on long."""
-    width = high - low
-    guess = low + (width.to(tl.float32) * (missing / (missing + surplus))).to(tl.int32)
-    halve = (n_passes >= FALSE_POSITION_PASSES) & (n_passes % 2 == 0)
-    guess = tl.where(halve, low + width // 2, guess)
-    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
-
-
-@triton.jit
-def _narrow(low, high, below, missing, surplus, side, guess, count, wanted):
-    """The bracket after `count` keys were found below `guess`; an end that stays twice weighs half (Illinois)."""
-    is_low = count <= wanted
-    gap = tl.abs(count - wanted).to(tl.float32)
-    surplus = tl.where(is_low, tl.where(side == LOW_SIDE, surplus * 0.5, surplus), gap)
-    missing = tl.where(is_low, gap, tl.where(side == HIGH_SIDE, missing * 0.5, missing))
-    low, high = tl.where(is_low, guess, low), tl.where(is_low, high, guess)
-    return low, high, tl.where(is_low, count, below), missing, surplus, tl.where(is_low, LOW_SIDE, HIGH_SIDE)
-
-
-@triton.jit
-def _highest(keys):
-    return tl.max(tl.where(keys == PAD_KEY, -1, keys))
+from wanda_kernels.false_position import NO_SIDE, narrow, next_guess
+from wanda_kernels.score_keys import PAD_KEY, highest_key, load_keys, mask_arguments, pack_mask, scale_arguments
 
 
 @triton.jit
@@ -80,15 +52,15 @@ def _prune_rows_kernel(
 
     offs_0 = tl.arange(0, B0)
     k0 = load_keys(w_ptr + offs_0, scale_ptr + offs_0, offs_0 < n_cols, SCALE)  # [B0]
-    lowest, highest = tl.min(k0), _highest(k0)
+    lowest, highest = tl.min(k0), highest_key(k0)
     if B1 > 0:
         offs_1 = B0 + tl.arange(0, B1)
         k1 = load_keys(w_ptr + offs_1, scale_ptr + offs_1, offs_1 < n_cols, SCALE)  # [B1]
-        lowest, highest = tl.minimum(lowest, tl.min(k1)), tl.maximum(highest, _highest(k1))
+        lowest, highest = tl.minimum(lowest, tl.min(k1)), tl.maximum(highest, highest_key(k1))
     if B2 > 0:
         offs_2 = B0 + B1 + tl.arange(0, B2)
         k2 = load_keys(w_ptr + offs_2, scale_ptr + offs_2, offs_2 < n_cols, SCALE)  # [B2]
-        lowest, highest = tl.minimum(lowest, tl.min(k2)), tl.maximum(highest, _highest(k2))
+        lowest, highest = tl.minimum(lowest, tl.min(k2)), tl.maximum(highest, highest_key(k2))
 
     # narrow low < high, with `below` keys under low, until below is num_pruned or one key value is left
     high = highest + 1
@@ -97,13 +69,13 @@ def _prune_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = _next_guess(low, high, missing, surplus, n_passes)
+        guess = next_guess(low, high, missing, surplus, n_passes)
         count = tl.sum((k0 < guess).to(tl.int32))
         if B1 > 0:
             count += tl.sum((k1 < guess).to(tl.int32))
         if B2 > 0:
             count += tl.sum((k2 < guess).to(tl.int32))
-        low, high, below, missing, surplus, side = _narrow(
+        low, high, below, missing, surplus, side = narrow(
             low, high, below, missing, surplus, side, guess, count, num_pruned
         )
         n_passes += 1
@@ -113,13 +85,13 @@ def _prune_rows_kernel(
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = _count_ties(k0, low, 0, guess, B0)
         if B1 > 0:
             count += _count_ties(k1, low, B0, guess, B1)
         if B2 > 0:
             count += _count_ties(k2, low, B0 + B1, guess, B2)
-        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
@@ -149,7 +121,7 @@ def _prune_long_rows_kernel(
     for first_col in range(0, n_cols, BLOCK):
         offs = first_col + tl.arange(0, BLOCK)
         keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)  # [BLOCK]
-        lowest, highest = tl.minimum(lowest, tl.min(keys)), tl.maximum(highest, _highest(keys))
+        lowest, highest = tl.minimum(lowest, tl.min(keys)), tl.maximum(highest, highest_key(keys))
 
     high = highest + 1
     low = tl.where(num_pruned == n_cols, high, lowest)
@@ -157,12 +129,12 @@ def _prune_long_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = _next_guess(low, high, missing, surplus, n_passes)
+        guess = next_guess(low, high, missing, surplus, n_passes)
         counts = tl.zeros((BLOCK,), tl.int32)
         for first_col in range(0, n_cols, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
             counts += load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE) < guess
-        low, high, below, missing, surplus, side = _narrow(
+        low, high, below, missing, surplus, side = narrow(
             low, high, below, missing, surplus, side, guess, tl.sum(counts), num_pruned
         )
         n_passes += 1
@@ -171,13 +143,13 @@ def _prune_long_rows_kernel(
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = 0
         for first_col in range(0, guess, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
             keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
             count += _count_ties(keys, low, first_col, guess, BLOCK)
-        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1

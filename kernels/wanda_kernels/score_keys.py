@@ -1,8 +1,7 @@
 """What the selection kernels share: scores as integers that sort alike, and packed mask bits.
 
 A score abs(W) * sqrt(scale) is one correctly rounded fp32 product and never negative, so its bits, read as an
-integer, sort as it does: no float compare, -0.0 equals 0.0, and NaNs become one key above infinity's. Without a
-scale the 15 magnitude bits of a 16-bit weight serve as they are, which halves the bisection's way.
+integer, sort as it does: no float compare, -0.0 equals 0.0, and NaNs become one key above infinity's.
 """
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 NO_SCALE = tl.constexpr(0)
 ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale) of [in], taken by torch: a row's worth of roots, not a matrix's
 SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]
+RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight's own bits for keys: half the way to search
 
 PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted, never pruned
 
@@ -20,7 +20,7 @@ PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted
 @triton.jit
 def keys_of(w, scale, inside, SCALE: tl.constexpr):
     """int32 keys of weights `w` under the loaded `scale`; PAD_KEY where not inside."""
-    if SCALE == NO_SCALE and w.dtype.primitive_bitwidth == 16:
+    if SCALE == RAW_BITS:
         nan_key: tl.constexpr = 0x7C01 if w.dtype == tl.float16 else 0x7F81
         keys = tl.minimum(w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, nan_key)
     else:
@@ -37,9 +37,14 @@ def keys_of(w, scale, inside, SCALE: tl.constexpr):
 def load_keys(w_ptrs, scale_ptrs, inside, SCALE: tl.constexpr):
     w = tl.load(w_ptrs, mask=inside, other=0.0)
     scale = w
-    if SCALE != NO_SCALE:
+    if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX:
         scale = tl.load(scale_ptrs, mask=inside, other=0.0)
     return keys_of(w, scale, inside, SCALE)
+
+
+@triton.jit
+def highest_key(keys):
+    return tl.max(tl.where(keys == PAD_KEY, -1, keys))
 
 
 @triton.jit
@@ -52,7 +57,8 @@ def pack_mask(kept, SIZE: tl.constexpr):
 def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, int]:
     """(tensor, row stride, kind) that a selection kernel takes for `scale`."""
     if scale is None:
-        return weight, 0, NO_SCALE.value  # never read
+        kind = NO_SCALE if weight.dtype == torch.float32 else RAW_BITS
+        return weight, 0, kind.value  # never read
     if scale.dim() == 1:
         return scale.sqrt(), 0, ROOT_VECTOR.value
     if scale.stride(1) != 1:
@@ -63,8 +69,3 @@ def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, 
 def mask_arguments(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
     """(tensor, row stride) for the packed mask; the weight stands in where none is asked for."""
     return (weight, 0) if mask is None else (mask, mask.stride(0))
-
-
-def key_bits(weight: Tensor, scale: Tensor | None) -> int:
-    """Bits of this operand's keys."""
-    return 15 if scale is None and weight.dtype != torch.float32 else 31
