@@ -40,7 +40,7 @@ def _count_digits_kernel(
     tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _choose_digit_kernel(
     state_ptr,
     counts_ptr,

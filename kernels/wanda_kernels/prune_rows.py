@@ -36,7 +36,7 @@ def _store_kept(
         tl.store(mask_ptr + offs, pack_mask(kept & inside, BLOCK), mask=offs < tl.cdiv(n_cols, 8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pruned"])
 def _prune_rows_kernel(
     w_ptr, stride_wm,
     scale_ptr, stride_sm,
@@ -103,7 +103,7 @@ def _prune_rows_kernel(
         _store_kept(w_ptr, mask_ptr, k2, low, tie_low, B0 + B1, n_cols, HAS_MASK, B2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pruned"])
 def _prune_long_rows_kernel(
     w_ptr, stride_wm,
     scale_ptr, stride_sm,

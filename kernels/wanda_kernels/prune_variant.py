@@ -64,7 +64,7 @@ def _mass(keys, highest, FRACTION_BITS: tl.constexpr):
     return raised >> tl.minimum(tl.maximum(-shift, 0), 63).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_below", "least_above", "this_round"])
 def _count_round_kernel(
     w_ptr, stride_wm,
     scale_ptr, stride_sm,
@@ -122,7 +122,7 @@ def _count_round_kernel(
         tl.atomic_add(counts_ptr + this_round, n_low.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_below", "least_above"])
 def _prune_variant_kernel(
     w_ptr, stride_wm,
     scale_ptr, stride_sm,

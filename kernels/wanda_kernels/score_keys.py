@@ -18,13 +18,23 @@ PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted
 
 
 @triton.jit
+def exact_float(w):
+    """fp32 of w; bf16 by its bits, since the interpreter's cast loses bf16's subnormals."""
+    if w.dtype == tl.bfloat16:
+        wide = (w.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = w.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def keys_of(w, scale, inside, SCALE: tl.constexpr):
     """int32 keys of weights `w` under the loaded `scale`; PAD_KEY where not inside."""
     if SCALE == RAW_BITS:
         nan_key: tl.constexpr = 0x7C01 if w.dtype == tl.float16 else 0x7F81
         keys = tl.minimum(w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, nan_key)
     else:
-        score = tl.abs(w.to(tl.float32))
+        score = tl.abs(exact_float(w))
         if SCALE == ROOT_VECTOR:
             score = score * scale
         if SCALE == SCALE_MATRIX:
