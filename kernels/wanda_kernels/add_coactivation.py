@@ -1,11 +1,11 @@
-"""Co-activation of a gated MLP: acc[i, j] += sum over tokens of abs(act(gate[t, i]))^power * abs(x[t, j])^power.
+"""Co-activation of a gated MLP: acc[i, j] += sum_t abs(act(gate[t, i]))^power * abs(x[t, j])^power.
 
-gate [tokens, out], x [tokens, in], acc fp32 [out, in]. 2 * tokens * out * in FLOP on tensor cores: the roof is the
-matmul rate from about 2,000 tokens a call; acc is read and written once a call, 8 bytes an element.
-Two paths. "addmm": an elementwise pass writes both operands in 16 bits (and sums x^2 on the way, so x is read once),
-then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as it loads.
-Operands are rounded to the input's dtype; squares to bf16, since fp16 overflows at 256^2. All terms are
-positive, so a sum's relative error stays below an operand pair's: 2^-8 in bf16, 2^-11 in fp16.
+gate [tokens, out], x [tokens, in], acc fp32 [out, in]. 2 * tokens * out * in FLOP on tensor cores: the roof
+is the matmul rate from about 2,000 tokens a call; acc is read and written once a call, 8 bytes an element.
+Two paths. "addmm": an elementwise pass writes both operands in 16 bits (and sums x^2 on the way, so x is
+read once), then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as
+it loads. Operands are rounded to the input's dtype; squares to bf16, since fp16 overflows at 256^2. All
+terms are positive, so a sum's relative error stays below an operand pair's: 2^-8 in bf16, 2^-11 in fp16.
 Source: Wanda-CoNNect; the squares are this project's `gated` method.
 """
 
@@ -142,7 +142,8 @@ def add_fused_(acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, pow
     _coactivation_kernel[(triton.cdiv(n_out, block_m) * triton.cdiv(n_in, block_n),)](
         acc, acc.stride(0), gate, gate.stride(0), x, x.stride(0), n_tokens, n_out, n_in,
         ACTIVATION=activation, POWER=power, OPERAND=operand,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, num_warps=num_warps, num_stages=num_stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 @cache
 def addmm_adds_to_fp32(device: str) -> bool:
-    """Whether torch.addmm takes 16-bit operands and an fp32 accumulator there (torch 2.10 and later, on CUDA)."""
+    """Whether torch.addmm adds 16-bit operands' product to fp32 there (torch 2.10 and later, on CUDA)."""
     acc, x = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
     try:
         torch.addmm(acc, x, x, out_dtype=torch.float32, out=acc)

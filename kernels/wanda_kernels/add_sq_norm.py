@@ -1,8 +1,9 @@
 """Column sums of squares: acc[j] += sum over tokens of x[t, j]^2.
 
-x [n_tokens, n_cols], acc fp32 [n_cols]. Reads x once (2 bytes a 16-bit value) and writes partial sums, 4 bytes a
-column for every 128 tokens; the roof is read bandwidth. Two stages and no atomics, cut by shape alone: the same
-bits on every run and every GPU. Error: about 2^-24 * (4 + log2 of the tokens) relative, since all terms are positive.
+x [n_tokens, n_cols], acc fp32 [n_cols]. Reads x once (2 bytes a 16-bit value) and writes partial sums, 4
+bytes a column for every 128 tokens; the roof is read bandwidth. Two stages and no atomics, cut by shape
+alone: the same bits on every run and every GPU. Error: about 2^-24 * (4 + log2 of the tokens) relative,
+since all terms are positive.
 Source: Wanda, arXiv 2306.11695, section 3.
 """
 
@@ -69,7 +70,7 @@ def add_total_(acc: Tensor, partial: Tensor) -> None:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., features] as [tokens, features] whose rows are contiguous; a copy only where there must be one."""
+    """[..., features] as [tokens, features] with contiguous rows; a copy only where there must be one."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 

@@ -1,9 +1,9 @@
-"""Compile every (kernel, dtype, tile) that the launchers' tables choose, with no GPU: registers, stack, shared.
+"""Compile every (kernel, dtype, tile) that the launchers choose, with no GPU: registers, stack, shared.
 
-`python -m wanda_kernels.compile_report` prints the table and exits 1 where a variant spills or wants more shared
-memory than the chip has. The launchers themselves run, on meta tensors, with each kernel replaced by a recorder of
-its arguments: what is compiled here is what they would launch there. Needs TRITON_INTERPRET unset before Triton's
-first import, hence a process of its own.
+`python -m wanda_kernels.compile_report` prints the table and exits 1 where a variant spills or wants more
+shared memory than the chip has. The launchers themselves run, on meta tensors, with each kernel replaced by
+a recorder of its arguments: what is compiled here is what they would launch there. Needs TRITON_INTERPRET
+unset before Triton's first import, hence a process of its own.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: what its launcher's arguments make constant, a multiple of 16, or typed."""
+    """One specialisation of a kernel: its arguments' types, constants, and multiples of 16."""
 
     module: str
     kernel: str
@@ -59,7 +59,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the assembler gave a variant: registers a thread, bytes of stack a thread (spills), shared a block."""
+    """What the assembler gave: registers a thread, bytes of stack a thread (spills), shared a block."""
 
     registers: int
     stack: int
@@ -110,7 +110,9 @@ def _type_of(value, parameter) -> str:
 
 def variants() -> list[Variant]:
     """Every distinct launch of every launcher over the shapes and dtypes that reach each row of its table."""
-    kernels = [(m, name, kernel) for m in MODULES for name, kernel in vars(m).items() if name.endswith("_kernel")]
+    kernels = [
+        (m, name, kernel) for m in MODULES for name, kernel in vars(m).items() if name.endswith("_kernel")
+    ]
     recorders = [_Recorder(module.__name__, kernel) for module, _, kernel in kernels]
     for (module, name, _), recorder in zip(kernels, recorders, strict=True):
         setattr(module, name, recorder)
@@ -135,7 +137,9 @@ def _operands(dtype: torch.dtype, n_cols: int, heaviest: bool) -> tuple:
 
 def _launch_sums() -> None:
     for dtype in FLOATS:
-        add_sq_norm.add_sq_norm_(torch.empty(4096, device="meta"), torch.empty(2048, 4096, dtype=dtype, device="meta"))
+        add_sq_norm.add_sq_norm_(
+            torch.empty(4096, device="meta"), torch.empty(2048, 4096, dtype=dtype, device="meta")
+        )
 
 
 def _launch_rows() -> None:
@@ -147,7 +151,11 @@ def _launch_rows() -> None:
 
 def _launch_nm() -> None:
     for dtype, heaviest in product(FLOATS, (False, True)):
-        for (n, m), n_cols in [*product(((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)), (4096,)), ((2, 4), 512), ((3, 5), 4000)]:
+        for (n, m), n_cols in [
+            *product(((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)), (4096,)),
+            ((2, 4), 512),
+            ((3, 5), 4000),
+        ]:
             weight, scale, mask = _operands(dtype, n_cols, heaviest)
             prune_nm.prune_nm_(weight, scale, n, m, mask)
 
@@ -196,13 +204,17 @@ def compile_variant(variant: Variant, arch: int) -> Usage:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="80 and 90 unless told")
+    parser.add_argument(
+        "--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="80 and 90 unless told"
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    jobs = [(variant, arch) for variant in variants() if options.kernel in variant.kernel for arch in options.arch]
+    jobs = [
+        (variant, arch) for variant in variants() if options.kernel in variant.kernel for arch in options.arch
+    ]
     bad = 0
     print("| arch | variant | registers | stack | shared |\n| --- | --- | --- | --- | --- |")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

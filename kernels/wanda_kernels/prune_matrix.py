@@ -1,10 +1,10 @@
 """Zero every score at most the one at sorted position `rank` of the whole matrix; ties go too.
 
-W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. The order statistic is found digit by digit
-from exact histograms of the keys, then one pass writes: a 16-bit magnitude has 15 bits, two digits, so 8 bytes a
-weight against 6 for a histogram of all 32,768 values, which needs more shared memory than Triton hands out; 31-bit
-keys take three digits. The roof is copy bandwidth. Counts are integers and the rank stays on the device: the same
-bits on every run, and nothing waits for the host.
+W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. The order statistic is found digit by
+digit from exact histograms of the keys, then one pass writes: a 16-bit magnitude has 15 bits, two digits,
+so 8 bytes a weight against 6 for a histogram of all 32,768 values, which needs more shared memory than
+Triton hands out; 31-bit keys take three digits. The roof is copy bandwidth. Counts are integers and the
+rank stays on the device: the same bits on every run, and nothing waits for the host.
 Source: radix select; the magnitude baseline of Wanda's published code.
 """
 

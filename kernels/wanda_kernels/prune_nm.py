@@ -1,11 +1,11 @@
 """Keep the n highest scores of every m consecutive columns; of equal scores the lower column goes first.
 
-W [n_rows, n_cols] in place, n_cols a multiple of m; scale [n_cols], [n_rows, n_cols] or None. Reads W once and
-writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A program takes
-several rows of its columns, so that a scale vector is read once for all of them.
-Where a group lies within one thread's 16-byte load (m up to 8 in 16 bits) a weight's rank comes from comparing
-every pair, in registers; else the m - n lowest (or n highest) are taken one by one, as 64-bit minima of
-(key, column).
+W [n_rows, n_cols] in place, n_cols a multiple of m; scale [n_cols], [n_rows, n_cols] or None. Reads W once
+and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A
+program takes several rows of its columns, so that a scale vector is read once for all of them.
+Where a group lies within one thread's 16-byte load (m up to 8 in 16 bits) a weight's rank comes from
+comparing every pair, in registers; else the m - n lowest (or n highest) are taken one by one, as 64-bit
+minima of (key, column).
 """
 
 import torch
@@ -116,9 +116,8 @@ def _prune_nm_kernel(
     w_ptrs = w_ptr + rows * stride_wm + cols
     w = tl.load(w_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_N]
     scale = w
-    if (
-        SCALE != NO_SCALE
-    ):  # a vector's stride is 0; its own shape would cost a layout change through shared memory
+    if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX:
+        # a vector's row stride is 0: loaded in its own shape, it would change layout through shared memory
         scale = tl.load(scale_ptr + rows * stride_sm + cols, mask=inside, other=0.0)
 
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N

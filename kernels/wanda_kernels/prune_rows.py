@@ -1,10 +1,10 @@
 """Zero the lowest scores of each row: pruned is what fewer than num_pruned others precede in (score, column).
 
-W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Reads W once from DRAM and writes it once:
-4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A row's keys stay in
-registers, and what costs is counting over them: about 9 passes a row on LLM-like scores (halving takes 14 to 17).
-Beyond the registers' end a row is read again, from L2, at every pass.
-Source: RTop-K (ICLR 2025) bisects float values for a small k; here integer keys, so exact, with stable ties.
+W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Reads W once from DRAM and writes it
+once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A row's keys stay
+in registers, and what costs is counting over them: about 9 passes a row on LLM-like scores (halving takes
+14 to 17). Beyond the registers' end a row is read again, from L2, at every pass.
+Source: RTop-K (ICLR 2025) bisects float values for a small k; here integer keys, so exact, stable ties.
 """
 
 import triton
@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from wanda_kernels.false_position import NO_SIDE, narrow, next_guess
-from wanda_kernels.score_keys import PAD_KEY, highest_key, load_keys, mask_arguments, pack_mask, scale_arguments
+from wanda_kernels.score_keys import (
+    PAD_KEY,
+    highest_key,
+    load_keys,
+    mask_arguments,
+    pack_mask,
+    scale_arguments,
+)
 
 
 @triton.jit

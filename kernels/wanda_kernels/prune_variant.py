@@ -1,11 +1,11 @@
 """The Wanda variant: in a row, prune where a score and all lower ones sum to at most alpha * the row's sum.
 
-W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None; alpha is bisected until the matrix has the
-ratio. No sort: for one alpha a row searches its integer keys for the highest whose mass, with all below it, is within
-the limit. Mass is the fixed point of `reference.prune_variant_`, here by integer shifts, so sums are exact in any order.
-Eleven launches that count and one that prunes, with no word from the host: each leaves its pruned count, and every
-program replays alpha's bisection from those. Thresholds of earlier launches bracket the later ones' search, and
-launches after alpha has settled return at once.
+W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None; alpha is bisected until the matrix
+has the ratio. No sort: for one alpha a row searches its integer keys for the highest whose mass, with all
+below it, is within the limit. Mass is the fixed point of `reference.prune_variant_`, here by integer
+shifts, so sums are exact in any order. Eleven launches that count and one that prunes, with no word from
+the host: each leaves its pruned count, and every program replays alpha's bisection from those. Thresholds
+of earlier launches bracket the later ones' search, and launches after alpha has settled return at once.
 DRAM: up to 11 reads, one more and a write; passes over a row come from L2.
 Source: Wanda, arXiv 2306.11695, appendix, and its published code.
 """
@@ -35,7 +35,7 @@ NONE = tl.constexpr(-1)
 
 @triton.jit
 def _replay(counts_ptr, most_below, least_above, n_rounds):
-    """Alpha after n_rounds of pruned counts, the rounds whose alphas bracket it, and the round that settled it."""
+    """Alpha after n_rounds of counts, the rounds whose alphas bracket it, and the one that settled it."""
     low, alpha = tl.full((), 0.0, tl.float64), tl.full((), 0.4, tl.float64)
     high = tl.full((), 0.8, tl.float64)
     low_round, high_round, settled_round = NONE, NONE, NONE
@@ -90,8 +90,8 @@ def _count_round_kernel(
             masses += tl.where(offs < n_cols, _mass(keys, highest, FRACTION_BITS), 0)
         limit = (tl.sum(masses).to(tl.float64) * alpha).to(tl.int64)
 
-        # low: a key that may be pruned; high: one that may not; n_low and n_high: keys up to low, and below high
-        low, n_low = -1, 0
+        # low: a key that may be pruned; high: one that may not; n_low, n_high: keys up to low, below high
+        low, n_low = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
         if low_round != NONE:
             low = tl.load(thresholds_ptr + low_round * n_rows + row)
             n_low = tl.load(pruned_ptr + low_round * n_rows + row)
@@ -151,7 +151,7 @@ def _prune_variant_kernel(
 
 
 def _settling_counts(numel: int, ratio: float) -> tuple[int, int]:
-    """The highest pruned count that is too low for `ratio`, and the lowest that is too high (as the reference asks)."""
+    """The highest pruned count that is too low for `ratio`, and the lowest that is too high."""
     first_in = bisect_left(range(numel + 1), True, key=lambda count: count / numel - ratio >= -0.001)
     first_above = bisect_left(range(numel + 1), True, key=lambda count: count / numel - ratio > 0.001)
     return first_in - 1, first_above
@@ -166,12 +166,13 @@ def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Ten
     counts = torch.zeros(ROUNDS.value, dtype=torch.int64, device=weight.device)
     thresholds, pruned = torch.empty(2, ROUNDS.value, n_rows, dtype=torch.int32, device=weight.device)
     alpha = torch.empty((), dtype=torch.float64, device=weight.device)
-    block = min(2048, triton.next_power_of_2(max(n_cols, 256)))  # eight 32-bit keys a thread
+    block = min(2048, triton.next_power_of_2(max(n_cols, 256)))  # four keys a thread: eight spill
     search = (counts, *_settling_counts(weight.numel(), ratio))
     for this_round in range(ROUNDS.value):
         _count_round_kernel[(n_rows,)](
             *operands, *search, thresholds, pruned, n_rows, n_cols, this_round,
-            FRACTION_BITS=fraction_bits(n_cols), SCALE=kind, BLOCK=block, num_warps=block // 256, enable_fp_fusion=False,
+            FRACTION_BITS=fraction_bits(n_cols), SCALE=kind, BLOCK=block,
+            num_warps=block // 128, enable_fp_fusion=False,
         )  # fmt: skip
     _prune_variant_kernel[(n_rows, triton.cdiv(n_cols, 1024))](
         *operands, packed, stride_mm, *search, thresholds, alpha, n_rows, n_cols,

@@ -1,8 +1,9 @@
 """The operations as `torch.ops.wanda_kernels.*`: opaque to `torch.compile`, cheap to call.
 
-`Library.define` and `impl` cost 3 microseconds a call where `torch.library.custom_op` costs 27. Each operation is one
-schema that says what it writes, a fake that writes nothing, and one implementation for every device, which asks the
-backend table. A FRAGMENT, so that the C++ libraries can define their own operations beside these.
+`Library.define` and `impl` cost 3 microseconds a call where `torch.library.custom_op` costs 27. Each
+operation is one schema that says what it writes, a fake that writes nothing, and one implementation for
+every device, which asks the backend table. A FRAGMENT, so that the C++ libraries can define their own
+operations beside these.
 """
 
 from functools import partial

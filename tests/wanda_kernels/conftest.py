@@ -1,4 +1,4 @@
-"""The `backend` fixture: every backend that this machine has for the operation a test module names in OPERATION."""
+"""The `backend` fixture: every backend that serves the operation which a test module names in OPERATION."""
 
 import pytest
 import torch
@@ -28,4 +28,6 @@ def pytest_collection_modifyitems(items):
     if GPU == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU here: real shapes take hours in the interpreter"))
+                item.add_marker(
+                    pytest.mark.skip(reason="no GPU here: real shapes take hours in the interpreter")
+                )

@@ -1,5 +1,9 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wanda_kernels
 from tests.wanda_kernels.cases import (
     DTYPES,
     SCALES,
@@ -13,10 +17,7 @@ from tests.wanda_kernels.cases import (
     make_scale,
     random_weight,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import wanda_kernels
+from tests.wanda_kernels.conftest import device_of
 from wanda_kernels import reference
 
 OPERATION = "prune_rows_"
@@ -39,13 +40,32 @@ def test_ties_zeros_subnormals_and_overflow(backend, device, dtype, kind):
 
 
 # one for each row of the Triton table of segments, and two beyond it
-LENGTHS = (250, 500, 1000, 2048, 2500, 4095, 5000, 6000, 8190, 11008, 14336, 16383, 18944, 28672, 32768, 65_536)
+LENGTHS = (
+    250,
+    500,
+    1000,
+    2048,
+    2500,
+    4095,
+    5000,
+    6000,
+    8190,
+    11008,
+    14336,
+    16383,
+    18944,
+    28672,
+    32768,
+    65_536,
+)
 
 
 @pytest.mark.parametrize("n_cols", LENGTHS)
 def test_every_length(backend, device, n_cols):
     weight = random_weight(1, n_cols, torch.bfloat16)
-    assert_same_selection(OPERATION, backend, device, weight, make_scale("vector", 1, n_cols), int(n_cols * 0.6))
+    assert_same_selection(
+        OPERATION, backend, device, weight, make_scale("vector", 1, n_cols), int(n_cols * 0.6)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,10 +95,15 @@ def test_prunes_the_lowest_and_the_leftmost_of_equals(backend, data):
     n_cols = data.draw(st.integers(1, 70), "n_cols")
     values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 3.0])
     weight = torch.tensor([data.draw(st.lists(values, min_size=n_cols, max_size=n_cols), "row")])
-    scale = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, 4.0]), min_size=n_cols, max_size=n_cols)))
+    scale = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.0, 1.0, 4.0]), min_size=n_cols, max_size=n_cols))
+    )
     num_pruned = data.draw(st.integers(0, n_cols), "num_pruned")
-    device = "cpu" if backend in ("cpu", "torch") or not torch.cuda.is_available() else "cuda"
-    got, mask = weight.to(device, copy=True), torch.empty(1, -(-n_cols // 8), dtype=torch.uint8, device=device)
+    device = device_of(backend)
+    got, mask = (
+        weight.to(device, copy=True),
+        torch.empty(1, -(-n_cols // 8), dtype=torch.uint8, device=device),
+    )
     wanda_kernels.prune_rows_(got, scale.to(device), num_pruned, mask=mask, backend=backend)
     kept = reference.unpack_bits(mask.cpu(), n_cols)[0].tolist()
     assert kept.count(False) == num_pruned
