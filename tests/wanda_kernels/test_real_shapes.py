@@ -1,4 +1,4 @@
-"""On a GPU: the linears of real models, each backend against the reference, and matrices beyond 2^31 weights."""
+"""On a GPU: the linears of real models, each backend against the reference, and beyond 2^31 weights."""
 
 import pytest
 import torch
