@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 from wanda_kernels import native
 
@@ -20,30 +21,36 @@ ORDER = {
 TABLE = {
     "add_sq_norm_": {
         "torch": "reference:add_sq_norm_",
-        "cpu": "native:add_sq_norm_",
+        "triton": "add_sq_norm:add_sq_norm_",
         "cuda": "native:add_sq_norm_",
+        "cpu": "native:add_sq_norm_",
     },
     "add_coactivation_": {
         "torch": "reference:add_coactivation_",
+        "triton": "add_coactivation:add_coactivation_",
         "cpu": "native:add_coactivation_",
     },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
-        "cpu": "native:prune_rows_",
+        "triton": "prune_rows:prune_rows_",
         "cuda": "native:prune_rows_",
+        "cpu": "native:prune_rows_",
     },
     "prune_nm_": {
         "torch": "reference:prune_nm_",
-        "cpu": "native:prune_nm_",
+        "triton": "prune_nm:prune_nm_",
         "cuda": "native:prune_nm_",
+        "cpu": "native:prune_nm_",
     },
     "prune_matrix_": {
         "torch": "reference:prune_matrix_",
-        "cpu": "native:prune_matrix_",
+        "triton": "prune_matrix:prune_matrix_",
         "cuda": "native:prune_matrix_",
+        "cpu": "native:prune_matrix_",
     },
     "prune_variant_": {
         "torch": "reference:prune_variant_",
+        "triton": "prune_variant:prune_variant_",
         "cpu": "native:prune_variant_",
     },
 }
@@ -82,6 +89,16 @@ def why_not(operation: str, device: str, backend: str) -> str:
         return "it has no such operation"
     if backend in native.LIBRARIES:
         return f"it serves {backend} tensors" if device != backend else native.why_not(backend)
+    if backend == "triton":
+        return _why_not_triton(device)
+    return ""
+
+
+def _why_not_triton(device: str) -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton compiles for GPUs; with TRITON_INTERPRET=1 it interprets, slowly, on the CPU"
     return ""
 
 

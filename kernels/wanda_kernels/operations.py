@@ -15,8 +15,9 @@ negative scale; the weight is then untouched.
 
 from torch import Tensor
 
-from wanda_kernels import backends, checks
+from wanda_kernels import checks
 from wanda_kernels.reference import ACTIVATIONS
+from wanda_kernels.registration import OPERATIONS
 
 
 def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
@@ -30,7 +31,7 @@ def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1],))
     if x.numel():
-        _run("add_sq_norm_", acc, backend)(acc, x)
+        OPERATIONS["add_sq_norm_"](acc, x, backend)
 
 
 def add_coactivation_(
@@ -65,7 +66,7 @@ def add_coactivation_(
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
     if x.numel() and gate.numel():
-        _run("add_coactivation_", acc, backend)(acc, gate, x, activation, power, sq_norm)
+        OPERATIONS["add_coactivation_"](acc, gate, x, activation, power, sq_norm, backend)
 
 
 def prune_rows_(
@@ -85,7 +86,7 @@ def prune_rows_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        _run("prune_rows_", weight, backend)(weight, scale, num_pruned, mask)
+        OPERATIONS["prune_rows_"](weight, scale, num_pruned, mask, backend)
 
 
 def prune_nm_(
@@ -103,7 +104,7 @@ def prune_nm_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        _run("prune_nm_", weight, backend)(weight, scale, n, m, mask)
+        OPERATIONS["prune_nm_"](weight, scale, n, m, mask, backend)
 
 
 def prune_matrix_(
@@ -125,7 +126,7 @@ def prune_matrix_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        _run("prune_matrix_", weight, backend)(weight, scale, rank, mask)
+        OPERATIONS["prune_matrix_"](weight, scale, rank, mask, backend)
 
 
 def prune_variant_(
@@ -153,17 +154,13 @@ def prune_variant_(
         raise ValueError(f"weight is empty: {_brief(weight)}")
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
-    return _run("prune_variant_", weight, backend)(weight, scale, ratio, mask)
+    return OPERATIONS["prune_variant_"](weight, scale, ratio, mask, backend)
 
 
 def _check(weight: Tensor, scale: Tensor | None, mask: Tensor | None) -> None:
     checks.require_weight(weight)
     checks.require_scale(scale, weight)
     checks.require_mask(mask, weight)
-
-
-def _run(operation: str, tensor: Tensor, backend: str):
-    return backends.implementation(operation, backends.choose(operation, tensor.device.type, backend))
 
 
 def _brief(tensor: Tensor) -> str:

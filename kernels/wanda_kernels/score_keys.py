@@ -1,0 +1,81 @@
+"""What the selection kernels share: scores as integers that sort alike, and packed mask bits.
+
+A score abs(W) * sqrt(scale) is one correctly rounded fp32 product and never negative, so its bits, read as an
+integer, sort as it does: no float compare, -0.0 equals 0.0, and NaNs become one key above infinity's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NO_SCALE = tl.constexpr(0)
+ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale) of [in], taken by torch: a row's worth of roots, not a matrix's
+SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]
+RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight's own bits for keys: half the way to search
+
+PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted, never pruned
+
+
+@triton.jit
+def exact_float(w):
+    """fp32 of w; bf16 by its bits, since the interpreter's cast loses bf16's subnormals."""
+    if w.dtype == tl.bfloat16:
+        wide = (w.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = w.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def keys_of(w, scale, inside, SCALE: tl.constexpr):
+    """int32 keys of weights `w` under the loaded `scale`; PAD_KEY where not inside."""
+    if SCALE == RAW_BITS:
+        nan_key: tl.constexpr = 0x7C01 if w.dtype == tl.float16 else 0x7F81
+        keys = tl.minimum(w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, nan_key)
+    else:
+        score = tl.abs(exact_float(w))
+        if SCALE == ROOT_VECTOR:
+            score = score * scale
+        if SCALE == SCALE_MATRIX:
+            score = score * tl.sqrt_rn(scale)
+        keys = tl.minimum(score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+    return tl.where(inside, keys, PAD_KEY)
+
+
+@triton.jit
+def load_keys(w_ptrs, scale_ptrs, inside, SCALE: tl.constexpr):
+    w = tl.load(w_ptrs, mask=inside, other=0.0)
+    scale = w
+    if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX:
+        scale = tl.load(scale_ptrs, mask=inside, other=0.0)
+    return keys_of(w, scale, inside, SCALE)
+
+
+@triton.jit
+def highest_key(keys):
+    return tl.max(tl.where(keys == PAD_KEY, -1, keys))
+
+
+@triton.jit
+def pack_mask(kept, SIZE: tl.constexpr):
+    """uint8 [SIZE // 8] of kept's SIZE elements in order, little-endian."""
+    bits = tl.reshape(kept.to(tl.int32), (SIZE // 8, 8)) << tl.arange(0, 8)[None, :]
+    return tl.sum(bits, axis=1).to(tl.uint8)
+
+
+def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, int]:
+    """(tensor, row stride, kind) that a selection kernel takes for `scale`."""
+    if scale is None:
+        kind = NO_SCALE if weight.dtype == torch.float32 else RAW_BITS
+        return weight, 0, kind.value  # never read
+    if scale.dim() == 1:
+        return scale.sqrt(), 0, ROOT_VECTOR.value
+    if scale.stride(1) != 1:
+        scale = scale.contiguous()
+    return scale, scale.stride(0), SCALE_MATRIX.value
+
+
+def mask_arguments(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """(tensor, row stride) for the packed mask; the weight stands in where none is asked for."""
+    return (weight, 0) if mask is None else (mask, mask.stride(0))
