@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a waiting thread spins by default
 GPU_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
 
@@ -21,6 +22,8 @@ def describe(device: str) -> dict[str, str | int | float]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "openmp": " ".join(f"{name}={os.environ[name]}" for name in OPENMP if name in os.environ)
+        or "defaults",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),
@@ -40,7 +43,8 @@ def slug(facts: dict) -> str:
 
 def sentence(facts: dict) -> str:
     """The conditions above a table."""
-    where = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['cpu_capability']}"
+    where = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads (OpenMP {facts['openmp']})"
+    where = f"{where}, {facts['cpu_capability']}"
     if facts["device"] == "cuda":
         clock = f"SM clock {facts['clocks.sm']} of {facts['clocks.max.sm']}"
         where = f"{facts['gpu']}, driver {facts['driver_version']}, {clock}, CUDA {facts['cuda']}"

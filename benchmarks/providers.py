@@ -5,6 +5,7 @@ in the driver, which asks for that verdict once a block.
 """
 
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,4 +74,5 @@ def ours(operation: str, backend: str) -> Callable[..., object]:
 def _compiled(operation: str) -> Callable[..., object]:
     reference = backends.implementation(operation, TORCH)
     without = {name: None for name in ("mask", "sq_norm") if name in inspect.signature(reference).parameters}
+    torch._logging.set_logs(dynamo=logging.ERROR)  # a graph break shows in the time
     return torch.compile(partial(reference, **without), dynamic=False)

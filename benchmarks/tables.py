@@ -105,7 +105,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.setting,
         row.provider,
         duration(row.time_ms),
-        _or_dash(row.spread_pct, "{:.0f}%"),
+        "one run" if row.rounds == 1 else _or_dash(row.spread_pct, "{:.0f}%"),
         rate(row),
         _or_dash(row.roof_pct, "{:.1f}%"),
         times(row.over_published),

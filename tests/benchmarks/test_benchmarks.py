@@ -17,7 +17,8 @@ from benchmarks.rows import FAILED, Row
 ROOFS = Roofs(bytes_per_s=1e10, flops_per_s=1e12, copy="a copy", matmul="a matmul")
 SESSION = suite.Session("cpu", quick=True, compiled=False, budget_s=0.0, roofs=ROOFS)
 FACTS = {
-    name: "?" for name in ("cpu", "cores", "threads", "cpu_capability", "torch", "triton", "python", "commit")
+    name: "?"
+    for name in ("cpu", "cores", "threads", "openmp", "cpu_capability", "torch", "triton", "python", "commit")
 }
 FACTS |= {"device": "cpu", "load_before": 0.0, "date": "2026-01-01 00:00 UTC"}
 
