@@ -28,7 +28,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have: A100; H100 
 MODULES = (add_sq_norm, add_coactivation, prune_rows, prune_nm, prune_matrix, prune_variant)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# dtype, and whether with a scale matrix and a mask (the most registers); fp16 differs from bf16 only in its load
+# dtype, and whether with a scale matrix and a mask (most registers); fp16 differs from bf16 only in its load
 WEIGHTS = tuple(product((torch.bfloat16, torch.float32), (False, True))) + ((torch.float16, False),)
 # silu stands for relu, gelu_tanh and none, which take no more
 FUSED = tuple(product(FLOATS[:2], ("silu", "gelu"), (1,))) + ((torch.bfloat16, "silu", 2),)
