@@ -13,7 +13,7 @@ def device_of(backend: str) -> str:
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OPERATION"):
         operation = metafunc.module.OPERATION
         names = [b for b in backends.BACKENDS if not backends.why_not(operation, device_of(b), b)]
         metafunc.parametrize("backend", names)
