@@ -7,7 +7,7 @@ export TQDM_DISABLE := 1
 OUT := out/smollm2-connect-2of4
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
 
-.PHONY: prune test lint sanitize bench clean
+.PHONY: prune test lint sanitize compile-report bench clean
 
 prune: $(VENV)/installed $(GGUF)
 	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
@@ -22,6 +22,10 @@ test: lint $(GGUF)
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer. ARGS: pytest's, for a smaller set.
 sanitize: $(VENV)/installed
 	PYTHON=$(BIN)/python csrc/sanitize.sh $(ARGS)
+
+# Registers, stack and shared memory of every Triton kernel that the tables can choose, for sm_80 and sm_90.
+compile-report: $(VENV)/installed
+	env -u TRITON_INTERPRET $(BIN)/python -m wanda_kernels.compile_report
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
