@@ -8,5 +8,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first `import triton`
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers fill the cores; threads of theirs would spin against each other
+os.environ["COLUMNS"] = "200"  # tables are read by tests: not cut to a narrow terminal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -49,7 +49,10 @@ def perplexity_line(report: Report) -> str:
 
 def inspection_tables(inspection: Inspection) -> list[Table]:
     """One row a linear, then the totals."""
-    linears = Table("linear", "out x in", "dtype", "sparsity", "patterns", title=inspection.model)
+    linears = Table(title=inspection.model)
+    linears.add_column("linear", overflow="fold")
+    for column in ("out x in", "dtype", "sparsity", "patterns"):
+        linears.add_column(column, no_wrap=True)
     for linear in inspection.linears:
         shape = f"{linear.shape[0]} x {linear.shape[1]}"
         dtype = str(linear.dtype).removeprefix("torch.")

@@ -27,8 +27,7 @@ def run(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["wanda-fast", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit:
+            with pytest.raises(SystemExit) as exit:
             cli.main()
         return exit.value.code, capsys.readouterr().err
 

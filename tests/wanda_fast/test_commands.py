@@ -27,7 +27,6 @@ def llama(tmp_path_factory, pydoc_text):
 def run(monkeypatch, capsys, tmp_path):
     """Run `wanda-fast` in an empty folder; returns what it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["wanda-fast", *map(str, words)])
