@@ -27,7 +27,7 @@ def run(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["wanda-fast", *map(str, words)])
-            with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as exit:
             cli.main()
         return exit.value.code, capsys.readouterr().err
 
