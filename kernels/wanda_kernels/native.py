@@ -9,6 +9,7 @@ portable.
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _cpu_string(function: str) -> str:
 
 
 def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
-    torch.ops.wanda_kernels.native_add_sq_norm_(acc, _as_rows(x))
+    _op("native_add_sq_norm_")(acc, _as_rows(x))
 
 
 def add_coactivation_(
@@ -91,36 +92,44 @@ def add_coactivation_(
     """Blocks of tokens become fp32, activation, abs and power applied; torch's matmul sums them into acc."""
     gate, x = _as_rows(gate), _as_rows(x)
     if sq_norm is not None:
-        torch.ops.wanda_kernels.native_add_sq_norm_(sq_norm, x)
+        _op("native_add_sq_norm_")(sq_norm, x)
     for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
         acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
-    torch.ops.wanda_kernels.native_prune_rows_(weight, *_root_or_scale(scale), num_pruned, mask)
+    _op("native_prune_rows_")(weight, *_root_or_scale(scale), num_pruned, mask)
 
 
 def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
-    torch.ops.wanda_kernels.native_prune_nm_(weight, *_root_or_scale(scale), n, m, mask)
+    _op("native_prune_nm_")(weight, *_root_or_scale(scale), n, m, mask)
 
 
 def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
-    torch.ops.wanda_kernels.native_prune_matrix_(weight, *_root_or_scale(scale), rank, mask)
+    _op("native_prune_matrix_")(weight, *_root_or_scale(scale), rank, mask)
 
 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
-    alpha = torch.ops.wanda_kernels.native_prune_variant_(weight, *_root_or_scale(scale), ratio, mask)
+    alpha = _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, mask)
     return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.ops.wanda_kernels.native_activate_(out, x, ACTIVATION_CODES[activation], power)
+    _op("native_activate_")(out, x, ACTIVATION_CODES[activation], power)
     return out
+
+
+@cache
+def _op(name: str) -> Callable:
+    """The registered op itself: looking it up anew costs a microsecond a call."""
+    return getattr(torch.ops.wanda_kernels, name).default
 
 
 def _as_rows(x: Tensor) -> Tensor:
     """`[..., features]` as `[tokens, features]` with contiguous rows, copied only where it must be."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     x = x.reshape(-1, x.shape[-1])
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
@@ -136,4 +145,4 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
-    return torch.ops.wanda_kernels.native_all_finite(_as_rows(tensor), non_negative)
+    return _op("native_all_finite")(_as_rows(tensor), non_negative)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wanda_kernels import checks
 from wanda_kernels.reference import ACTIVATIONS
-from wanda_kernels.registration import OPERATIONS
+from wanda_kernels.registration import call
 
 
 def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
@@ -31,7 +31,7 @@ def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1],))
     if x.numel():
-        OPERATIONS["add_sq_norm_"](acc, x, backend)
+        call("add_sq_norm_", acc, x, backend)
 
 
 def add_coactivation_(
@@ -66,7 +66,7 @@ def add_coactivation_(
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
     if x.numel() and gate.numel():
-        OPERATIONS["add_coactivation_"](acc, gate, x, activation, power, sq_norm, backend)
+        call("add_coactivation_", acc, gate, x, activation, power, sq_norm, backend)
 
 
 def prune_rows_(
@@ -86,7 +86,7 @@ def prune_rows_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        OPERATIONS["prune_rows_"](weight, scale, num_pruned, mask, backend)
+        call("prune_rows_", weight, scale, num_pruned, mask, backend)
 
 
 def prune_nm_(
@@ -104,7 +104,7 @@ def prune_nm_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        OPERATIONS["prune_nm_"](weight, scale, n, m, mask, backend)
+        call("prune_nm_", weight, scale, n, m, mask, backend)
 
 
 def prune_matrix_(
@@ -126,7 +126,7 @@ def prune_matrix_(
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
     if weight.numel():
-        OPERATIONS["prune_matrix_"](weight, scale, rank, mask, backend)
+        call("prune_matrix_", weight, scale, rank, mask, backend)
 
 
 def prune_variant_(
@@ -154,7 +154,7 @@ def prune_variant_(
         raise ValueError(f"weight is empty: {_brief(weight)}")
     if check_finite:
         checks.require_finite({"weight": weight, "scale": scale})
-    return OPERATIONS["prune_variant_"](weight, scale, ratio, mask, backend)
+    return call("prune_variant_", weight, scale, ratio, mask, backend)
 
 
 def _check(weight: Tensor, scale: Tensor | None, mask: Tensor | None) -> None:

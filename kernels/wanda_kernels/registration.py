@@ -47,3 +47,12 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"wanda_kernels::{_name}", partial(_fake, _name), lib=library)
 
 OPERATIONS = {_name: getattr(torch.ops.wanda_kernels, _name).default for _name in SCHEMAS}
+
+
+def call(operation: str, *args):
+    traced = torch.compiler.is_compiling()
+    return OPERATIONS[operation](*args) if traced else _run(operation, *args)
+
+    The way through the dispatcher and back into Python costs another 3 microseconds.
+    """
+    return OPERATIONS[operation](*args) if torch.compiler.is_compiling() else _run(operation, *args)
