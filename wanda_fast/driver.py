@@ -1,26 +1,32 @@
 """`prune`: the whole job behind one function, whose keywords are the command line's flags."""
 
 import logging
-import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
+from wanda_fast.activations import perplexities, record_activations
 from wanda_fast.architecture import Block, find_blocks, ignored_linears, reach
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
-from wanda_fast.errors import CalibrationError, OutOfMemoryError
+from wanda_fast.clock import Clock
+from wanda_fast.errors import CalibrationError, NotStreamableError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
 from wanda_fast.masks import write_masks
+from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Connect, Dense, Method, make_method
+from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern, Variant, parse_pattern
-from wanda_fast.pipeline import Clock, Progress, prune_blocks
+from wanda_fast.pipeline import Progress, prune_blocks
 from wanda_fast.report import Report
+from wanda_fast.skeleton import Skeleton, open_skeleton
+from wanda_fast.sources import LiveModel, StreamedModel
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +105,13 @@ def prune(
         require_zero_shot()
     live = isinstance(model, nn.Module)
     target = torch.device(device or (model.device if live else _default_device()))
-    clock, report = Clock(target), Report(recipe)
+    clock = Clock(target)
+    report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):
         if live:
             loaded = Checkpoint(model, tokenizer, model.dtype)
         else:
-            loaded = checkpoints.load(str(model), dtype, cache_dir, target.type)
+            loaded = _open(str(model), dtype, cache_dir, target.type, whole=eval_zero_shot)
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
     _survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
@@ -120,31 +127,22 @@ def prune(
             evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
             _require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
-    with _out_of_memory_explained(), _in_eval_mode(model):
-        _measure(model, evaluation, "dense", clock, report, progress)
-        if not isinstance(method, Dense):
-            batch = batch_size or _batch_size(target, token_ids)
-            masks = {} if save_mask is not None else None
-            report.linears = prune_blocks(
-                model,
-                blocks,
-                method,
-                pattern,
-                token_ids,
-                batch_size=batch,
-                device=target,
-                clock=clock,
-                progress=progress,
-                masks=masks,
-            )
-            _measure(model, evaluation, "pruned", clock, report, progress)
+    masks = {} if save_mask is not None else None
+    job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
+    job.batch_size = batch_size or _batch_size(target, token_ids)
+    folder = save_model and Path(save_model)
+    with out_of_memory_explained(), _in_eval_mode(model):
+        if isinstance(loaded, Skeleton):
+            _run_streamed(job, StreamedModel(loaded, blocks, target, clock), folder)
+        else:
+            _run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
-    report.seconds, report.peak_memory = clock.seconds, _peak_memory()
-    if save_model is not None:
+    report.peak_memory = peak_memory()
+    if folder is not None and not isinstance(loaded, Skeleton):
         with clock.phase("write"):
-            checkpoints.save(loaded, Path(save_model), report)
+            checkpoints.save(loaded, folder, report)
     if save_mask is not None:
         with checkpoints.writing(Path(save_mask)):
             write_masks(masks or {}, Path(save_mask), recipe)
@@ -179,6 +177,79 @@ def evaluate(
     )
 
 
+@dataclass
+class _Job:
+    """What is to be done with a model, wherever its blocks come from."""
+
+    method: Method
+    pattern: Pattern
+    token_ids: Tensor | None
+    evaluation: EvaluationSet | None
+    clock: Clock
+    report: Report
+    progress: Progress | None
+    masks: dict[str, Tensor] | None
+    batch_size: int = 1
+
+
+def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
+    """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
+    if whole:  # zero-shot tasks ask the whole model
+        return checkpoints.load(path, dtype, cache_dir, device)
+    try:
+        return open_skeleton(path, dtype, cache_dir, device)
+    except NotStreamableError as error:
+        loaded = checkpoints.load(path, dtype, cache_dir, device)
+        logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
+        return loaded
+
+
+def _run_in_memory(job: _Job, source: LiveModel) -> None:
+    _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
+    if isinstance(job.method, Dense):
+        return
+    with job.clock.phase("block inputs"):
+        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
+    job.report.linears = prune_blocks(
+        source,
+        job.method,
+        job.pattern,
+        activations,
+        clock=job.clock,
+        progress=job.progress,
+        masks=job.masks,
+    )
+    _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
+
+
+def _run_streamed(job: _Job, source: StreamedModel, folder: Path | None) -> None:
+    """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
+    output = None if folder is None else StreamedOutput(folder, len(source.blocks))
+    with closing(source), output or nullcontext():
+        with job.clock.phase("block inputs"):
+            pruned = not isinstance(job.method, Dense)
+            activations = record_activations(
+                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
+            )
+        job.report.linears = prune_blocks(
+            source,
+            job.method,
+            job.pattern,
+            activations,
+            clock=job.clock,
+            progress=job.progress,
+            masks=job.masks,
+            output=output,
+        )
+        if job.evaluation is not None:
+            with job.clock.phase("evaluation"), source.surroundings(head=True):
+                job.report.perplexity |= perplexities(source, activations, job.evaluation)
+        if output is not None:
+            job.report.peak_memory = peak_memory()
+            with job.clock.phase("write"):
+                output.finish(source, job.report)
+
+
 def _survey(
     model: nn.Module,
     blocks: list[Block],
@@ -203,6 +274,10 @@ def _survey(
             f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
+    if not isinstance(method, Dense):
+        for block in blocks:
+            for linear in block.linears:
+                pattern.check(linear.name, linear.module.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
     if isinstance(method, Connect) and not gated:
         warn(f"{type(model).__name__} has no gated MLP: connect prunes it as wanda")
@@ -269,29 +344,6 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch has a type for it on GPUs, a RuntimeError on CPUs
-        on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = next(iter(str(error).splitlines()), "no memory left")
-        raise OutOfMemoryError(
-            f"out of memory: {reason}; lower --batch_size, --nsamples or --seqlen"
-        ) from error
-
-
-def _peak_memory() -> dict[str, int]:
-    """Bytes at the highest, since the process began: resident on the host, allocated on each GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    for index in range(torch.cuda.device_count()):
-        peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
-    return peak
 
 
 def _plain(value: object) -> object:
