@@ -86,13 +86,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
     return digest
 
 
-def sync_folder(folder: Path) -> None:
-    """Renames in a folder reach the disk with the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_folder(folder: Path, files: bool = False) -> None:
+    """Renames in a folder reach the disk with the folder; `files`: after all of its files."""
+    for path in [*(folder.iterdir() if files else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
