@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from wanda_fast.errors import CheckpointError, OutputError
+from wanda_fast.errors import CheckpointError, OutputError, ResumeError
+from wanda_fast.journal import RUN, unfinished_run
 from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,14 @@ def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
     return dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored)
 
 
-def require_empty(folder: Path, overwrite: bool) -> None:
-    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten."""
+def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten; `ResumeError`
+    where an unfinished run would be lost."""
+    partial = folder.with_name(folder.name + ".partial")
+    if (partial / RUN).is_file() and not (overwrite or resume):
+        raise ResumeError(
+            f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite"
+        )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder} exists and is no folder")
     if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
@@ -141,6 +148,8 @@ def locate(path: str) -> tuple[str, str | None]:
     Raises: `CheckpointError` for what cannot be a model.
     """
     local = Path(path).expanduser()
+    if unfinished := unfinished_run(local):
+        raise CheckpointError(f"model {path} is not finished: continue it with --resume ({unfinished})")
     if local.suffix == ".gguf":
         if not local.is_file():
             raise CheckpointError(f"model file {path} does not exist")

@@ -18,6 +18,7 @@ from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import CalibrationError, NotStreamableError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.identity import run_identity, same_options
 from wanda_fast.masks import write_masks
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Connect, Dense, Method, make_method
@@ -60,6 +61,7 @@ def prune(
     save_log: str | Path | None = None,
     save_mask: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Prune a live model in place, or a checkpoint, in one shot.
@@ -89,6 +91,7 @@ def prune(
         save_log: file for the summary.
         save_mask: safetensors file for the packed masks (`wanda_fast.masks`).
         overwrite: allow `save` and `save_model` to be folders that are not empty.
+        resume: go on with the unfinished run that `save_model` + ".partial" holds, if it does.
         progress: told of each block and phase.
     Returns: the `Report`.
     Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
@@ -99,8 +102,11 @@ def prune(
     method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
+    if resume and save_model is not None and (report := _finished(Path(save_model), recipe)):
+        checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
+        return report
     for folder in filter(None, (save, save_model)):
-        checkpoints.require_empty(Path(folder), overwrite)
+        checkpoints.require_empty(Path(folder), overwrite, resume)
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
@@ -133,7 +139,10 @@ def prune(
     folder = save_model and Path(save_model)
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
-            _run_streamed(job, StreamedModel(loaded, blocks, target, clock), folder)
+            source = StreamedModel(loaded, blocks, target, clock)
+            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
+            output = folder and StreamedOutput(folder, source, identity, resume)
+            _run_streamed(job, source, output)
         else:
             _run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
@@ -143,9 +152,6 @@ def prune(
     if folder is not None and not isinstance(loaded, Skeleton):
         with clock.phase("write"):
             checkpoints.save(loaded, folder, report)
-    if save_mask is not None:
-        with checkpoints.writing(Path(save_mask)):
-            write_masks(masks or {}, Path(save_mask), recipe)
     checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 
@@ -191,6 +197,12 @@ class _Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
 
+    def write_masks(self) -> None:
+        if self.masks is not None:
+            file = Path(self.report.recipe["save_mask"])
+            with checkpoints.writing(file):
+                write_masks(self.masks, file, self.report.recipe)
+
 
 def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
     """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
@@ -204,10 +216,22 @@ def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool
         return loaded
 
 
+def _finished(folder: Path, recipe: dict) -> Report | None:
+    """The report of the same run where it is complete: it may have been killed after its last step."""
+    file = folder / checkpoints.REPORT
+    if StreamedOutput.is_under_way(folder) or not file.is_file():
+        return None
+    report = Report.from_json(file.read_text(encoding="utf-8"))
+    if not same_options(report.recipe, recipe):
+        return None
+    logger.info("%s is complete: nothing to resume", folder)
+    return report
+
+
 def _run_in_memory(job: _Job, source: LiveModel) -> None:
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
     if isinstance(job.method, Dense):
-        return
+        return job.write_masks()
     with job.clock.phase("block inputs"):
         activations = record_activations(source, source.device, job.token_ids, job.batch_size)
     job.report.linears = prune_blocks(
@@ -220,11 +244,11 @@ def _run_in_memory(job: _Job, source: LiveModel) -> None:
         masks=job.masks,
     )
     _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
+    job.write_masks()
 
 
-def _run_streamed(job: _Job, source: StreamedModel, folder: Path | None) -> None:
+def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    output = None if folder is None else StreamedOutput(folder, len(source.blocks))
     with closing(source), output or nullcontext():
         with job.clock.phase("block inputs"):
             pruned = not isinstance(job.method, Dense)
@@ -244,10 +268,11 @@ def _run_streamed(job: _Job, source: StreamedModel, folder: Path | None) -> None
         if job.evaluation is not None:
             with job.clock.phase("evaluation"), source.surroundings(head=True):
                 job.report.perplexity |= perplexities(source, activations, job.evaluation)
+        job.write_masks()
         if output is not None:
             job.report.peak_memory = peak_memory()
             with job.clock.phase("write"):
-                output.finish(source, job.report)
+                output.finish(job.report)
 
 
 def _survey(

@@ -50,29 +50,42 @@ def prune_blocks(
     Args:
         activations: the first block's inputs.
         masks: where given, receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host.
-        output: where given, receives each block as soon as it is pruned.
+        output: where given, receives each block as soon as it is pruned, and has those of a resumed run.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
     reports, last_linear = {}, {}
+    start = 0 if output is None else output.begin_(activations)
     for index, block in enumerate(source.blocks):
+        finished = output is not None and index in output.finished
+        if finished:
+            reports |= output.reports(index, masks)
+        if index < start:
+            continue
         tell = _teller(progress, index, len(source.blocks), block.name)
         with source.block(index):
             if activations.dense is not None:
                 tell("evaluation")
                 with clock.phase("evaluation"):
                     activations.dense.advance_(index, block.module)
-            if not isinstance(method, Dense):
+            own = {}
+            if finished:
+                output.restore_block(index)
+            elif not isinstance(method, Dense):
                 statistics = None
                 if activations.calibration is not None:
                     tell("dense pass")
                     with clock.phase("dense pass"):
                         statistics = _dense_pass(block, method, activations.calibration, index, last_linear)
                 with clock.phase("selection"):
-                    reports |= _prune_block(block, method, pattern, statistics, tell, masks)
+                    own = _prune_block(block, method, pattern, statistics, tell, masks)
+                reports |= own
             _pruned_pass(index, block, index + 1 == len(source.blocks), activations, clock, tell)
-            if output is not None:
+            if output is not None and not finished:
                 with clock.phase("write"):
-                    output.write_block(index, source)
+                    output.write_block(index, own, masks)
+        if output is not None:
+            with clock.phase("write"):
+                output.reached(index + 1, activations)
     return reports
 
 
