@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import checkpoint, driver, errors, output
+from wanda_fast import checkpoint, driver, errors, layout
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
 LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
@@ -109,7 +109,7 @@ def test_every_kind_of_run_streams(options, folder_of, tmp_path):
 def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch):
     folder = folder_of("smollm", shards=True)
     _, tensors = prune(folder, tmp_path / "one")
-    monkeypatch.setattr(output, "ONE_FILE", 0)
+    monkeypatch.setattr(layout, "ONE_FILE", 0)
     _, shards = prune(folder, tmp_path / "shards")
     assert_equal_bytes(shards, tensors)
     files = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
