@@ -1,7 +1,6 @@
 """`prune`: the whole job behind one function, whose keywords are the command line's flags."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,22 +11,23 @@ from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
 from wanda_fast.activations import perplexities, record_activations
-from wanda_fast.architecture import Block, find_blocks, ignored_linears, reach
+from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
-from wanda_fast.errors import CalibrationError, NotStreamableError
+from wanda_fast.errors import NotStreamableError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.masks import write_masks
 from wanda_fast.memory import out_of_memory_explained, peak_memory
-from wanda_fast.methods import Connect, Dense, Method, make_method
+from wanda_fast.methods import Dense, Method, make_method
 from wanda_fast.output import StreamedOutput
-from wanda_fast.patterns import Pattern, Variant, parse_pattern
+from wanda_fast.patterns import Pattern, parse_pattern
 from wanda_fast.pipeline import Progress, prune_blocks
 from wanda_fast.report import Report
 from wanda_fast.skeleton import Skeleton, open_skeleton
 from wanda_fast.sources import LiveModel, StreamedModel
+from wanda_fast.survey import context_of, require_fit, survey
 
 logger = logging.getLogger(__name__)
 
@@ -120,18 +120,18 @@ def prune(
             loaded = _open(str(model), dtype, cache_dir, target.type, whole=eval_zero_shot)
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
-    _survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
-    seqlen = seqlen or min(DEFAULT_SEQLEN, _context(model))
+    survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):
         token_ids = None
         if method.uses_activations:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
-            _require_fit(model, token_ids, "calibration")
+            require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
         evaluation = None
         if eval_dataset is not None:
             evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
-            _require_fit(model, evaluation.windows, "evaluation")
+            require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
     job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
@@ -275,41 +275,6 @@ def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | Non
                 output.finish(job.report)
 
 
-def _survey(
-    model: nn.Module,
-    blocks: list[Block],
-    method: Method,
-    pattern: Pattern,
-    ignore: tuple[str, ...],
-    use_variant: bool,
-    report: Report,
-) -> None:
-    """Count the reach; warn where the model or the flags make the method another than its name says."""
-
-    def warn(sentence: str) -> None:
-        logger.warning("%s", sentence)
-        report.warnings.append(sentence)
-
-    for ignored, names in ignored_linears(model, ignore).items():
-        logger.info("--ignore %s matches %d linears: %s", ignored, len(names), ", ".join(names))
-    report.reach = reach(model, blocks)
-    outside = report.reach.blocks - report.reach.prunable
-    if outside > 0.05 * report.reach.blocks and not ignore:
-        warn(
-            f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
-            f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
-        )
-    if not isinstance(method, Dense):
-        for block in blocks:
-            for linear in block.linears:
-                pattern.check(linear.name, linear.module.in_features)
-    gated = any(linear.gated for block in blocks for linear in block.linears)
-    if isinstance(method, Connect) and not gated:
-        warn(f"{type(model).__name__} has no gated MLP: connect prunes it as wanda")
-    if use_variant and not (isinstance(pattern, Variant) and method.uses_activations):
-        warn(f"--use_variant has no effect on {method.name} with {pattern}")
-
-
 def _measure(
     model: nn.Module,
     evaluation: EvaluationSet | None,
@@ -326,30 +291,6 @@ def _measure(
         tell(0)
     with clock.phase("evaluation"):
         report.perplexity[which] = perplexity(model, evaluation, progress=tell)
-
-
-def _context(model: nn.Module) -> int:
-    """The longest sequence the model was made for; without a word on it, no limit."""
-    config = model.config.get_text_config()
-    return (
-        getattr(config, "max_position_embeddings", None)
-        or getattr(config, "n_positions", None)
-        or sys.maxsize
-    )
-
-
-def _require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
-    """Raise `CalibrationError` where token ids would index past the model's positions or vocabulary."""
-    context, vocabulary = _context(model), model.config.get_text_config().vocab_size
-    if token_ids.shape[1] > context:
-        raise CalibrationError(
-            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
-            f"lower --seqlen"
-        )
-    lowest, highest = token_ids.min().item(), token_ids.max().item()
-    if lowest < 0 or highest >= vocabulary:
-        wrong = lowest if lowest < 0 else highest
-        raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
 def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:

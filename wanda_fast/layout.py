@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from wanda_fast.shards import TensorFiles, write_tensors
+from wanda_fast.shards import TensorFiles, join_files, write_tensors
 from wanda_fast.sources import StreamedModel
 
 ONE_FILE = 2**28  # bytes of tensors that leave as one model.safetensors instead of a shard for each block
@@ -30,7 +30,7 @@ def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -
 def _index(shards: TensorFiles, folder: Path) -> None:
     """The map of the shards, or one file where they are small."""
     if shards.nbytes() <= ONE_FILE:
-        write_tensors(folder / "model.safetensors", shards.read(shards.location))
+        join_files(shards, folder / "model.safetensors")
         for shard in shards.files:
             shard.unlink()
         return

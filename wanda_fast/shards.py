@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,28 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write, fsync, rename; returns the file's sha256."""
     metadata = {"format": "pt"}
     return write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def join_files(shards: TensorFiles, path: Path) -> str:
+    """Write the tensors of all shards as one file, by copying bytes: nothing is loaded; returns its sha256."""
+    merged, sizes = {"__metadata__": {"format": "pt"}}, [0]
+    for file in shards.files:
+        for name, about in _header(file)[1].items():
+            begin, end = (sum(sizes) + offset for offset in about["data_offsets"])
+            merged[name] = about | {"data_offsets": [begin, end]}
+        sizes.append(file.stat().st_size - _header(file)[0])
+    header = json.dumps(merged).encode()
+    header += b" " * (-len(header) % 8)  # the data begins aligned
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as joined:
+            joined.write(len(header).to_bytes(8, "little") + header)
+            for file in shards.files:
+                with file.open("rb") as shard:
+                    shard.seek(_header(file)[0])
+                    shutil.copyfileobj(shard, joined, CHUNK)
+
+    return write_atomically(path, write)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
