@@ -41,6 +41,15 @@ class BlockInputs:
             start = index * self.batch_size
             yield slice(start, min(start + self.batch_size, len(self.hidden))), calls[block]
 
+    def advance_(self, index: int, block: nn.Module) -> None:
+        """The hidden states become what `block`, the model's `index`-th, makes of them."""
+        for batch, call in self.batches(index):
+            self.hidden[batch] = call.run(block, self.hidden[batch])
+
+    def copy(self) -> "BlockInputs":
+        """Hidden states of its own; the arguments are shared."""
+        return BlockInputs(self.hidden.clone(), self.batch_size, self.calls)
+
 
 @torch.no_grad()
 def record_block_inputs(
@@ -71,6 +80,14 @@ def record_block_inputs(
 
 
 @contextmanager
+def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
+    """A forward of the model takes `hidden` for the last block's output, and runs no block."""
+    with _recorders(blocks) as recorders:
+        recorders[-1].given = hidden
+        yield
+
+
+@contextmanager
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
     """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
     recorders = [_Recorder(block.module) for block in blocks]
@@ -84,16 +101,18 @@ def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
 
 
 class _Recorder:
-    """Stands for a block's forward: notes the arguments, returns the hidden states that it was given."""
+    """Stands for a block's forward: notes the arguments, returns the hidden states that came in, or given."""
 
     def __init__(self, block: nn.Module):
         self.block = block
+        self.given: Tensor | None = None
 
     def __call__(self, *args, **kwargs):
         if not args:  # a model that names its hidden states
             args = (kwargs.pop("hidden_states"),)
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
-        return (self.hidden, None) if self._returns_tuple() else self.hidden
+        output = self.hidden if self.given is None else self.given
+        return (output, None) if self._returns_tuple() else output
 
     def _returns_tuple(self) -> bool:
         """Asked of the block itself on the meta device: shapes only, no computing, no weights."""

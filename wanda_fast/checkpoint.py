@@ -12,13 +12,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from wanda_fast.errors import CheckpointError, OutputError
+from wanda_fast.errors import CheckpointError, OutputError, ResumeError
+from wanda_fast.journal import RUN, unfinished_run
 from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
 
 REPORT = "wanda_fast.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNLOADABLE = (OSError, ValueError, ImportError, KeyError)  # what transformers raises for what it cannot load
 
 
 @dataclass
@@ -39,33 +41,55 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
             fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
     "bfloat16". Raises: `CheckpointError`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    folder, gguf = _gguf_of(path)
+    folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
-    if dtype not in ("auto", *DTYPES):
-        raise CheckpointError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    require_dtype(dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"model {path} cannot be loaded: {_first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        logger.warning("no tokenizer in %s: %s", path, _first_line(error))
-        tokenizer = None
+    except UNLOADABLE as error:
+        raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
     stored = model.dtype
-    if dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored):
+    if computed_in_float32(stored, dtype, device):
         model.float()
     return Checkpoint(model.eval(), tokenizer, stored)
 
 
-def require_empty(folder: Path, overwrite: bool) -> None:
-    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten."""
+def require_dtype(dtype: str) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise CheckpointError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def load_tokenizer(path: str, **options: object):
+    """The tokenizer of a checkpoint, or None, with a warning, where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except UNLOADABLE as error:
+        logger.warning("no tokenizer in %s: %s", path, first_line(error))
+        return None
+
+
+def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
+    """Whether weights of dtype `stored` are widened for the computation."""
+    return dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored)
+
+
+def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten; `ResumeError`
+    where an unfinished run would be lost."""
+    partial = folder.with_name(folder.name + ".partial")
+    if (partial / RUN).is_file() and not (overwrite or resume):
+        raise ResumeError(
+            f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite"
+        )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder} exists and is no folder")
     if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
@@ -115,12 +139,17 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"output {path} cannot be written: {_first_line(error)}") from error
+        raise OutputError(f"output {path} cannot be written: {first_line(error)}") from error
 
 
-def _gguf_of(path: str) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file name in it or None)."""
+def locate(path: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name in it or None).
+
+    Raises: `CheckpointError` for what cannot be a model.
+    """
     local = Path(path).expanduser()
+    if unfinished := unfinished_run(local):
+        raise CheckpointError(f"model {path} is not finished: continue it with --resume ({unfinished})")
     if local.suffix == ".gguf":
         if not local.is_file():
             raise CheckpointError(f"model file {path} does not exist")
@@ -131,6 +160,12 @@ def _gguf_of(path: str) -> tuple[str, str | None]:
         return path, None
     if not any(local.iterdir()):
         raise CheckpointError(f"model folder {path} is empty")
+    pickles = sorted(file.name for file in local.glob("*.bin"))
+    if pickles and not any(local.glob("*.safetensors")) and not any(local.glob("*.gguf")):
+        raise CheckpointError(
+            f"model folder {path} holds its weights as pickles only ({pickles[0]}), which can run code when "
+            f"they are read: save it as safetensors"
+        )
     gguf = sorted(file.name for file in local.glob("*.gguf"))
     if (local / "config.json").is_file() or not gguf:
         return str(local), None
@@ -153,5 +188,5 @@ def _fast_on_cpu(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(capability.get("avx512_bf16")))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from wanda_fast.errors import WandaFastError
+from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.tables import doctor_tables, inspection_tables, perplexity_line, summary_tables
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+complain = partial(errors.print, style="red", highlight=False, markup=False, soft_wrap=True)
 say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Option(help="Hub id, folder or .gguf file of a causal LM.")]
@@ -110,6 +112,9 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Allow --save and --save_model folders that are not empty.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run of the same --save-model folder.")
+    ] = False,
     plugin: Plugin = None,
 ) -> None:
     """Prune a checkpoint, measure its perplexity before and after, and save it."""
@@ -144,6 +149,7 @@ def prune(
             save_log=save_log,
             save_mask=save_mask,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
         )
     for table in summary_tables(report):
@@ -260,9 +266,16 @@ def main() -> None:
     _quiet_libraries()
     try:
         app(prog_name="wanda-fast")
+    except InterruptedRunError as error:
+        complain(f"wanda-fast: {error}; go on with:\n{_resuming(sys.argv[1:])}")
+        sys.exit(130)  # as a shell reports SIGINT
     except WandaFastError as error:
-        errors.print(f"wanda-fast: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        complain(f"wanda-fast: {error}")
         sys.exit(2)
+
+
+def _resuming(words: list[str]) -> str:
+    return shlex.join(["wanda-fast", *words] if "--resume" in words else ["wanda-fast", *words, "--resume"])
 
 
 def _quiet_libraries() -> None:

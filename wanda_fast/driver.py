@@ -1,26 +1,33 @@
 """`prune`: the whole job behind one function, whose keywords are the command line's flags."""
 
 import logging
-import resource
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
-from wanda_fast.architecture import Block, find_blocks, ignored_linears, reach
+from wanda_fast.activations import perplexities, record_activations
+from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
-from wanda_fast.errors import CalibrationError, OutOfMemoryError
+from wanda_fast.clock import Clock
+from wanda_fast.errors import NotStreamableError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.identity import run_identity, same_options
 from wanda_fast.masks import write_masks
-from wanda_fast.methods import Connect, Dense, Method, make_method
-from wanda_fast.patterns import Pattern, Variant, parse_pattern
-from wanda_fast.pipeline import Clock, Progress, prune_blocks
+from wanda_fast.memory import out_of_memory_explained, peak_memory
+from wanda_fast.methods import Dense, Method, make_method
+from wanda_fast.output import StreamedOutput
+from wanda_fast.patterns import Pattern, parse_pattern
+from wanda_fast.pipeline import Progress, prune_blocks
 from wanda_fast.report import Report
+from wanda_fast.skeleton import Skeleton, open_skeleton
+from wanda_fast.sources import LiveModel, StreamedModel
+from wanda_fast.survey import context_of, require_fit, survey
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ def prune(
     save_log: str | Path | None = None,
     save_mask: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Prune a live model in place, or a checkpoint, in one shot.
@@ -83,6 +91,7 @@ def prune(
         save_log: file for the summary.
         save_mask: safetensors file for the packed masks (`wanda_fast.masks`).
         overwrite: allow `save` and `save_model` to be folders that are not empty.
+        resume: go on with the unfinished run that `save_model` + ".partial" holds, if it does.
         progress: told of each block and phase.
     Returns: the `Report`.
     Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
@@ -93,61 +102,56 @@ def prune(
     method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
+    if resume and save_model is not None and (report := _finished(Path(save_model), recipe)):
+        checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
+        return report
     for folder in filter(None, (save, save_model)):
-        checkpoints.require_empty(Path(folder), overwrite)
+        checkpoints.require_empty(Path(folder), overwrite, resume)
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
     target = torch.device(device or (model.device if live else _default_device()))
-    clock, report = Clock(target), Report(recipe)
+    clock = Clock(target)
+    report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):
         if live:
             loaded = Checkpoint(model, tokenizer, model.dtype)
         else:
-            loaded = checkpoints.load(str(model), dtype, cache_dir, target.type)
+            loaded = _open(str(model), dtype, cache_dir, target.type, whole=eval_zero_shot)
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
-    _survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
-    seqlen = seqlen or min(DEFAULT_SEQLEN, _context(model))
+    survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):
         token_ids = None
         if method.uses_activations:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
-            _require_fit(model, token_ids, "calibration")
+            require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
         evaluation = None
         if eval_dataset is not None:
             evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
-            _require_fit(model, evaluation.windows, "evaluation")
+            require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
-    with _out_of_memory_explained(), _in_eval_mode(model):
-        _measure(model, evaluation, "dense", clock, report, progress)
-        if not isinstance(method, Dense):
-            batch = batch_size or _batch_size(target, token_ids)
-            masks = {} if save_mask is not None else None
-            report.linears = prune_blocks(
-                model,
-                blocks,
-                method,
-                pattern,
-                token_ids,
-                batch_size=batch,
-                device=target,
-                clock=clock,
-                progress=progress,
-                masks=masks,
-            )
-            _measure(model, evaluation, "pruned", clock, report, progress)
+    masks = {} if save_mask is not None else None
+    job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
+    job.batch_size = batch_size or _batch_size(target, token_ids)
+    folder = save_model and Path(save_model)
+    with out_of_memory_explained(), _in_eval_mode(model):
+        if isinstance(loaded, Skeleton):
+            source = StreamedModel(loaded, blocks, target, clock)
+            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
+            output = folder and StreamedOutput(folder, source, identity, resume)
+            _run_streamed(job, source, output)
+        else:
+            _run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
-    report.seconds, report.peak_memory = clock.seconds, _peak_memory()
-    if save_model is not None:
+    report.peak_memory = peak_memory()
+    if folder is not None and not isinstance(loaded, Skeleton):
         with clock.phase("write"):
-            checkpoints.save(loaded, Path(save_model), report)
-    if save_mask is not None:
-        with checkpoints.writing(Path(save_mask)):
-            write_masks(masks or {}, Path(save_mask), recipe)
+            checkpoints.save(loaded, folder, report)
     checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 
@@ -179,35 +183,96 @@ def evaluate(
     )
 
 
-def _survey(
-    model: nn.Module,
-    blocks: list[Block],
-    method: Method,
-    pattern: Pattern,
-    ignore: tuple[str, ...],
-    use_variant: bool,
-    report: Report,
-) -> None:
-    """Count the reach; warn where the model or the flags make the method another than its name says."""
+@dataclass
+class _Job:
+    """What is to be done with a model, wherever its blocks come from."""
 
-    def warn(sentence: str) -> None:
-        logger.warning("%s", sentence)
-        report.warnings.append(sentence)
+    method: Method
+    pattern: Pattern
+    token_ids: Tensor | None
+    evaluation: EvaluationSet | None
+    clock: Clock
+    report: Report
+    progress: Progress | None
+    masks: dict[str, Tensor] | None
+    batch_size: int = 1
 
-    for ignored, names in ignored_linears(model, ignore).items():
-        logger.info("--ignore %s matches %d linears: %s", ignored, len(names), ", ".join(names))
-    report.reach = reach(model, blocks)
-    outside = report.reach.blocks - report.reach.prunable
-    if outside > 0.05 * report.reach.blocks and not ignore:
-        warn(
-            f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
-            f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
+    def write_masks(self) -> None:
+        if self.masks is not None:
+            file = Path(self.report.recipe["save_mask"])
+            with checkpoints.writing(file):
+                write_masks(self.masks, file, self.report.recipe)
+
+
+def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
+    """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
+    if whole:  # zero-shot tasks ask the whole model
+        return checkpoints.load(path, dtype, cache_dir, device)
+    try:
+        return open_skeleton(path, dtype, cache_dir, device)
+    except NotStreamableError as error:
+        loaded = checkpoints.load(path, dtype, cache_dir, device)
+        logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
+        return loaded
+
+
+def _finished(folder: Path, recipe: dict) -> Report | None:
+    """The report of the same run where it is complete: it may have been killed after its last step."""
+    file = folder / checkpoints.REPORT
+    if StreamedOutput.is_under_way(folder) or not file.is_file():
+        return None
+    report = Report.from_json(file.read_text(encoding="utf-8"))
+    if not same_options(report.recipe, recipe):
+        return None
+    logger.info("%s is complete: nothing to resume", folder)
+    return report
+
+
+def _run_in_memory(job: _Job, source: LiveModel) -> None:
+    _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
+    if isinstance(job.method, Dense):
+        return job.write_masks()
+    with job.clock.phase("block inputs"):
+        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
+    job.report.linears = prune_blocks(
+        source,
+        job.method,
+        job.pattern,
+        activations,
+        clock=job.clock,
+        progress=job.progress,
+        masks=job.masks,
+    )
+    _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
+    job.write_masks()
+
+
+def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | None) -> None:
+    """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
+    with closing(source), output or nullcontext():
+        with job.clock.phase("block inputs"):
+            pruned = not isinstance(job.method, Dense)
+            activations = record_activations(
+                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
+            )
+        job.report.linears = prune_blocks(
+            source,
+            job.method,
+            job.pattern,
+            activations,
+            clock=job.clock,
+            progress=job.progress,
+            masks=job.masks,
+            output=output,
         )
-    gated = any(linear.gated for block in blocks for linear in block.linears)
-    if isinstance(method, Connect) and not gated:
-        warn(f"{type(model).__name__} has no gated MLP: connect prunes it as wanda")
-    if use_variant and not (isinstance(pattern, Variant) and method.uses_activations):
-        warn(f"--use_variant has no effect on {method.name} with {pattern}")
+        if job.evaluation is not None:
+            with job.clock.phase("evaluation"), source.surroundings(head=True):
+                job.report.perplexity |= perplexities(source, activations, job.evaluation)
+        job.write_masks()
+        if output is not None:
+            job.report.peak_memory = peak_memory()
+            with job.clock.phase("write"):
+                output.finish(job.report)
 
 
 def _measure(
@@ -228,30 +293,6 @@ def _measure(
         report.perplexity[which] = perplexity(model, evaluation, progress=tell)
 
 
-def _context(model: nn.Module) -> int:
-    """The longest sequence the model was made for; without a word on it, no limit."""
-    config = model.config.get_text_config()
-    return (
-        getattr(config, "max_position_embeddings", None)
-        or getattr(config, "n_positions", None)
-        or sys.maxsize
-    )
-
-
-def _require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
-    """Raise `CalibrationError` where token ids would index past the model's positions or vocabulary."""
-    context, vocabulary = _context(model), model.config.get_text_config().vocab_size
-    if token_ids.shape[1] > context:
-        raise CalibrationError(
-            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
-            f"lower --seqlen"
-        )
-    lowest, highest = token_ids.min().item(), token_ids.max().item()
-    if lowest < 0 or highest >= vocabulary:
-        wrong = lowest if lowest < 0 else highest
-        raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")
-
-
 def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
     tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     return 1 if token_ids is None else max(1, tokens // token_ids.shape[1])
@@ -269,29 +310,6 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch has a type for it on GPUs, a RuntimeError on CPUs
-        on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = next(iter(str(error).splitlines()), "no memory left")
-        raise OutOfMemoryError(
-            f"out of memory: {reason}; lower --batch_size, --nsamples or --seqlen"
-        ) from error
-
-
-def _peak_memory() -> dict[str, int]:
-    """Bytes at the highest, since the process began: resident on the host, allocated on each GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    for index in range(torch.cuda.device_count()):
-        peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
-    return peak
 
 
 def _plain(value: object) -> object:

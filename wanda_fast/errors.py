@@ -51,3 +51,15 @@ class OutOfMemoryError(WandaFastError, MemoryError):
 
 class MissingDependencyError(WandaFastError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class NotStreamableError(WandaFastError):
+    """A checkpoint that cannot be read block by block; whoever opened it loads it whole instead."""
+
+
+class ResumeError(WandaFastError):
+    """An unfinished run that cannot be continued as asked, or would be lost."""
+
+
+class InterruptedRunError(WandaFastError):
+    """Ctrl-C: the run ended after a block, and can be continued."""

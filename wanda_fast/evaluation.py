@@ -76,19 +76,27 @@ def perplexity(
     """
     if not isinstance(data, EvaluationSet):
         data = evaluation_set(data, tokenizer, seqlen, max_windows)
-    device = next(model.parameters()).device
-    batch = max(1, TOKENS_PER_FORWARD // data.windows.shape[1])
-    losses = []
+    device, batch, losses = next(model.parameters()).device, batch_of(data), []
     for done, windows in enumerate(data.windows.split(batch), start=1):
-        losses += _window_losses(model, windows.to(device))
+        losses += window_losses(model, windows.to(device))
         if progress:
             progress(min(done * batch, len(data.windows)))
+    return mean_perplexity(losses)
+
+
+def batch_of(data: EvaluationSet) -> int:
+    """Windows a forward."""
+    return max(1, TOKENS_PER_FORWARD // data.windows.shape[1])
+
+
+def mean_perplexity(losses: list[float]) -> float:
     mean = sum(losses) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
-def _window_losses(model: nn.Module, windows: Tensor) -> list[float]:
+def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
+    """The mean loss of each window `[seqlen]` of `windows` `[nwindows, seqlen]`."""
     logits = model(windows, use_cache=False).logits
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)

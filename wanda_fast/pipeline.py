@@ -7,16 +7,20 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import wanda_kernels
+from wanda_fast.activations import Activations
 from wanda_fast.architecture import Block, Linear
-from wanda_fast.block_inputs import BlockInputs, record_block_inputs
+from wanda_fast.block_inputs import BlockInputs
+from wanda_fast.clock import Clock
 from wanda_fast.errors import NonFiniteError
 from wanda_fast.masks import empty_mask
-from wanda_fast.methods import Method
+from wanda_fast.methods import Dense, Method
+from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
 from wanda_fast.report import LinearReport
+from wanda_fast.sources import BlockSource
 from wanda_fast.statistics import BlockStatistics
 from wanda_kernels.backends import TABLE, choose
 
@@ -29,72 +33,74 @@ class Progress(Protocol):
     def step(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
 
 
-class Clock:
-    """Seconds per phase. On a GPU a phase's end waits for the device, once a block and phase."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 @torch.no_grad()
 def prune_blocks(
-    model: nn.Module,
-    blocks: list[Block],
+    source: BlockSource,
     method: Method,
     pattern: Pattern,
-    token_ids: Tensor | None,
+    activations: Activations,
     *,
-    batch_size: int,
-    device: torch.device,
     clock: Clock,
     progress: Progress | None = None,
     masks: dict[str, Tensor] | None = None,
+    output: StreamedOutput | None = None,
 ) -> dict[str, LinearReport]:
-    """Prune every linear of `blocks` in place, block by block; the model stays on its own device.
+    """Prune every linear of the source's blocks, block by block; `activations` end behind the last block.
 
     Args:
-        token_ids: int64 `[nsamples, seqlen]`; None for a method that uses no activations.
-        batch_size: sequences a forward.
-        device: where a block is moved for its turn.
+        activations: the first block's inputs.
         masks: where given, receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host.
-    Raises: `NonFiniteError`, naming block and linear, before that block is touched; `PatternError` before
-    all.
+        output: where given, receives each block as soon as it is pruned, and has those of a resumed run.
+    Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
-    for block in blocks:
-        for linear in block.linears:
-            pattern.check(linear.name, linear.module.in_features)
-    inputs = None
-    if method.uses_activations:
-        with clock.phase("block inputs"):
-            inputs = record_block_inputs(_forward_of(model), blocks, token_ids, batch_size, device)
     reports, last_linear = {}, {}
-    for index, block in enumerate(blocks):
-        tell = _teller(progress, index, len(blocks), block.name)
-        with _on(block.module, device):
-            statistics = None
-            if inputs is not None:
-                tell("dense pass")
-                with clock.phase("dense pass"):
-                    statistics = _dense_pass(block, method, inputs, index, last_linear)
-            with clock.phase("selection"):
-                reports |= _prune_block(block, method, pattern, statistics, tell, masks)
-            if inputs is not None and index + 1 < len(blocks):
-                tell("pruned pass")
-                with clock.phase("pruned pass"):
-                    for batch, call in inputs.batches(index):
-                        inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
+    start = 0 if output is None else output.begin_(activations)
+    for index, block in enumerate(source.blocks):
+        finished = output is not None and index in output.finished
+        if finished:
+            reports |= output.reports(index, masks)
+        if index < start:
+            continue
+        tell = _teller(progress, index, len(source.blocks), block.name)
+        with source.block(index):
+            if activations.dense is not None:
+                tell("evaluation")
+                with clock.phase("evaluation"):
+                    activations.dense.advance_(index, block.module)
+            own = {}
+            if finished:
+                output.restore_block(index)
+            elif not isinstance(method, Dense):
+                statistics = None
+                if activations.calibration is not None:
+                    tell("dense pass")
+                    with clock.phase("dense pass"):
+                        statistics = _dense_pass(block, method, activations.calibration, index, last_linear)
+                with clock.phase("selection"):
+                    own = _prune_block(block, method, pattern, statistics, tell, masks)
+                reports |= own
+            _pruned_pass(index, block, index + 1 == len(source.blocks), activations, clock, tell)
+            if output is not None and not finished:
+                with clock.phase("write"):
+                    output.write_block(index, own, masks)
+        if output is not None:
+            with clock.phase("write"):
+                output.reached(index + 1, activations)
     return reports
+
+
+def _pruned_pass(
+    index: int, block: Block, last: bool, activations: Activations, clock: Clock, tell: Callable[..., None]
+) -> None:
+    """On to the next block's inputs; the last block's output is of use to an evaluation only."""
+    if activations.calibration is not None and not last:
+        tell("pruned pass")
+        with clock.phase("pruned pass"):
+            activations.calibration.advance_(index, block.module)
+    if activations.pruned is not None:
+        tell("evaluation")
+        with clock.phase("evaluation"):
+            activations.pruned.advance_(index, block.module)
 
 
 def _dense_pass(
@@ -216,24 +222,6 @@ def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
         wanda_kernels.require_finite(operands)
     except ValueError as error:
         raise NonFiniteError(f"block {block.name}: {error}") from error
-
-
-def _forward_of(model: nn.Module):
-    """The model's own forward without the language-model head, whose logits nobody reads."""
-    body = getattr(model, "base_model", model)
-    embedding_device = next(body.parameters()).device
-    return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)
-
-
-@contextmanager
-def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module on `device` for a while, then back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
 
 
 def _teller(progress: Progress | None, index: int, total: int, block: str) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 
 from wanda_fast.architecture import Reach
@@ -64,6 +64,15 @@ class Report:
             "versions": versions(),
         }
         return json.dumps(content, indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """What `to_json` wrote, but for versions."""
+        content = json.loads(text)
+        report = cls(**{field.name: content[field.name] for field in fields(cls)})
+        report.linears = {name: LinearReport(**linear) for name, linear in report.linears.items()}
+        report.reach = report.reach and Reach(**report.reach)
+        return report
 
     def published_log(self) -> str:
         """The published code's `log_METHOD.txt`: method, sparsity, perplexity, tab-separated."""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_fast
@@ -64,6 +65,23 @@ def test_every_block_equals_the_published_code(smollm2, pydoc_ids):
     wanda_fast.prune(model, prune_method="wanda", dataset=calibration, sparsity_ratio=0.5)
     masks = prune_published(copy.deepcopy(dense), calibration, "wanda", "0.5", follow=model)
     assert equal_masks(model, dense, masks) >= EQUAL_MASKS
+
+
+def test_streamed_equals_live(smollm2, pydoc_ids, tmp_path):
+    """From safetensors, block by block, against the model in memory: the same bytes."""
+    model, tokens = copy.deepcopy(smollm2[0]), pydoc_ids[0][:2, :64]
+    del model.hf_quantizer, model.quantization_method, model.config.quantization_config  # marks of GGUF
+    model.is_quantized = False
+    model.save_pretrained(tmp_path / "dense")
+    folders = {kind: tmp_path / kind for kind in ("streamed", "live")}
+    for source, out in ((str(tmp_path / "dense"), folders["streamed"]), (model, folders["live"])):
+        wanda_fast.prune(source, dataset=tokens, sparsity_type="2:4", device="cpu", save_model=out)
+    tensors = [
+        {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        for folder in folders.values()
+    ]
+    assert len(list(folders["streamed"].glob("model-*"))) == 31 and tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
 
 def equal_masks(model, dense, masks):

@@ -1,0 +1,295 @@
+"""Runs that were killed, stopped, out of space or tampered with: resumed, they give the same bytes."""
+
+import collections
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import wanda_fast
+from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint
+from wanda_fast import boundary, cli, errors, output, pipeline
+
+NBLOCKS = 5
+QUICK = dict(dataset="text.txt", eval_dataset="text.txt", nsamples=2, seqlen=24, eval_windows=2, device="cpu")
+WORDS = "--dataset text.txt --nsamples 2 --seqlen 24 --eval-windows 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(llama):
+    before = Path.cwd()
+    os.chdir(llama)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pydoc_text):
+    """Folder of a checkpoint of five blocks."""
+    folder, small = tmp_path_factory.mktemp("llama"), CONFIGS["smollm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "smollm", lambda: deeper(small()))
+        save_checkpoint(FAMILIES["smollm"]().bfloat16(), folder, pydoc_text[:20000])
+    (folder / "text.txt").write_text(pydoc_text[:20000])
+    return folder
+
+
+def deeper(config):
+    config.num_hidden_layers = NBLOCKS
+    return config
+
+
+@pytest.fixture(scope="module")
+def unbroken(llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    report = wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
+    return report, out
+
+
+@pytest.fixture
+def pruned(monkeypatch):
+    """Names of the blocks whose weights were selected, in order."""
+    names, prune_block = [], pipeline._prune_block
+    monkeypatch.setattr(
+        pipeline, "_prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
+    )
+    return names
+
+
+@pytest.fixture
+def broken_off(llama, tmp_path, monkeypatch):
+    """The folder of a run that was stopped by Ctrl-C after three of five blocks."""
+
+    def broken_off(**options):
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            write_block = output.StreamedOutput.write_block
+            patch.setattr(output.StreamedOutput, "write_block", stop_in(2, write_block))
+            with pytest.raises(errors.InterruptedRunError, match="stopped after block 3 of 5"):
+                wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK | options)
+        return out
+
+    return broken_off
+
+
+def stop_in(block, write_block):
+    def write(self, index, *rest):
+        write_block(self, index, *rest)
+        if index == block:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return write
+
+
+def resume(llama, out, **options):
+    return wanda_fast.prune(
+        str(llama), save_model=out, save_mask=str(out) + ".masks", resume=True, **QUICK | options
+    )
+
+
+def assert_same(out, unbroken, report):
+    expected, folder = unbroken
+    files = [(out / "model.safetensors", folder / "model.safetensors"), (masks(out), masks(folder))]
+    for file, other in files:
+        tensors, wanted = load_file(file), load_file(other)
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert report.perplexity == expected.perplexity and report.sparsity == expected.sparsity
+    assert list(report.linears) == list(expected.linears)
+    assert {path.name for path in out.parent.iterdir()} == {"out", "out.masks"}
+
+
+def masks(out):
+    return Path(str(out) + ".masks")
+
+
+def partial(out):
+    return out.with_name("out.partial")
+
+
+def test_killed_at_random_moments(llama, tmp_path):
+    """Twenty kills, each at its own moment; whatever they left, each finished run is the same bytes."""
+    script = Path(__file__).with_name("killed_runs.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    words = [sys.executable, str(script), str(llama), str(tmp_path / "out"), "20", "1"]
+    runs = json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    assert len(runs["digests"]) >= 2 and len(set(runs["digests"])) == 1
+    assert len(runs["moments"]) == 20
+    assert min(collections.Counter(runs["moments"]).values()) == 4  # of each kind
+
+
+def test_ctrl_c_ends_after_the_block_and_says_how_to_go_on(llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    assert not out.exists() and len(list((partial(out) / "model").glob("*.safetensors"))) == 3
+    report = resume(llama, out)
+    assert pruned == [f"model.layers.{index}" for index in range(NBLOCKS)]  # none of them twice
+    assert_same(out, unbroken, report)
+
+
+def test_the_command_line_prints_the_command(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    out, write_block = tmp_path / "out", output.StreamedOutput.write_block
+    words = ["prune", "--model", str(llama), *WORDS, "--save-model", str(out)]
+    monkeypatch.setattr(output.StreamedOutput, "write_block", stop_in(0, write_block))
+    assert run(monkeypatch, words) == 130
+    said = capsys.readouterr().err
+    assert f"wanda-fast {' '.join(words)} --resume" in said and "Traceback" not in said
+    for command in (
+        ["eval", str(out)],
+        ["eval", str(partial(out))],
+        ["inspect", str(partial(out) / "model")],
+    ):
+        assert run(monkeypatch, command) == 2
+        assert "is not finished: continue it with --resume" in capsys.readouterr().err
+    assert run(monkeypatch, words) == 2
+    assert "holds an unfinished run: continue it with --resume" in capsys.readouterr().err
+    monkeypatch.setattr(output.StreamedOutput, "write_block", write_block)
+    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert (out / "config.json").is_file() and not partial(out).exists()
+    assert run(monkeypatch, [*words, "--resume"]) == 0  # complete: nothing to do, nothing lost
+    assert "perplexity, pruned" in capsys.readouterr().out
+
+
+def run(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["wanda-fast", *words])
+    try:
+        cli.main()
+    except SystemExit as exit:
+        return exit.code or 0
+    return 0
+
+
+SPOILT = {  # file -> the blocks that are pruned again
+    "model/model-00003-of-00006.safetensors": [1],
+    "masks-00002.safetensors": [2],
+    "block-00000.json": [0],
+    "run.json": [],
+    "boundary.json": [],
+    "boundary-00003.safetensors": [],
+}
+
+
+WAYS = [(name, how) for name in SPOILT for how in ("altered", "cut", "gone")]
+WAYS.remove(("run.json", "gone"))  # without its first note the folder is no run
+
+
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_only_what_is_spoilt_is_done_again(name, how, llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    file = partial(out) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if how == "altered" else content[: len(content) // 3])
+    if how == "gone":
+        file.unlink()
+    pruned.clear()
+    report = resume(llama, out)
+    assert pruned == [f"model.layers.{index}" for index in [*SPOILT[name], 3, 4]]
+    assert_same(out, unbroken, report)
+
+
+def test_blocks_are_replayed_where_no_boundary_was_written(llama, unbroken, broken_off, pruned, monkeypatch):
+    monkeypatch.setattr(boundary.Boundary, "reached", lambda *_args, **_options: None)
+    out = broken_off()
+    assert not list(partial(out).glob("boundary*"))
+    pruned.clear()
+    report = resume(llama, out)
+    assert pruned == ["model.layers.3", "model.layers.4"]
+    assert_same(out, unbroken, report)
+
+
+DIFFERENCES = {
+    "sparsity_ratio was 0.5, is 0.25": dict(sparsity_ratio=0.25),
+    "prune_method was wanda, is connect": dict(prune_method="connect"),
+    "seed was 0, is 1; calibration tokens differ": dict(seed=1),
+    "batch_size was": dict(batch_size=1),
+    "evaluation tokens differ": dict(eval_windows=1),
+}
+
+
+@pytest.mark.parametrize("sentence", DIFFERENCES)
+def test_another_run_is_not_resumed(sentence, llama, unbroken, broken_off):
+    out = broken_off()
+    with pytest.raises(errors.ResumeError, match=f"cannot be resumed: {sentence}"):
+        resume(llama, out, **DIFFERENCES[sentence])
+    assert_same(out, unbroken, resume(llama, out))  # the refusal cost nothing
+
+
+def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for file in llama.iterdir():
+        content = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            content[-1] ^= 1
+            content[len(content) // 2] ^= 1
+        (other / file.name).write_bytes(content)
+    with pytest.raises(errors.ResumeError, match="cannot be resumed: the model differs"):
+        resume(other, broken_off())
+
+
+def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
+    """A limit on file size that the second shard meets; resumed without it, the same bytes."""
+    limit = (
+        "import resource, signal, sys\n"
+        "from wanda_fast import output\n"
+        "from wanda_fast.cli import main\n"
+        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
+        "write_block = output.StreamedOutput.write_block\n"
+        "def limited(self, index, *rest):\n"
+        "    if index == 2:\n"
+        f"        resource.setrlimit({resource.RLIMIT_FSIZE}, (30_000, 30_000))\n"
+        "    write_block(self, index, *rest)\n"
+        "output.StreamedOutput.write_block = limited\n"
+        "main()\n"
+    )
+    out = tmp_path / "out"
+    words = ["prune", "--model", str(llama), *WORDS, "--save-model", str(out), "--save-mask", str(masks(out))]
+    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert "2 of 5 blocks are kept: continue with --resume" in done.stderr
+    assert not out.exists()
+    assert_same(out, unbroken, resume(llama, out))
+
+
+def test_resume_with_nothing_to_resume_begins(llama, tmp_path, unbroken):
+    out = tmp_path / "out"
+    assert_same(out, unbroken, resume(llama, out))
+    report = resume(llama, out)  # complete
+    assert_same(out, unbroken, report)
+    with pytest.raises(errors.OutputError, match="not empty"):
+        resume(llama, out, seed=3)
+
+
+def test_overwrite_drops_an_unfinished_run(llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    pruned.clear()
+    report = wanda_fast.prune(
+        str(llama), save_model=out, save_mask=str(out) + ".masks", overwrite=True, **QUICK
+    )
+    assert len(pruned) == NBLOCKS
+    assert_same(out, unbroken, report)
+
+
+def test_the_unbroken_run_twice(llama, tmp_path, unbroken):
+    """That nothing else moves: two runs write the same file."""
+    out = tmp_path / "out"
+    wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
+    digests = {hashlib.sha256((f / "model.safetensors").read_bytes()).digest() for f in (out, unbroken[1])}
+    assert len(digests) == 1

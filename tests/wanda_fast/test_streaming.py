@@ -1,0 +1,163 @@
+"""A streamed checkpoint: the same tensors, byte for byte, as a model that is pruned in memory as a whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast import checkpoint, driver, errors, layout
+
+STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
+LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
+QUICK = dict(nsamples=3, seqlen=24, batch_size=2, eval_windows=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, pydoc_text):
+    """Folder of a family's checkpoint, in bfloat16; `shards` splits it into files of 100 kB."""
+
+    def folder_of(name, shards=False):
+        folder = tmp_path_factory.mktemp(name)
+        model = FAMILIES[name]().bfloat16()
+        save_checkpoint(model, folder, pydoc_text[:20000])
+        if shards:
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder, max_shard_size="100kB")
+            assert (folder / "model.safetensors.index.json").is_file()
+        return folder
+
+    return folder_of
+
+
+def prune(folder, out, whole=False, **options):
+    """The report, and the tensors of what was written; `whole`: in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if whole:
+            patch.setattr(driver, "open_skeleton", refuse)
+        report = wanda_fast.prune(
+            str(folder), dataset="pydoc", eval_dataset="pydoc", save_model=out, **QUICK | options
+        )
+    return report, {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def refuse(*_args):
+    raise errors.NotStreamableError("the test says so")
+
+
+def refuse_whole(*_args, **_options):
+    raise AssertionError("loaded as a whole")
+
+
+def assert_equal_bytes(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
+    folder, method = folder_of(name, shards=name in ("llama2", "gemma3")), "connect"
+    expected, tensors = prune(folder, tmp_path / "whole", whole=True, prune_method=method)
+    monkeypatch.setattr(checkpoint, "load", refuse_whole)
+    report, streamed = prune(folder, tmp_path / "streamed", prune_method=method)
+    assert_equal_bytes(streamed, tensors)
+    assert report.perplexity == expected.perplexity
+    assert report.linears.keys() == expected.linears.keys()
+    assert [r.sparsity for r in report.linears.values()] == [r.sparsity for r in expected.linears.values()]
+    for file in ("config.json", "generation_config.json"):
+        written = [json.loads((tmp_path / kind / file).read_text()) for kind in ("whole", "streamed")]
+        assert written[0] == written[1]
+    assert {p.name for p in (tmp_path / "streamed").iterdir()} == {
+        p.name for p in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prune_method="magnitude", sparsity_type="2:4"),
+        dict(prune_method="wanda", sparsity_type="2:4", dtype="bfloat16"),
+        dict(prune_method="wanda", ignore=("model.layers.0",)),
+        dict(prune_method="dense"),
+    ],
+    ids=["magnitude", "bfloat16", "ignore", "dense"],
+)
+def test_every_kind_of_run_streams(options, folder_of, tmp_path):
+    folder = folder_of("smollm")
+    masks = [tmp_path / "whole.safetensors", tmp_path / "streamed.safetensors"]
+    expected, tensors = prune(folder, tmp_path / "whole", whole=True, save_mask=masks[0], **options)
+    report, streamed = prune(folder, tmp_path / "streamed", save_mask=masks[1], **options)
+    assert_equal_bytes(streamed, tensors)
+    assert report.perplexity == expected.perplexity and report.sparsity == expected.sparsity
+    assert_equal_bytes(load_file(masks[1]), load_file(masks[0]))
+
+
+def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch):
+    folder = folder_of("smollm", shards=True)
+    _, tensors = prune(folder, tmp_path / "one")
+    monkeypatch.setattr(layout, "ONE_FILE", 0)
+    _, shards = prune(folder, tmp_path / "shards")
+    assert_equal_bytes(shards, tensors)
+    files = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
+    assert files == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys() and index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in tensors.values()
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert not (tmp_path / "shards.partial").exists()
+
+
+@pytest.mark.parametrize("name", LOADED_WHOLE)
+def test_what_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, caplog):
+    caplog.set_level("INFO", logger="wanda_fast")
+    report, tensors = prune(folder_of(name), tmp_path / "out", prune_method="wanda")
+    said = [record.message for record in caplog.records if "not streamed" in record.message]
+    assert len(said) == 1 and "transformers converts" in said[0]
+    assert report.perplexity["pruned"] > 1 and tensors
+
+
+def test_tied_weights_in_the_file_twice(folder_of, tmp_path, caplog):
+    """The same twice is one weight; two that differ are two, as transformers has it."""
+    caplog.set_level("INFO", logger="wanda_fast")
+    folder = folder_of("smollm")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    for change, streams in ((0.0, True), (1.0, False)):
+        save_file(tensors | {"lm_head.weight": head + change}, file, metadata={"format": "pt"})
+        out = tmp_path / str(streams)
+        prune(folder, out)
+        assert any("differ in the file" in record.message for record in caplog.records) != streams
+        with safe_open(out / "model.safetensors", "pt") as opened:
+            assert ("lm_head.weight" in opened.keys()) != streams
+
+
+def test_pickled_weights_are_refused(tmp_path, pydoc_text):
+    model = FAMILIES["llama2"]()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(errors.CheckpointError, match=r"pickles only \(pytorch_model.bin\).*safetensors"):
+        wanda_fast.prune(str(tmp_path), dataset=token_ids(model, 2, 8))
+
+
+def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):
+    held = []
+    monkeypatch.setattr(driver, "perplexities", lambda source, *_: held.append(source.model) or {})
+    wanda_fast.prune(str(folder_of("llama2")), dataset="pydoc", eval_dataset="pydoc", **QUICK)
+    assert all(parameter.is_meta for parameter in held[0].parameters())
