@@ -93,8 +93,9 @@ def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
         dict(prune_method="wanda", sparsity_type="2:4", dtype="bfloat16"),
         dict(prune_method="wanda", ignore=("model.layers.0",)),
         dict(prune_method="dense"),
+        dict(prune_method="connect", sequential="linear"),
     ],
-    ids=["magnitude", "bfloat16", "ignore", "dense"],
+    ids=["magnitude", "bfloat16", "ignore", "dense", "sequential"],
 )
 def test_every_kind_of_run_streams(options, folder_of, tmp_path):
     folder = folder_of("smollm")
