@@ -100,6 +100,12 @@ def prune(
         int | None,
         typer.Option(min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens."),
     ] = None,
+    sequential: Annotated[
+        str,
+        typer.Option(
+            help="block, as published, or linear: one pass, each linear sees its pruned forerunners."
+        ),
+    ] = "block",
     connect_gate: Annotated[
         str, typer.Option(help="connect's gate: activated (as the published code) or raw.")
     ] = "activated",
@@ -138,6 +144,7 @@ def prune(
             connect_gate=connect_gate,
             ignore=tuple(ignore or ()),
             batch_size=batch_size,
+            sequential=sequential,
             device=device,
             dtype=dtype,
             cache_dir=cache_dir,

@@ -15,7 +15,7 @@ from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
-from wanda_fast.errors import NotStreamableError
+from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.masks import write_masks
@@ -27,7 +27,7 @@ from wanda_fast.pipeline import Progress, prune_blocks
 from wanda_fast.report import Report
 from wanda_fast.skeleton import Skeleton, open_skeleton
 from wanda_fast.sources import LiveModel, StreamedModel
-from wanda_fast.survey import context_of, require_fit, survey
+from wanda_fast.survey import context_of, require_fit, require_sequential, survey
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def prune(
     connect_gate: str = "activated",
     ignore: tuple[str, ...] | list[str] = (),
     batch_size: int | None = None,
+    sequential: str = "block",
     device: str | torch.device | None = None,
     dtype: str = "auto",
     tokenizer=None,
@@ -78,6 +79,8 @@ def prune(
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
         patterns. batch_size: calibration sequences a forward; default: what makes a forward of about 4096
             (CPU) or 16384 (GPU) tokens.
+        sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
+            pruned as soon as its input is known, and what follows sees its pruned output.
         device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's
             own device for a live model.
         dtype: "auto", "float32", "float16" or "bfloat16", for a checkpoint.
@@ -101,8 +104,11 @@ def prune(
     }
     method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
+    require_sequential(sequential)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
-    if resume and save_model is not None and (report := _finished(Path(save_model), recipe)):
+    if resume and save_model is None:
+        raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
+    if resume and (report := _finished(Path(save_model), recipe)):
         checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
         return report
     for folder in filter(None, (save, save_model)):
@@ -135,7 +141,7 @@ def prune(
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
     job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
-    job.batch_size = batch_size or _batch_size(target, token_ids)
+    job.batch_size, job.sequential = batch_size or _batch_size(target, token_ids), sequential
     folder = save_model and Path(save_model)
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
@@ -144,6 +150,8 @@ def prune(
             output = folder and StreamedOutput(folder, source, identity, resume)
             _run_streamed(job, source, output)
         else:
+            if resume:
+                logger.warning("a model that is held in memory as a whole is pruned from the start")
             _run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
             with clock.phase("zero-shot"):
@@ -196,6 +204,7 @@ class _Job:
     progress: Progress | None
     masks: dict[str, Tensor] | None
     batch_size: int = 1
+    sequential: str = "block"
 
     def write_masks(self) -> None:
         if self.masks is not None:
@@ -242,6 +251,7 @@ def _run_in_memory(job: _Job, source: LiveModel) -> None:
         clock=job.clock,
         progress=job.progress,
         masks=job.masks,
+        sequential=job.sequential,
     )
     _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
     job.write_masks()
@@ -264,6 +274,7 @@ def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | Non
             progress=job.progress,
             masks=job.masks,
             output=output,
+            sequential=job.sequential,
         )
         if job.evaluation is not None:
             with job.clock.phase("evaluation"), source.surroundings(head=True):

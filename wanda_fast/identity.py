@@ -10,7 +10,7 @@ from wanda_fast.evaluation import EvaluationSet
 from wanda_fast.sources import StreamedModel
 
 OPTIONS = ("prune_method", "sparsity_type", "sparsity_ratio", "nsamples", "seqlen", "seed", "use_variant")
-OPTIONS += ("connect_gate", "ignore", "dtype")
+OPTIONS += ("connect_gate", "ignore", "dtype", "sequential")
 
 
 def run_identity(

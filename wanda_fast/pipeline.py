@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 import wanda_kernels
 from wanda_fast.activations import Activations
 from wanda_fast.architecture import Block, Linear
-from wanda_fast.block_inputs import BlockInputs
+from wanda_fast.block_inputs import BlockCall, BlockInputs
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NonFiniteError
+from wanda_fast.lockstep import run_in_lockstep
 from wanda_fast.masks import empty_mask
 from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
@@ -44,6 +47,7 @@ def prune_blocks(
     progress: Progress | None = None,
     masks: dict[str, Tensor] | None = None,
     output: StreamedOutput | None = None,
+    sequential: str = "block",
 ) -> dict[str, LinearReport]:
     """Prune every linear of the source's blocks, block by block; `activations` end behind the last block.
 
@@ -51,9 +55,11 @@ def prune_blocks(
         activations: the first block's inputs.
         masks: where given, receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host.
         output: where given, receives each block as soon as it is pruned, and has those of a resumed run.
+        sequential: "block": statistics of the dense block, then its linears; "linear": one after the other.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
-    reports, last_linear = {}, {}
+    reports, one_pass = {}, sequential == "linear" and method.uses_activations
+    prune_block = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
     start = 0 if output is None else output.begin_(activations)
     for index, block in enumerate(source.blocks):
         finished = output is not None and index in output.finished
@@ -71,15 +77,10 @@ def prune_blocks(
             if finished:
                 output.restore_block(index)
             elif not isinstance(method, Dense):
-                statistics = None
-                if activations.calibration is not None:
-                    tell("dense pass")
-                    with clock.phase("dense pass"):
-                        statistics = _dense_pass(block, method, activations.calibration, index, last_linear)
-                with clock.phase("selection"):
-                    own = _prune_block(block, method, pattern, statistics, tell, masks)
+                own = prune_block(index, block, activations.calibration, tell)
                 reports |= own
-            _pruned_pass(index, block, index + 1 == len(source.blocks), activations, clock, tell)
+            ahead = index + 1 < len(source.blocks) and (finished or not one_pass)
+            _pruned_pass(index, block, ahead, activations, clock, tell)
             if output is not None and not finished:
                 with clock.phase("write"):
                     output.write_block(index, own, masks)
@@ -90,10 +91,10 @@ def prune_blocks(
 
 
 def _pruned_pass(
-    index: int, block: Block, last: bool, activations: Activations, clock: Clock, tell: Callable[..., None]
+    index: int, block: Block, ahead: bool, activations: Activations, clock: Clock, tell: Callable[..., None]
 ) -> None:
-    """On to the next block's inputs; the last block's output is of use to an evaluation only."""
-    if activations.calibration is not None and not last:
+    """On to the next block's inputs, where there is one `ahead` and the calibration is not there yet."""
+    if activations.calibration is not None and ahead:
         tell("pruned pass")
         with clock.phase("pruned pass"):
             activations.calibration.advance_(index, block.module)
@@ -101,6 +102,60 @@ def _pruned_pass(
         tell("evaluation")
         with clock.phase("evaluation"):
             activations.pruned.advance_(index, block.module)
+
+
+class _TwoPasses:
+    """`--sequential block`, as published: statistics of the dense block, then all of its linears."""
+
+    def __init__(
+        self, method: Method, pattern: Pattern, clock: Clock, masks: dict[str, Tensor] | None = None
+    ):
+        self.method, self.pattern, self.clock, self.masks = method, pattern, clock, masks
+        self.last_linear: dict[tuple, str] = {}
+
+    def __call__(
+        self, index: int, block: Block, calibration: BlockInputs | None, tell: Callable[..., None]
+    ) -> dict[str, LinearReport]:
+        statistics = None
+        if calibration is not None:
+            tell("dense pass")
+            with self.clock.phase("dense pass"):
+                statistics = _dense_pass(block, self.method, calibration, index, self.last_linear)
+        return self.select(block, statistics, tell)
+
+    def select(
+        self, block: Block, statistics: BlockStatistics | None, tell: Callable[..., None]
+    ) -> dict[str, LinearReport]:
+        with self.clock.phase("selection"):
+            return _prune_block(block, self.method, self.pattern, statistics, tell, self.masks)
+
+
+class _OnePass(_TwoPasses):
+    """`--sequential linear`: each linear once its input is known; leaves the next block's inputs."""
+
+    def __call__(
+        self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
+    ) -> dict[str, LinearReport]:
+        statistics = BlockStatistics(block, self.method.statistic, fused=False)
+        reports: dict[str, LinearReport] = {}
+        forwards = [
+            partial(_advance_batch, block, calibration, batch, call)
+            for batch, call in calibration.batches(index)
+        ]
+
+        def prune(linear: Linear) -> None:
+            reports.update(self.select(replace(block, linears=[linear]), statistics, tell))
+
+        tell("one pass")
+        with self.clock.phase("one pass"), statistics.gathering():
+            run_in_lockstep(block, forwards, prune)
+        unseen = [linear for linear in block.linears if linear.name not in reports]
+        reports |= self.select(replace(block, linears=unseen), statistics, tell) if unseen else {}
+        return {linear.name: reports[linear.name] for linear in block.linears}
+
+
+def _advance_batch(block: Block, inputs: BlockInputs, batch: slice, call: BlockCall) -> None:
+    inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
 
 
 def _dense_pass(

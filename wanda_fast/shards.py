@@ -1,19 +1,33 @@
 """Safetensors files: where each tensor lies, read by name, written so that a file is whole or not there."""
 
 import hashlib
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from wanda_fast.errors import CheckpointError
+
 CHUNK = 2**22  # bytes read at once for a checksum
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # the names of safetensors
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAMPLE = 4096  # bytes of each tensor that a model's digest reads
 
 
@@ -28,17 +42,20 @@ class TensorFiles:
         return cls({name: file for file in files for name in _header(file)[1]})
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Copies in ordinary memory, on the host; a file is mapped only while it is read."""
+        """Copies on the host, floating-point ones in `dtype` where given.
+
+        Read, not mapped: pages of a mapping would count as this process's memory beside the copies.
+        """
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self.location[name], []).append(name)
         tensors = {}
         for file, held in wanted.items():
-            with safe_open(file, framework="pt") as opened:
+            begin, header = _header(file)
+            with file.open("rb", buffering=0) as opened:
                 for name in held:
-                    stored = opened.get_tensor(name)
-                    floating = dtype if stored.is_floating_point() else None
-                    tensors[name] = stored.to(floating or stored.dtype, copy=True)
+                    tensor = _read_tensor(opened, begin, header[name])
+                    tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         return tensors
 
     @property
@@ -48,6 +65,10 @@ class TensorFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         headers = [_header(file)[1] for file in self.files]
         return {name: tuple(about["shape"]) for header in headers for name, about in header.items()}
+
+    def unknown_dtypes(self) -> list[str]:
+        used = {about["dtype"] for file in self.files for about in _header(file)[1].values()}
+        return sorted(used - set(DTYPES))
 
     def nbytes(self) -> int:
         headers = [_header(file)[1] for file in self.files]
@@ -70,31 +91,36 @@ class TensorFiles:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write, fsync, rename; returns the file's sha256."""
-    metadata = {"format": "pt"}
-    return write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    """Write, fsync, rename; returns the file's sha256. Tensor by tensor: no second copy of all of them."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = about
+    return write_atomically(path, lambda partial: write_file(partial, header, map(_bytes, tensors.values())))
+
+
+def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryview]) -> None:
+    """A safetensors file: the header's length, the header, the tensors' bytes in its order."""
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    with path.open("wb", buffering=0) as opened:
+        for content in itertools.chain((len(text).to_bytes(8, "little"), text), contents):
+            rest = memoryview(content)
+            while len(rest):  # one call writes at most 2 GiB
+                rest = rest[opened.write(rest) :]
 
 
 def join_files(shards: TensorFiles, path: Path) -> str:
-    """Write the tensors of all shards as one file, by copying bytes: nothing is loaded; returns its sha256."""
-    merged, sizes = {"__metadata__": {"format": "pt"}}, [0]
+    """Write the tensors of all shards as one file, by copying bytes, never all at once; returns sha256."""
+    merged, size = {}, 0
     for file in shards.files:
-        for name, about in _header(file)[1].items():
-            begin, end = (sum(sizes) + offset for offset in about["data_offsets"])
-            merged[name] = about | {"data_offsets": [begin, end]}
-        sizes.append(file.stat().st_size - _header(file)[0])
-    header = json.dumps(merged).encode()
-    header += b" " * (-len(header) % 8)  # the data begins aligned
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as joined:
-            joined.write(len(header).to_bytes(8, "little") + header)
-            for file in shards.files:
-                with file.open("rb") as shard:
-                    shard.seek(_header(file)[0])
-                    shutil.copyfileobj(shard, joined, CHUNK)
-
-    return write_atomically(path, write)
+        begin, header = _header(file)
+        for name, about in header.items():
+            merged[name] = about | {"data_offsets": [size + offset for offset in about["data_offsets"]]}
+        size += file.stat().st_size - begin
+    chunks = (chunk for file in shards.files for chunk in _chunks(file, _header(file)[0]))
+    return write_atomically(path, lambda partial: write_file(partial, merged, chunks))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
@@ -121,16 +147,45 @@ def sync_folder(folder: Path, files: bool = False) -> None:
 
 def sha256(path: Path) -> str:
     found = hashlib.sha256()
-    with path.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            found.update(chunk)
+    for chunk in _chunks(path):
+        found.update(chunk)
     return found.hexdigest()
+
+
+def _chunks(path: Path, begin: int = 0) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as opened:
+        opened.seek(begin)
+        while chunk := opened.read(CHUNK):
+            yield chunk
+
+
+def _read_tensor(opened: BinaryIO, begin: int, about: dict) -> Tensor:
+    tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+    opened.seek(begin + about["data_offsets"][0])
+    rest = _bytes(tensor)
+    while len(rest):  # one call reads at most 2 GiB
+        count = opened.readinto(rest)
+        if not count:
+            raise CheckpointError(f"{opened.name} ends before its last tensor: it is cut short")
+        rest = rest[count:]
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the host, which is made contiguous where it is not."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _header(file: Path) -> tuple[int, dict[str, dict]]:
     """(where the data begins, tensor name -> dtype, shape, data_offsets)."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+        if length > file.stat().st_size:
+            raise CheckpointError(f"{file} is no safetensors file: its header would be {length} bytes long")
+        text = opened.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header is no JSON") from error
     header.pop("__metadata__", None)
     return 8 + length, header

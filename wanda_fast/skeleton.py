@@ -115,6 +115,8 @@ def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
+    if unknown := files.unknown_dtypes():
+        raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
     shapes, names = files.shapes(), {}
     for aliases in tied.values():
         held = [alias for alias in aliases if alias in shapes]

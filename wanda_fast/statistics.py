@@ -5,6 +5,7 @@ Linears that read the same tensor (q, k, v; gate, up) share one statistic: the t
 a name.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,20 @@ class Coactivation:
 Statistic = SquaredNorm | Coactivation
 
 
+class _Forward(threading.local):
+    """What is known of the forward at hand, one a thread."""
+
+    def __init__(self):
+        self.calls: list[str] = []
+        self.readers: dict[int, tuple[weakref.ref, SquaredNorm]] = {}  # inputs, by identity
+        self.gate_outputs: dict[nn.Module, Tensor] = {}
+        self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their up projection's pass adds
+
+    def begin(self) -> None:
+        for known in (self.calls, self.readers, self.gate_outputs, self.deferred):
+            known.clear()
+
+
 class BlockStatistics:
     """The statistics of one block's linears. `by_name[linear.name].acc` is what stands under the score's
     root.
@@ -74,26 +89,29 @@ class BlockStatistics:
     Args:
         block: the block that will run.
         statistic: what to gather for a linear; None for nothing.
+        fused: a gate's norm may be added with its up projection's co-activation, in one read.
     """
 
-    def __init__(self, block: Block, statistic: Callable[[Linear], Statistic | None]):
-        self.block = block
+    def __init__(self, block: Block, statistic: Callable[[Linear], Statistic | None], fused: bool = True):
+        self.block, self.fused = block, fused
         self.by_name: dict[str, Statistic] = {}
-        self.calls: list[str] = []  # linears in the order of their calls in the latest forward
         self._make = statistic
-        self._readers: dict[int, tuple[weakref.ref, SquaredNorm]] = {}  # this forward's inputs, by identity
+        self._now = _Forward()
         self._coactivations = {
             linear.name: stat
             for linear in block.linears
             if linear.gated is not None and isinstance(stat := statistic(linear), Coactivation)
         }
-        self._gate_outputs: dict[nn.Module, Tensor] = {}
-        self._deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their up projection's pass adds
+
+    @property
+    def calls(self) -> list[str]:
+        """The linears in the order of their calls in the latest forward."""
+        return self._now.calls
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Hooks on the block's linears, removed at the end."""
-        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
+        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._now.begin())]
         gates = {stat.gate for stat in self._coactivations.values()}
         handles += [gate.register_forward_hook(self._keep_gate_output) for gate in gates]
         for linear in self.block.linears:
@@ -103,16 +121,10 @@ class BlockStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-            self._begin()
-
-    def _begin(self) -> None:
-        self.calls.clear()
-        self._readers.clear()
-        self._gate_outputs.clear()
-        self._deferred.clear()
+            self._now.begin()
 
     def _keep_gate_output(self, gate: nn.Module, _args: tuple, output: Tensor) -> None:
-        self._gate_outputs[gate] = output
+        self._now.gate_outputs[gate] = output
 
     def _reader_of(self, linear: Linear) -> Callable[[nn.Module, tuple], None]:
         def read(_module: nn.Module, args: tuple) -> None:
@@ -126,11 +138,11 @@ class BlockStatistics:
 
     def _read_coactivation(self, linear: Linear, x: Tensor) -> None:
         stat = self.by_name.setdefault(linear.name, self._coactivations[linear.name])
-        gate = self._gate_outputs.pop(stat.gate)  # a gated MLP computes its gate first
-        stat.add(gate, x, self._deferred.pop(stat.gate, None))
+        gate = self._now.gate_outputs.pop(stat.gate)  # a gated MLP computes its gate first
+        stat.add(gate, x, self._now.deferred.pop(stat.gate, None))
 
     def _read_sq_norm(self, linear: Linear, x: Tensor) -> None:
-        reference, shared = self._readers.get(id(x), (None, None))
+        reference, shared = self._now.readers.get(id(x), (None, None))
         if reference is not None and reference() is not x:  # the address of a tensor that is gone
             shared = None
         own = self.by_name.get(linear.name)
@@ -138,9 +150,9 @@ class BlockStatistics:
             own = self.by_name[linear.name] = shared or self._make(linear)
         if own is None or own is shared:
             return
-        self._readers[id(x)] = (weakref.ref(x), own)
-        if any(linear.module is stat.gate for stat in self._coactivations.values()):
-            self._deferred[linear.module] = own
+        self._now.readers[id(x)] = (weakref.ref(x), own)
+        if self.fused and any(linear.module is stat.gate for stat in self._coactivations.values()):
+            self._now.deferred[linear.module] = own
         else:
             own.add(x)
 

@@ -6,7 +6,7 @@ import sys
 from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, ignored_linears, reach
-from wanda_fast.errors import CalibrationError
+from wanda_fast.errors import CalibrationError, UnknownMethodError
 from wanda_fast.methods import Connect, Dense, Method
 from wanda_fast.patterns import Pattern, Variant
 from wanda_fast.report import Report
@@ -71,3 +71,8 @@ def require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
     if lowest < 0 or highest >= vocabulary:
         wrong = lowest if lowest < 0 else highest
         raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")
+
+
+def require_sequential(sequential: str) -> None:
+    if sequential not in ("block", "linear"):
+        raise UnknownMethodError(f"sequential must be 'block' or 'linear', got {sequential!r}")

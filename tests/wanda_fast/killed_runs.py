@@ -54,8 +54,8 @@ def arm(moment, chance):
         countdown -= 1
         return countdown == 0
 
-    def save_half(tensors, path, metadata):
-        save_file(tensors, path, metadata=metadata)
+    def save_half(path, *content):
+        write_file(path, *content)
         if due():
             os.truncate(path, path.stat().st_size // 2)
             kill()
@@ -76,14 +76,14 @@ def arm(moment, chance):
             kill()
         os_replace(source, target)
 
-    save_file, write, write_text, os_replace = (
-        shards.save_file,
+    write_file, write, write_text, os_replace = (
+        shards.write_file,
         journal.Journal.write,
         Path.write_text,
         os.replace,
     )
     if moment == "in a shard":
-        shards.save_file = save_half
+        shards.write_file = save_half
     elif moment == "in a note":
         Path.write_text = write_half
     elif moment == "after a shard, before its note":

@@ -219,6 +219,7 @@ DIFFERENCES = {
     "prune_method was wanda, is connect": dict(prune_method="connect"),
     "seed was 0, is 1; calibration tokens differ": dict(seed=1),
     "batch_size was": dict(batch_size=1),
+    "sequential was block, is linear": dict(sequential="linear"),
     "evaluation tokens differ": dict(eval_windows=1),
 }
 
@@ -275,6 +276,11 @@ def test_resume_with_nothing_to_resume_begins(llama, tmp_path, unbroken):
     assert_same(out, unbroken, report)
     with pytest.raises(errors.OutputError, match="not empty"):
         resume(llama, out, seed=3)
+
+
+def test_resume_without_a_folder_is_refused(llama):
+    with pytest.raises(errors.ResumeError, match="--save_model FOLDER"):
+        wanda_fast.prune(str(llama), resume=True, **QUICK)
 
 
 def test_overwrite_drops_an_unfinished_run(llama, unbroken, broken_off, pruned):

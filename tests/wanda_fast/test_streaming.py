@@ -93,8 +93,9 @@ def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
         dict(prune_method="wanda", sparsity_type="2:4", dtype="bfloat16"),
         dict(prune_method="wanda", ignore=("model.layers.0",)),
         dict(prune_method="dense"),
+        dict(prune_method="connect", sequential="linear"),
     ],
-    ids=["magnitude", "bfloat16", "ignore", "dense"],
+    ids=["magnitude", "bfloat16", "ignore", "dense", "sequential"],
 )
 def test_every_kind_of_run_streams(options, folder_of, tmp_path):
     folder = folder_of("smollm")
@@ -154,6 +155,24 @@ def test_pickled_weights_are_refused(tmp_path, pydoc_text):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(errors.CheckpointError, match=r"pickles only \(pytorch_model.bin\).*safetensors"):
         wanda_fast.prune(str(tmp_path), dataset=token_ids(model, 2, 8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda content: content[:-1000], "ends before its last tensor"),
+        (lambda content: b"a web page, not a model", "is no safetensors file: its header would be"),
+        (lambda content: content[:9] + b"{" + content[10:], "is no safetensors file: its header is no JSON"),
+    ],
+    ids=["cut", "foreign", "header"],
+)
+def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_path):
+    folder = folder_of("llama2")
+    file = folder / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(errors.CheckpointError, match=f"model.safetensors {sentence}"):
+        prune(folder, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):

@@ -1,0 +1,100 @@
+"""`--sequential linear`: one pass over a block; each linear is pruned as soon as its input is known.
+
+All batches go through the block side by side. Each has a thread of its own, of which one at a time is awake;
+before each linear it waits until every other batch has come as far. Then the linear is pruned, and all go on:
+what follows sees pruned weights, and every product is computed once.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from wanda_fast.architecture import Block, Linear
+
+
+class _Stop(BaseException):
+    """Ends a batch that waits while another failed."""
+
+
+class _Batch:
+    """One batch's way through the block. `at`: the linear that it waits for; None at the end."""
+
+    def __init__(self, forward: Callable[[], None]):
+        self.at: Linear | None = None
+        self.error: BaseException | None = None
+        self._forward, self._stopped = forward, False
+        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, name="wanda-fast-batch", daemon=True)
+        self.thread.start()
+
+    def go_on(self) -> None:
+        """Wake the batch, and wait until it waits again."""
+        self._go.release()
+        self._waits.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def wait_for(self, linear: Linear) -> None:
+        """Called in the batch's own thread."""
+        self.at = linear
+        self._waits.release()
+        self._go.acquire()
+        if self._stopped:
+            raise _Stop
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._go.release()
+        self.thread.join()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._stopped:
+                self._forward()
+        except _Stop:
+            pass
+        except BaseException as error:  # noqa: B902  (raised again in the thread that waits for this one)
+            self.error = error
+        self.at = None
+        self._waits.release()
+
+
+def run_in_lockstep(
+    block: Block, forwards: list[Callable[[], None]], prune: Callable[[Linear], None]
+) -> None:
+    """Run all `forwards` of the block; `prune(linear)` once each has brought its input to that linear.
+
+    Where batches wait for different linears (experts that a batch does not use), the one that the block
+    names first is pruned first.
+    """
+    batches = [_Batch(forward) for forward in forwards]
+    of_thread = {batch.thread.ident: batch for batch in batches}
+    order = {id(linear): index for index, linear in enumerate(block.linears)}
+    pruned: set[str] = set()
+
+    def waiting_before(linear: Linear):
+        def wait(*_: object) -> None:
+            if linear.name not in pruned:
+                of_thread[threading.get_ident()].wait_for(linear)
+
+        return wait
+
+    handles = [linear.module.register_forward_pre_hook(waiting_before(linear)) for linear in block.linears]
+    try:
+        for batch in batches:
+            batch.go_on()
+        while waiting := [batch for batch in batches if batch.at is not None]:
+            linear = min((batch.at for batch in waiting), key=lambda linear: order[id(linear)])
+            prune(linear)
+            pruned.add(linear.name)
+            for batch in waiting:
+                if batch.at is linear:
+                    batch.go_on()
+    finally:
+        for batch in batches:
+            batch.stop()
+        for handle in handles:
+            handle.remove()
