@@ -22,11 +22,12 @@ def calibration_tokens(
 
     Args:
         dataset: a name or path that `text.calibration_text` knows, or token ids `[nsamples, seqlen]` taken
-        as they are. tokenizer: of the model; not needed for token ids.
+            as they are.
+        tokenizer: of the model; not needed for token ids.
         nsamples, seqlen, seed: how many windows, how long, and the seed of Python's `random`.
     Raises: `CalibrationError`.
-    Source: the published Wanda's `lib/data.py`: `random.seed(seed)`, windows by `random.randint(0, len -
-    seqlen - 1)`.
+    Source: the published Wanda's `lib/data.py`: `random.seed(seed)`, then a window's start is
+        `random.randint(0, len - seqlen - 1)`.
     """
     if isinstance(dataset, Tensor):
         return _checked_ids(dataset)

@@ -33,13 +33,13 @@ class Checkpoint:
 
 
 def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
-    """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or a folder that holds
-    one).
+    """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or the folder of one).
 
     Args:
         dtype: "auto" keeps the checkpoint's own, but computes 16-bit weights in float32 on a CPU without
             fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
-    "bfloat16". Raises: `CheckpointError`.
+            "bfloat16".
+    Raises: `CheckpointError`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging

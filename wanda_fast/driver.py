@@ -72,13 +72,16 @@ def prune(
         prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
-        dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids `[nsamples,
-        seqlen]`. nsamples, seqlen, seed: calibration windows; seqlen defaults to 2048 or the model's context
-        where shorter. use_variant: the Wanda variant's threshold (unstructured only).
+        dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids
+            `[nsamples, seqlen]`.
+        nsamples, seqlen, seed: calibration windows; seqlen defaults to 2048, or the model's context where
+            that is shorter.
+        use_variant: the Wanda variant's threshold (unstructured only).
         connect_gate: connect sees the gate "activated" (as published code does) or "raw".
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
-        patterns. batch_size: calibration sequences a forward; default: what makes a forward of about 4096
-            (CPU) or 16384 (GPU) tokens.
+            patterns.
+        batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
+            tokens.
         sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
             pruned as soon as its input is known, and what follows sees its pruned output.
         device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's

@@ -41,7 +41,8 @@ def evaluation_set(
 
     Args:
         dataset: a name or path that `text.evaluation_text` knows, or token ids of any shape, read as one
-        text. max_windows: take at most so many.
+            text.
+        max_windows: take at most so many.
     """
     if isinstance(dataset, Tensor):
         ids, label = dataset.flatten().long(), "token ids"

@@ -33,7 +33,7 @@ def row(provider, time_ms, status="ok", setting="50%", operation="prune_rows_"):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quick")
+    folder = tmp_path_factory.mktemp("results") / "quick"
     result = invoke("--quick", "--out", folder)
     assert result.exit_code == 0, result.output
     return folder
