@@ -289,7 +289,6 @@ def _quiet_libraries() -> None:
     """One progress display and one log: ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = RichHandler(console=errors, show_time=False, show_path=False)
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
