@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
-from wanda_fast.activations import perplexities, record_activations
+from wanda_fast.activations import Activations, perplexities, record_activations
 from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from wanda_fast.patterns import Pattern, parse_pattern
 from wanda_fast.pipeline import Progress, prune_blocks
 from wanda_fast.report import Report
 from wanda_fast.skeleton import Skeleton, open_skeleton
-from wanda_fast.sources import LiveModel, StreamedModel
+from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
 
 logger = logging.getLogger(__name__)
@@ -209,6 +209,21 @@ class _Job:
     batch_size: int = 1
     sequential: str = "block"
 
+    def prune(
+        self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
+    ) -> None:
+        self.report.linears = prune_blocks(
+            source,
+            self.method,
+            self.pattern,
+            activations,
+            clock=self.clock,
+            progress=self.progress,
+            masks=self.masks,
+            output=output,
+            sequential=self.sequential,
+        )
+
     def write_masks(self) -> None:
         if self.masks is not None:
             file = Path(self.report.recipe["save_mask"])
@@ -246,16 +261,7 @@ def _run_in_memory(job: _Job, source: LiveModel) -> None:
         return job.write_masks()
     with job.clock.phase("block inputs"):
         activations = record_activations(source, source.device, job.token_ids, job.batch_size)
-    job.report.linears = prune_blocks(
-        source,
-        job.method,
-        job.pattern,
-        activations,
-        clock=job.clock,
-        progress=job.progress,
-        masks=job.masks,
-        sequential=job.sequential,
-    )
+    job.prune(source, activations)
     _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
     job.write_masks()
 
@@ -268,17 +274,7 @@ def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | Non
             activations = record_activations(
                 source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
             )
-        job.report.linears = prune_blocks(
-            source,
-            job.method,
-            job.pattern,
-            activations,
-            clock=job.clock,
-            progress=job.progress,
-            masks=job.masks,
-            output=output,
-            sequential=job.sequential,
-        )
+        job.prune(source, activations, output)
         if job.evaluation is not None:
             with job.clock.phase("evaluation"), source.surroundings(head=True):
                 job.report.perplexity |= perplexities(source, activations, job.evaluation)
