@@ -2,31 +2,29 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
-from wanda_fast.activations import Activations, perplexities, record_activations
 from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
-from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
 from wanda_fast.identity import run_identity, same_options
-from wanda_fast.masks import write_masks
+from wanda_fast.job import Job, run_in_memory, run_streamed
 from wanda_fast.memory import out_of_memory_explained, peak_memory
-from wanda_fast.methods import Dense, Method, make_method
+from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
-from wanda_fast.patterns import Pattern, parse_pattern
-from wanda_fast.pipeline import Progress, prune_blocks
+from wanda_fast.patterns import parse_pattern
+from wanda_fast.pipeline import Progress
 from wanda_fast.report import Report
 from wanda_fast.skeleton import Skeleton, open_skeleton
-from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
+from wanda_fast.sources import LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
 
 logger = logging.getLogger(__name__)
@@ -143,7 +141,7 @@ def prune(
             require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
-    job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
+    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
     job.batch_size, job.sequential = batch_size or _batch_size(target, token_ids), sequential
     folder = save_model and Path(save_model)
     with out_of_memory_explained(), _in_eval_mode(model):
@@ -151,11 +149,11 @@ def prune(
             source = StreamedModel(loaded, blocks, target, clock)
             identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
             output = folder and StreamedOutput(folder, source, identity, resume)
-            _run_streamed(job, source, output)
+            run_streamed(job, source, output)
         else:
             if resume:
                 logger.warning("a model that is held in memory as a whole is pruned from the start")
-            _run_in_memory(job, LiveModel(model, blocks, target, clock))
+            run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
@@ -194,43 +192,6 @@ def evaluate(
     )
 
 
-@dataclass
-class _Job:
-    """What is to be done with a model, wherever its blocks come from."""
-
-    method: Method
-    pattern: Pattern
-    token_ids: Tensor | None
-    evaluation: EvaluationSet | None
-    clock: Clock
-    report: Report
-    progress: Progress | None
-    masks: dict[str, Tensor] | None
-    batch_size: int = 1
-    sequential: str = "block"
-
-    def prune(
-        self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
-    ) -> None:
-        self.report.linears = prune_blocks(
-            source,
-            self.method,
-            self.pattern,
-            activations,
-            clock=self.clock,
-            progress=self.progress,
-            masks=self.masks,
-            output=output,
-            sequential=self.sequential,
-        )
-
-    def write_masks(self) -> None:
-        if self.masks is not None:
-            file = Path(self.report.recipe["save_mask"])
-            with checkpoints.writing(file):
-                write_masks(self.masks, file, self.report.recipe)
-
-
 def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
     """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
     if whole:  # zero-shot tasks ask the whole model
@@ -253,54 +214,6 @@ def _finished(folder: Path, recipe: dict) -> Report | None:
         return None
     logger.info("%s is complete: nothing to resume", folder)
     return report
-
-
-def _run_in_memory(job: _Job, source: LiveModel) -> None:
-    _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
-    if isinstance(job.method, Dense):
-        return job.write_masks()
-    with job.clock.phase("block inputs"):
-        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
-    job.prune(source, activations)
-    _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
-    job.write_masks()
-
-
-def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | None) -> None:
-    """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    with closing(source), output or nullcontext():
-        with job.clock.phase("block inputs"):
-            pruned = not isinstance(job.method, Dense)
-            activations = record_activations(
-                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
-            )
-        job.prune(source, activations, output)
-        if job.evaluation is not None:
-            with job.clock.phase("evaluation"), source.surroundings(head=True):
-                job.report.perplexity |= perplexities(source, activations, job.evaluation)
-        job.write_masks()
-        if output is not None:
-            job.report.peak_memory = peak_memory()
-            with job.clock.phase("write"):
-                output.finish(job.report)
-
-
-def _measure(
-    model: nn.Module,
-    evaluation: EvaluationSet | None,
-    which: str,
-    clock: Clock,
-    report: Report,
-    progress: Progress | None,
-) -> None:
-    if evaluation is None:
-        return
-    total = len(evaluation.windows)
-    tell = (lambda done: progress.step(f"perplexity, {which}", done, total)) if progress else None
-    if tell:
-        tell(0)
-    with clock.phase("evaluation"):
-        report.perplexity[which] = perplexity(model, evaluation, progress=tell)
 
 
 def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:

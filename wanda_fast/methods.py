@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from wanda_fast.architecture import Linear
+from wanda_fast.coactivation import Coactivation
 from wanda_fast.errors import UnknownMethodError
 from wanda_fast.patterns import Pattern
 from wanda_fast.registry import METHODS, register_method
-from wanda_fast.statistics import Coactivation, SquaredNorm, Statistic
+from wanda_fast.sq_norm import SquaredNorm
+from wanda_fast.statistics import Statistic
 
 
 class Method:

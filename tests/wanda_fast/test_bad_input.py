@@ -154,7 +154,7 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
     def hungry(*_args, **_kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("wanda_fast.driver.prune_blocks", hungry)
+    monkeypatch.setattr("wanda_fast.job.prune_blocks", hungry)
     model = FAMILIES["llama2"]()
     with pytest.raises(errors.OutOfMemoryError, match="--batch_size, --nsamples or --seqlen"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import checkpoint, driver, errors, layout
+from wanda_fast import checkpoint, driver, errors, job, layout
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
 LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
@@ -177,6 +177,6 @@ def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_pat
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):
     held = []
-    monkeypatch.setattr(driver, "perplexities", lambda source, *_: held.append(source.model) or {})
+    monkeypatch.setattr(job, "perplexities", lambda source, *_: held.append(source.model) or {})
     wanda_fast.prune(str(folder_of("llama2")), dataset="pydoc", eval_dataset="pydoc", **QUICK)
     assert all(parameter.is_meta for parameter in held[0].parameters())
