@@ -51,7 +51,7 @@ def train(ids: torch.Tensor, steps: int, batch: int = 16) -> LlamaForCausalLM:
 
 
 def main(
-    text: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()], steps: int = 2000
+    text: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()], steps: int = 1500
 ) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
