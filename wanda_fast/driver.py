@@ -15,6 +15,7 @@ from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
+from wanda_fast.hessian_memory import place_hessians
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.job import Job, run_in_memory, run_streamed
 from wanda_fast.memory import out_of_memory_explained, peak_memory
@@ -45,6 +46,10 @@ def prune(
     seed: int = 0,
     use_variant: bool = False,
     connect_gate: str = "activated",
+    update: str = "none",
+    dampening: float = 0.01,
+    hessian_device: str = "auto",
+    measure_error: bool | None = None,
     ignore: tuple[str, ...] | list[str] = (),
     batch_size: int | None = None,
     sequential: str = "block",
@@ -67,7 +72,8 @@ def prune(
 
     Args:
         model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
-        prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
+        prune_method: "magnitude", "wanda", "connect", "sparsegpt", "dense", an ablation ("ablate_mag_seq",
+            "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"), or a registered name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
         dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids
@@ -76,6 +82,13 @@ def prune(
             that is shorter.
         use_variant: the Wanda variant's threshold (unstructured only).
         connect_gate: connect sees the gate "activated" (as published code does) or "raw".
+        update: "obs": the weights that a method keeps are updated for those that it prunes, as SparseGPT does
+            (it and the ablations always do); "none".
+        dampening: share of the mean diagonal added to a Hessian; ten times more, up to three times, where it
+            is not positive definite.
+        hessian_device: where Hessians are kept and factored: "device", "host", or "auto": the device, but for
+            linears so wide that a block's could take more than half of its free memory.
+        measure_error: note ||(W - W') X||^2 of each linear; None: where there are Hessians anyway.
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
             patterns.
         batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
@@ -103,7 +116,8 @@ def prune(
     recipe = {
         name: _plain(value) for name, value in locals().items() if name not in ("tokenizer", "progress")
     }
-    method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
+    name = "dense" if sparsity_ratio == 0 else prune_method
+    method = make_method(name, update, dampening, measure_error, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     require_sequential(sequential)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
@@ -128,10 +142,13 @@ def prune(
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
     survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    if method.hessians is not None:
+        place_hessians(blocks, target, hessian_device, method.hessians)
+        method.hessians.stored = None if live and save_model is None else loaded.dtype
     seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):
         token_ids = None
-        if method.uses_activations:
+        if method.calibrates:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
             require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
@@ -147,7 +164,8 @@ def prune(
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
             source = StreamedModel(loaded, blocks, target, clock)
-            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
+            on_host = method.hessians.on_host if method.hessians else frozenset()
+            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size, on_host)
             output = folder and StreamedOutput(folder, source, identity, resume)
             run_streamed(job, source, output)
         else:

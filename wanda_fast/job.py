@@ -1,5 +1,6 @@
 """One job on a model, in memory or streamed: activations, the block loop, perplexities, masks."""
 
+import logging
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
 from wanda_fast.pipeline import Progress, prune_blocks
-from wanda_fast.report import Report
+from wanda_fast.report import Report, update_warnings
 from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Job:
             output=output,
             sequential=self.sequential,
         )
+        if self.method.hessians is not None:
+            warnings = update_warnings(self.report.linears, self.method.hessians.dampening)
+            self.report.warnings += warnings
+            for sentence in warnings:
+                logger.warning("%s", sentence)
 
     def write_masks(self) -> None:
         if self.masks is not None:

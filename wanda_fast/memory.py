@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -31,3 +32,15 @@ def peak_memory() -> dict[str, int]:
     for index in range(torch.cuda.device_count()):
         peak[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
     return peak
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of a GPU, or of the host without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # no Linux
+        return sys.maxsize
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024

@@ -51,7 +51,7 @@ def prune_blocks(
         sequential: "block": statistics of the dense block, then its linears; "linear": one after the other.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
-    reports, one_pass = {}, sequential == "linear" and method.uses_activations
+    reports, one_pass = {}, sequential == "linear" and method.calibrates
     treat = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
     start = 0 if output is None else output.begin_(activations)
     for index, block in enumerate(source.blocks):
@@ -120,7 +120,7 @@ class _TwoPasses:
         self, block: Block, statistics: BlockStatistics | None, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
         with self.clock.phase("selection"):
-            return prune_block(block, self.method, self.pattern, statistics, tell, self.masks)
+            return prune_block(block, self.method, self.pattern, statistics, tell, self.masks, self.clock)
 
 
 class _OnePass(_TwoPasses):
@@ -129,7 +129,7 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        statistics = BlockStatistics(block, self.method.statistic, fused=False)
+        statistics = BlockStatistics(block, self.method.statistic, False, self.method.make_hessian)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)
@@ -155,7 +155,7 @@ def _dense_pass(
     block: Block, method: Method, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
 ) -> BlockStatistics:
     """Run the block with hooks. `last_linear`: by the block's make, which linear ends it."""
-    statistics = BlockStatistics(block, method.statistic)
+    statistics = BlockStatistics(block, method.statistic, hessian=method.make_hessian)
     make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
     with statistics.gathering():
         for batch, call in inputs.batches(index):

@@ -101,7 +101,8 @@ class StreamedModel:
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
     def stored(self, names: list[str]) -> dict[str, Tensor]:
-        """These tensors as the output keeps them, on the host. Exact: kept weights came from that dtype."""
+        """These tensors as the output keeps them, on the host. Exact: kept weights came from that dtype, or
+        were rounded to it when they were updated."""
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
         return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in state.items()}

@@ -6,7 +6,6 @@ a name.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.coactivation import Coactivation
+from wanda_fast.hessian import Hessian
+from wanda_fast.sharing import SharedByInput
 from wanda_fast.sq_norm import SquaredNorm
 
 Statistic = SquaredNorm | Coactivation
@@ -24,29 +25,37 @@ class _Forward(threading.local):
 
     def __init__(self):
         self.calls: list[str] = []
-        self.readers: dict[int, tuple[weakref.ref, SquaredNorm]] = {}  # inputs, by identity
         self.gate_outputs: dict[nn.Module, Tensor] = {}
         self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their up projection's pass adds
 
     def begin(self) -> None:
-        for known in (self.calls, self.readers, self.gate_outputs, self.deferred):
+        for known in (self.calls, self.gate_outputs, self.deferred):
             known.clear()
 
 
 class BlockStatistics:
     """The statistics of one block's linears. `by_name[linear.name].acc` is what stands under the score's
-    root.
+    root, `hessians[linear.name]` the Hessian.
 
     Args:
         block: the block that will run.
         statistic: what to gather for a linear; None for nothing.
         fused: a gate's norm may be added with its up projection's co-activation, in one read.
+        hessian: makes a linear's Hessian; None: none is gathered.
     """
 
-    def __init__(self, block: Block, statistic: Callable[[Linear], Statistic | None], fused: bool = True):
+    def __init__(
+        self,
+        block: Block,
+        statistic: Callable[[Linear], Statistic | None],
+        fused: bool = True,
+        hessian: Callable[[Linear], Hessian] | None = None,
+    ):
         self.block, self.fused = block, fused
-        self.by_name: dict[str, Statistic] = {}
-        self._make = statistic
+        self.complete = False  # no more inputs will come
+        self._norms, self._hessians = SharedByInput(statistic), SharedByInput(hessian)
+        self.by_name: dict[str, Statistic] = self._norms.by_name
+        self.hessians: dict[str, Hessian] = self._hessians.by_name
         self._now = _Forward()
         self._coactivations = {
             linear.name: stat
@@ -62,7 +71,7 @@ class BlockStatistics:
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Hooks on the block's linears, removed at the end."""
-        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._now.begin())]
+        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
         gates = {stat.gate for stat in self._coactivations.values()}
         handles += [gate.register_forward_hook(self._keep_gate_output) for gate in gates]
         for linear in self.block.linears:
@@ -72,7 +81,12 @@ class BlockStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-            self._now.begin()
+            self._begin()
+            self.complete = True
+
+    def _begin(self) -> None:
+        for known in (self._now, self._norms, self._hessians):
+            known.begin()
 
     def _keep_gate_output(self, gate: nn.Module, _args: tuple, output: Tensor) -> None:
         self._now.gate_outputs[gate] = output
@@ -84,6 +98,8 @@ class BlockStatistics:
                 self._read_coactivation(linear, args[0])
             else:
                 self._read_sq_norm(linear, args[0])
+            if (hessian := self._hessians.to_add(linear, args[0])) is not None:
+                hessian.add(args[0])
 
         return read
 
@@ -93,15 +109,9 @@ class BlockStatistics:
         stat.add(gate, x, self._now.deferred.pop(stat.gate, None))
 
     def _read_sq_norm(self, linear: Linear, x: Tensor) -> None:
-        reference, shared = self._now.readers.get(id(x), (None, None))
-        if reference is not None and reference() is not x:  # the address of a tensor that is gone
-            shared = None
-        own = self.by_name.get(linear.name)
+        own = self._norms.to_add(linear, x)
         if own is None:
-            own = self.by_name[linear.name] = shared or self._make(linear)
-        if own is None or own is shared:
             return
-        self._now.readers[id(x)] = (weakref.ref(x), own)
         if self.fused and any(linear.module is stat.gate for stat in self._coactivations.values()):
             self._now.deferred[linear.module] = own
         else:

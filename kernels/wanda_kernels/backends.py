@@ -30,6 +30,9 @@ TABLE = {
         "triton": "add_coactivation:add_coactivation_",
         "cpu": "native:add_coactivation_",
     },
+    "add_hessian_": {
+        "torch": "reference:add_hessian_",
+    },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
         "triton": "prune_rows:prune_rows_",
@@ -52,6 +55,9 @@ TABLE = {
         "torch": "reference:prune_variant_",
         "triton": "prune_variant:prune_variant_",
         "cpu": "native:prune_variant_",
+    },
+    "sparsegpt_": {
+        "torch": "reference_sparsegpt:sparsegpt_",
     },
 }
 

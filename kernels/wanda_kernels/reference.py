@@ -40,6 +40,12 @@ def add_coactivation_(
         add_sq_norm_(sq_norm, x)
 
 
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    x = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
+    product = x.t() @ x
+    acc += (product + product.t()) / 2  # a matmul's rounding need not be symmetric
+
+
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
     lowest = score(weight, scale).sort(dim=1, stable=True).indices[:, :num_pruned]
     pruned = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, lowest, True)
