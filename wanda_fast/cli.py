@@ -66,7 +66,8 @@ def prune(
         str, typer.Option(help="unstructured, N:M (N kept of every M inputs), or a registered pattern.")
     ] = "unstructured",
     prune_method: Annotated[
-        str, typer.Option(help="magnitude, wanda, connect (or wanda_connect), dense, or a registered method.")
+        str,
+        typer.Option(help="magnitude, wanda, connect (wanda_connect), gated, dense, or a registered method."),
     ] = "wanda",
     cache_dir: CacheDir = None,
     use_variant: Annotated[

@@ -67,7 +67,7 @@ def prune(
 
     Args:
         model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
-        prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
+        prune_method: "magnitude", "wanda", "connect", "gated", "dense", or a registered name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
         dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids

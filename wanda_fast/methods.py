@@ -1,9 +1,9 @@
-"""How weights are ranked: magnitude, wanda, connect, and what users register."""
+"""How weights are ranked: magnitude, wanda, connect, gated, and what users register."""
 
 from torch import Tensor
 
 from wanda_fast.architecture import Linear
-from wanda_fast.coactivation import Coactivation
+from wanda_fast.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.errors import UnknownMethodError
 from wanda_fast.patterns import Pattern
 from wanda_fast.registry import METHODS, register_method
@@ -65,7 +65,18 @@ class Connect(Method):
         self.activated = connect_gate == "activated"
 
     def statistic(self, linear: Linear) -> Statistic:
-        return SquaredNorm(linear) if linear.gated is None else Coactivation(linear, self.activated)
+        is_up = linear.gated is not None and linear.module is linear.gated.up
+        return Coactivation(linear, self.activated) if is_up else SquaredNorm(linear)
+
+
+@register_method("gated")
+class Gated(Method):
+    """Wanda, but a gated MLP's gate and up projection by what removing a weight does to act(gate) * up, to
+    first order (this project's; derived in docs/gated.md).
+    """
+
+    def statistic(self, linear: Linear) -> Statistic:
+        return SquaredNorm(linear) if linear.gated is None else GatedCoactivation(linear)
 
 
 @register_method("dense")

@@ -7,6 +7,7 @@ from wanda_kernels.backends import BackendError
 from wanda_kernels.checks import require_finite
 from wanda_kernels.operations import (
     add_coactivation_,
+    add_gated_coactivation_,
     add_sq_norm_,
     prune_matrix_,
     prune_nm_,
@@ -18,6 +19,7 @@ from wanda_kernels.reference import pack_bits, unpack_bits
 __all__ = [
     "BackendError",
     "add_coactivation_",
+    "add_gated_coactivation_",
     "add_sq_norm_",
     "pack_bits",
     "prune_matrix_",

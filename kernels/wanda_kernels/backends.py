@@ -30,6 +30,9 @@ TABLE = {
         "triton": "add_coactivation:add_coactivation_",
         "cpu": "native:add_coactivation_",
     },
+    "add_gated_coactivation_": {
+        "torch": "reference:add_gated_coactivation_",
+    },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
         "triton": "prune_rows:prune_rows_",
