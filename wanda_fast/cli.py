@@ -68,7 +68,7 @@ def prune(
     prune_method: Annotated[
         str,
         typer.Option(
-            help="magnitude, wanda, connect (or wanda_connect), sparsegpt, dense, ablate_mag_seq, "
+            help="magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, dense, ablate_mag_seq, "
             "ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter, or a registered method."
         ),
     ] = "wanda",

@@ -72,8 +72,9 @@ def prune(
 
     Args:
         model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
-        prune_method: "magnitude", "wanda", "connect", "sparsegpt", "dense", an ablation ("ablate_mag_seq",
-            "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"), or a registered name.
+        prune_method: "magnitude", "wanda", "connect", "gated", "sparsegpt", "dense", an ablation
+            ("ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"), or a registered
+            name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
         dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids

@@ -1,4 +1,4 @@
-"""How weights are ranked: magnitude, wanda, connect, sparsegpt, and what users register."""
+"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and what users register."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.architecture import Linear
-from wanda_fast.coactivation import Coactivation
+from wanda_fast.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.errors import UnknownMethodError
 from wanda_fast.hessian import Hessian, HessianUse
 from wanda_fast.masks import empty_mask
@@ -97,7 +97,18 @@ class Connect(Method):
         self.activated = connect_gate == "activated"
 
     def statistic(self, linear: Linear) -> Statistic:
-        return SquaredNorm(linear) if linear.gated is None else Coactivation(linear, self.activated)
+        is_up = linear.gated is not None and linear.module is linear.gated.up
+        return Coactivation(linear, self.activated) if is_up else SquaredNorm(linear)
+
+
+@register_method("gated")
+class Gated(Method):
+    """Wanda, but a gated MLP's gate and up projection by what removing a weight does to act(gate) * up, to
+    first order (this project's; derived in docs/gated.md).
+    """
+
+    def statistic(self, linear: Linear) -> Statistic:
+        return SquaredNorm(linear) if linear.gated is None else GatedCoactivation(linear)
 
 
 @register_method("ablate_mag_seq")

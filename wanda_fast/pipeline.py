@@ -129,7 +129,8 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        statistics = BlockStatistics(block, self.method.statistic, False, self.method.make_hessian)
+        make_hessian = self.method.make_hessian
+        statistics = BlockStatistics(block, self.method.statistic, make_hessian, before_call=True)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)
@@ -162,7 +163,7 @@ def _dense_pass(
             with _output_skipped(block, last_linear.get(make)):
                 call.run(block.module, inputs.hidden[batch])
             last = statistics.calls[-1] if statistics.calls else None
-            if last is not None and statistics.calls.count(last) == 1:
+            if last and statistics.calls.count(last) == 1 and not statistics.reads_output_of(last):
                 last_linear[make] = last.removeprefix(block.name)
     return statistics
 

@@ -8,6 +8,7 @@ from wanda_kernels.checks import require_finite
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.operations import (
     add_coactivation_,
+    add_gated_coactivation_,
     add_hessian_,
     add_sq_norm_,
     prune_matrix_,
@@ -24,6 +25,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "add_coactivation_",
     "add_hessian_",
+    "add_gated_coactivation_",
     "add_sq_norm_",
     "factor_hessian",
     "pack_bits",

@@ -33,6 +33,9 @@ TABLE = {
     "add_hessian_": {
         "torch": "reference:add_hessian_",
     },
+    "add_gated_coactivation_": {
+        "torch": "reference:add_gated_coactivation_",
+    },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
         "triton": "prune_rows:prune_rows_",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import native
+from wanda_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,6 +50,12 @@ def require_activations(x: Tensor, name: str = "x") -> None:
     if x.dim() < 1 or x.dtype not in DTYPES:
         got = f"{x.dtype} {list(x.shape)}"
         raise ValueError(f"{name} must be [..., features] in float32, float16 or bfloat16, got {got}")
+
+
+def require_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        known = ", ".join(str(name) for name in ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: choose {known}")
 
 
 def require_count(num_pruned: int, in_features: int) -> None:

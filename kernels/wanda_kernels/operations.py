@@ -17,7 +17,6 @@ from torch import Tensor
 
 from wanda_kernels import checks
 from wanda_kernels.hessian_factor import Factor
-from wanda_kernels.reference import ACTIVATIONS
 from wanda_kernels.registration import call
 from wanda_kernels.sparsegpt import SELECTORS
 
@@ -62,9 +61,7 @@ def add_coactivation_(
     checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
-    if activation not in ACTIVATIONS:
-        known = ", ".join(str(name) for name in ACTIVATIONS)
-        raise ValueError(f"unknown activation {activation!r}: choose {known}")
+    checks.require_activation(activation)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
     if x.numel() and gate.numel():
@@ -83,6 +80,45 @@ def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     checks.require_accumulator(acc, (x.shape[-1], x.shape[-1]))
     if x.numel():
         call("add_hessian_", acc, x, backend)
+
+
+def add_gated_coactivation_(
+    acc_gate: Tensor,
+    acc_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    activation: str | None = "silu",
+    sq_norm: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """What the weights of a gated MLP, h = act(gate) * up, do to h: both projections in one read.
+
+    acc_gate[i, j] += sum over tokens of (up[t, i] * act'(gate[t, i]))^2 * x[t, j]^2
+    acc_up[i, j]   += sum over tokens of act(gate[t, i])^2 * x[t, j]^2
+
+    Args:
+        acc_gate, acc_up: fp32 `[out, in]`, added to in place.
+        gate, up: `[..., out]`, the projections' outputs, gate before its activation; the same tokens as x.
+        x: `[..., in]`, the input that both projections share, in the same dtype.
+        activation: "silu", "gelu", "gelu_tanh", "relu"; or None where gate holds act(gate) already, and up
+            holds up * act'(gate).
+        sq_norm: optional fp32 `[in]` that also receives sum x^2, so that x is read once.
+    Source: this project's `gated` method, derived in docs/gated.md.
+    """
+    checks.require_activations(gate, "gate")
+    checks.require_activations(x)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate and up must match, got {_brief(gate)} and {_brief(up)}")
+    if gate.shape[:-1] != x.shape[:-1] or gate.dtype != x.dtype:
+        raise ValueError(f"gate and x must match but for features, got {_brief(gate)} and {_brief(x)}")
+    checks.require_accumulator(acc_gate, (gate.shape[-1], x.shape[-1]), "acc_gate")
+    checks.require_accumulator(acc_up, (gate.shape[-1], x.shape[-1]), "acc_up")
+    if sq_norm is not None:
+        checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    checks.require_activation(activation)
+    if x.numel() and gate.numel():
+        call("add_gated_coactivation_", acc_gate, acc_up, gate, up, x, activation, sq_norm, backend)
 
 
 def prune_rows_(
