@@ -61,6 +61,7 @@ TABLE = {
     },
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
+        "cpu": "native:sparsegpt_",
     },
 }
 
