@@ -60,17 +60,15 @@ def run(
     combinations = product(range(seeds), patterns.split(","), map(int, nsamples.split(",")))
     for seed, pattern, size in combinations:
         for method in methods.split(","):
-            if method == "magnitude":  # no calibration: one cell serves all
-                seed, size = 0, 0
-            if results.has(method, pattern, size, seed):
+            key = (method, pattern, *((0, 0) if method == "magnitude" else (size, seed)))  # no calibration
+            if results.has(*key):
                 continue
             for weight, original in zip(weights, originals, strict=True):
                 weight.copy_(original)
-            tokens = calibration_tokens(dataset, loaded.tokenizer, max(size, 1), seqlen, seed)
+            tokens = calibration_tokens(dataset, loaded.tokenizer, size, seqlen, seed)
             report = wanda_fast.prune(loaded.model, dataset=tokens, **options(method, pattern))
             perplexity = wanda_fast.perplexity(loaded.model, evaluation)
-            commit = machine.describe("cpu")["commit"]
-            results.add(Cell(method, pattern, size, seed, perplexity, report.sparsity, commit))
+            results.add(Cell(*key, perplexity, report.sparsity, machine.describe("cpu")["commit"]))
             typer.echo(f"{method} {pattern} {size} x {seqlen} seed {seed}: {perplexity:.3f}")
 
 
