@@ -102,7 +102,9 @@ def prune(
     dtype: Dtype = "auto",
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens."),
+        typer.Option(
+            min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens, if they fit."
+        ),
     ] = None,
     sequential: Annotated[
         str,
@@ -110,6 +112,10 @@ def prune(
             help="block, as published, or linear: one pass, each linear sees its pruned forerunners."
         ),
     ] = "block",
+    activations: Annotated[
+        str,
+        typer.Option(help="Where hidden states lie: device, host, disk, or auto, the first that has room."),
+    ] = "auto",
     connect_gate: Annotated[
         str, typer.Option(help="connect's gate: activated (as the published code) or raw.")
     ] = "activated",
@@ -171,6 +177,7 @@ def prune(
             ignore=tuple(ignore or ()),
             batch_size=batch_size,
             sequential=sequential,
+            activations=activations,
             device=device,
             dtype=dtype,
             cache_dir=cache_dir,

@@ -18,12 +18,15 @@ from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
 from wanda_fast.hessian_memory import place_hessians
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.job import Job, run_in_memory, run_streamed
+from wanda_fast.journal import chosen_before
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import parse_pattern
 from wanda_fast.pipeline import Progress
+from wanda_fast.placement import require_kind
 from wanda_fast.report import Report
+from wanda_fast.resources import choose_resources, default_device
 from wanda_fast.skeleton import Skeleton, open_skeleton
 from wanda_fast.sources import LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
@@ -31,7 +34,6 @@ from wanda_fast.survey import context_of, require_fit, require_sequential, surve
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
-TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 
 
 def prune(
@@ -53,6 +55,7 @@ def prune(
     ignore: tuple[str, ...] | list[str] = (),
     batch_size: int | None = None,
     sequential: str = "block",
+    activations: str = "auto",
     device: str | torch.device | None = None,
     dtype: str = "auto",
     tokenizer=None,
@@ -93,9 +96,12 @@ def prune(
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
             patterns.
         batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
-            tokens.
+            tokens, fewer where free memory is less; a resumed run keeps to its first choice.
         sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
             pruned as soon as its input is known, and what follows sees its pruned output.
+        activations: where the hidden states of all sequences lie: on the "device", in "host" memory, in a
+            file on "disk" (in `save_model` + ".partial", or the system's folder for temporary files), or
+            "auto": the first of these that has room. The results are the same.
         device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's
             own device for a live model.
         dtype: "auto", "float32", "float16" or "bfloat16", for a checkpoint.
@@ -121,6 +127,7 @@ def prune(
     method = make_method(name, update, dampening, measure_error, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     require_sequential(sequential)
+    require_kind(activations)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
     if resume and save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
@@ -132,7 +139,7 @@ def prune(
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
-    target = torch.device(device or (model.device if live else _default_device()))
+    target = torch.device(device or (model.device if live else default_device()))
     clock = Clock(target)
     report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):
@@ -159,9 +166,14 @@ def prune(
             require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
-    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
-    job.batch_size, job.sequential = batch_size or _batch_size(target, token_ids), sequential
+    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks, sequential=sequential)
     folder = save_model and Path(save_model)
+    if batch_size is None and resume:
+        batch_size = chosen_before(folder, "batch_size")
+    stored = loaded.dtype if isinstance(loaded, Skeleton) else None
+    resources = choose_resources(job, model, blocks, target, stored, batch_size, activations)
+    job.batch_size, job.activations = resources.batch_size, resources.activations
+    report.resources, report.predicted_memory = resources.chosen, resources.predicted
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
             source = StreamedModel(loaded, blocks, target, clock)
@@ -233,15 +245,6 @@ def _finished(folder: Path, recipe: dict) -> Report | None:
         return None
     logger.info("%s is complete: nothing to resume", folder)
     return report
-
-
-def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
-    tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    return 1 if token_ids is None else max(1, tokens // token_ids.shape[1])
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

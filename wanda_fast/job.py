@@ -17,6 +17,7 @@ from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
 from wanda_fast.pipeline import Progress, prune_blocks
+from wanda_fast.placement import Placement
 from wanda_fast.report import Report, update_warnings
 from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
 
@@ -37,6 +38,7 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
+    activations: str = "device"  # where they lie: a kind of Placement
 
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
@@ -69,20 +71,22 @@ def run_in_memory(job: Job, source: LiveModel) -> None:
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
     if isinstance(job.method, Dense):
         return job.write_masks()
-    with job.clock.phase("block inputs"):
-        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
-    job.prune(source, activations)
+    with closing(Placement(job.activations, source.device)) as placement:
+        with job.clock.phase("block inputs"):
+            activations = record_activations(source, placement, job.token_ids, job.batch_size)
+        job.prune(source, activations)
     _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
     job.write_masks()
 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    with closing(source), output or nullcontext():
+    placement = Placement(job.activations, source.device, output and output.partial)
+    with closing(source), output or nullcontext(), closing(placement):
         with job.clock.phase("block inputs"):
             pruned = not isinstance(job.method, Dense)
             activations = record_activations(
-                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
+                source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:

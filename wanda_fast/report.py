@@ -37,6 +37,8 @@ class Report:
     perplexity: dict = field(default_factory=dict)  # protocol, dense, pruned
     zero_shot: dict = field(default_factory=dict)  # task -> results
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds
+    resources: dict = field(default_factory=dict)  # batch_size, activations, why
+    predicted_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes above Python and torch
     peak_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes
     warnings: list[str] = field(default_factory=list)
 
@@ -85,7 +87,7 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """What `to_json` wrote, but for versions."""
         content = json.loads(text)
-        report = cls(**{field.name: content[field.name] for field in fields(cls)})
+        report = cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
         report.linears = {name: LinearReport(**linear) for name, linear in report.linears.items()}
         report.reach = report.reach and Reach(**report.reach)
         return report

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
+from wanda_fast.memory import give_back_freed
 from wanda_fast.skeleton import Skeleton
 
 
@@ -76,6 +77,7 @@ class StreamedModel:
             yield
         finally:
             self._forget(self.names[index])
+            give_back_freed()
 
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:

@@ -31,8 +31,8 @@ SCHEMAS = (
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
     "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
-    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned, int n,"
-    " int m, Tensor(c!) errors) -> ()",
+    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
+    " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
 )
