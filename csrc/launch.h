@@ -28,6 +28,7 @@ void prune_matrix(const Context&, const Selection&, int64_t rank);
 // CPU alone.
 double prune_variant(const Context&, const Selection&, double ratio);  // returns alpha
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
+void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 
 // GPU alone: bytes of scratch for an operation on this operand.

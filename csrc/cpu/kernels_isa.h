@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activate.h"
+#include "activate_gated.h"
 #include "add_sq_norm.h"
 #include "all_finite.h"
 #include "prune_matrix.h"
@@ -13,7 +14,7 @@ namespace WANDA_ISA {
 
 constexpr wanda::cpu::Kernels kernels_named(const char* name) {
   return {name,         prune_rows,  prune_nm, count_keys, prune_at_most,
-          find_variant, add_sq_norm, activate, all_finite};
+          find_variant, add_sq_norm, activate, activate_gated, all_finite};
 }
 
 }  // namespace WANDA_ISA
