@@ -30,6 +30,7 @@ double prune_variant(const Context&, const Selection&, double ratio);  // return
 void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned, int64_t pruned_stride);
 void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
+void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 
 // GPU alone: bytes of scratch for an operation on this operand.

@@ -202,6 +202,14 @@ void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
                   static_cast<int>(power), values);
 }
 
+void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
+  const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up");
+  STD_TORCH_CHECK(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
+  float* values = accumulator_of(out, 2 * gate.numel());
+  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
@@ -218,6 +226,7 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_mark_lowest_", TORCH_BOX(&native_mark_lowest_));
   library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
+  library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
 #endif
 }

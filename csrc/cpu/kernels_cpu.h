@@ -39,6 +39,9 @@ struct Kernels {
   void (*add_sq_norm)(const Matrix& x, float* acc, int64_t begin, int64_t end, void* scratch);
   // out[t, j] = abs(act(x[t, j]))^power, fp32, contiguous, for rows [begin, end).
   void (*activate)(const Matrix& x, Activation activation, int power, float* out, int64_t begin, int64_t end);
+  // out[t] = (up[t] * act'(gate[t]))^2, then act(gate[t])^2: fp32 [n_rows, 2 * n_cols], contiguous.
+  void (*activate_gated)(const Matrix& gate, const Matrix& up, Activation activation, float* out, int64_t begin,
+                         int64_t end);
   // Whether rows [begin, end) are free of NaN and infinity (and of negative numbers).
   bool (*all_finite)(const Matrix& x, bool non_negative, int64_t begin, int64_t end);
 };

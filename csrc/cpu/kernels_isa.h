@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activate.h"
+#include "activate_gated.h"
 #include "add_sq_norm.h"
 #include "all_finite.h"
 #include "prune_and_update.h"
@@ -15,7 +16,7 @@ namespace WANDA_ISA {
 constexpr wanda::cpu::Kernels kernels_named(const char* name) {
   return {name,         prune_rows,       prune_nm,     count_keys,  prune_at_most,
           mark_at_most, prune_and_update, find_variant, add_sq_norm, activate,
-          all_finite};
+          activate_gated, all_finite};
 }
 
 }  // namespace WANDA_ISA

@@ -214,6 +214,14 @@ void activate(const Context& context, const Matrix& x, Activation activation, in
   });
 }
 
+void activate_gated(const Context& context, const Matrix& gate, const Matrix& up, Activation activation, float* out) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / gate.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, gate.n_rows, grain, [&](int64_t begin, int64_t end) {
+    isa.activate_gated(gate, up, activation, out, begin, end);
+  });
+}
+
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);

@@ -34,6 +34,7 @@ SCHEMAS = (
     "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
     " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
+    "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
@@ -100,6 +101,28 @@ def add_coactivation_(
         _op("native_add_sq_norm_")(sq_norm, x)
     for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
         acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
+
+
+def add_gated_coactivation_(
+    acc_gate: Tensor,
+    acc_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    activation: str | None,
+    sq_norm: Tensor | None,
+) -> None:
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
+    if sq_norm is not None:
+        _op("native_add_sq_norm_")(sq_norm, x)
+    n_out = gate.shape[1]
+    for blocks in zip(*(each.split(BLOCK_TOKENS) for each in (gate, up, x)), strict=True):
+        operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
+        _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
+        x_squared = _activated(blocks[2], None, 2)
+        acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
+        acc_up.addmm_(operands[:, n_out:].t(), x_squared)
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
