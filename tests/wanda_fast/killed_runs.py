@@ -23,6 +23,7 @@ import wanda_fast
 from wanda_fast import boundary, journal, shards
 
 MOMENTS = ("in a shard", "in a note", "after a shard, before its note", "before the last rename", "any")
+MOMENTS += ("between the renames of --overwrite", "after the last rename")
 
 
 def run(model, out):
@@ -38,6 +39,7 @@ def run(model, out):
         save_model=out,
         save_mask=str(out) + ".masks",
         resume=True,
+        overwrite=True,
     )
 
 
@@ -72,9 +74,12 @@ def arm(moment, chance):
             kill()
 
     def replace(source, target):
-        if Path(source).name == "model":
+        last = Path(source).name == "model"
+        if last and moment != "after the last rename":
             kill()
         os_replace(source, target)
+        if last:
+            kill()
 
     write_file, write, write_text, os_replace = (
         shards.write_file,
@@ -88,7 +93,7 @@ def arm(moment, chance):
         Path.write_text = write_half
     elif moment == "after a shard, before its note":
         journal.Journal.write = write_note
-    elif moment == "before the last rename":
+    elif "rename" in (moment or ""):
         os.replace = replace
 
 
@@ -123,6 +128,9 @@ def main(model, out, kills, seed):
     shutil.rmtree(out)
     while len(moments) < kills or len(digests) == 1:
         planned = None if len(moments) >= kills else MOMENTS[len(moments) % len(MOMENTS)]
+        if planned == "between the renames of --overwrite":
+            out.mkdir(exist_ok=True)
+            (out / "old").touch()
         status = child(model, out, planned, chance)
         if status == signal.SIGKILL:
             moments.append(planned)
@@ -131,6 +139,7 @@ def main(model, out, kills, seed):
             )
             continue
         assert status == 0, status
+        assert not (out / "old").exists() and not out.with_name(out.name + ".partial").exists()
         digests.append(digest(out))
         shutil.rmtree(out)
     print(json.dumps({"moments": moments, "digests": digests}))
