@@ -192,6 +192,6 @@ def _require_finite_still(block: Block, pruned: list[_Pruned]) -> None:
     if updated and not torch.stack([done.finite for _, done in updated]).all():
         linear = next(linear for linear, done in updated if not done.finite)
         raise NonFiniteError(
-            f"block {block.name}: {linear.name}.weight ({linear.module.weight.dtype}) is not finite after its "
-            f"update: a larger --dampening or a wider --dtype helps"
+            f"block {block.name}: {linear.name}.weight ({linear.module.weight.dtype}) is not finite after "
+            f"its update: a larger --dampening or a wider --dtype helps"
         )
