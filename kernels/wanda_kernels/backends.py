@@ -58,6 +58,7 @@ TABLE = {
     },
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
+        "cpu": "native:sparsegpt_",
     },
 }
 
