@@ -1,4 +1,4 @@
-"""Hessians in the driver: shared, freed, placed, and refused where no dampening helps."""
+"""Hessians in the driver: shared, freed, and refused where no dampening helps."""
 
 import copy
 import gc
@@ -10,12 +10,7 @@ import torch
 import wanda_fast
 import wanda_kernels
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import cli, errors, hessian, hessian_memory
-from wanda_fast.architecture import find_blocks
-from wanda_fast.hessian import HessianUse
-from wanda_fast.hessian_memory import peak_bytes, place_hessians
-
-MIB = 2**20
+from wanda_fast import cli, errors, hessian
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,38 +221,3 @@ def test_bad_flags(options, error, sentence):
     model = FAMILIES["llama3"]()
     with pytest.raises(error, match=sentence):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 16), prune_method="sparsegpt", **options)
-
-
-def test_peak_bytes_by_hand(monkeypatch):
-    monkeypatch.setattr(hessian_memory, "ADDING", 2)
-    monkeypatch.setattr(hessian_memory, "FACTORING", 3)
-    update, measured = HessianUse(True, False), HessianUse(True, True)
-    assert peak_bytes([10], HessianUse(False, True)) == 4 * 300
-    assert peak_bytes([10], update) == 4 * 400  # one, and three while it is factored
-    assert peak_bytes([10, 10, 10], update) == 4 * 600
-    assert peak_bytes([10, 10, 10], measured) == 4 * (300 + 200 + 300)  # two factors are there
-    assert peak_bytes([], update) == 0
-
-
-def test_auto_places_the_widest_on_the_host(monkeypatch):
-    """160 inputs of the down projection; 64 of six others, each counted with a Hessian of its own."""
-    blocks = find_blocks(FAMILIES["llama3"]())
-    free = {"cuda": 0, "cpu": 10 * MIB}
-    monkeypatch.setattr(hessian_memory, "free_memory", lambda device: free[device.type])
-
-    def on_host(device_memory, where="auto", device="cuda"):
-        free["cuda"], use = device_memory, HessianUse(True, True)
-        place_hessians(blocks, torch.device(device), where, use)
-        return set(use.on_host)
-
-    whole = peak_bytes([160, *[64] * 6], HessianUse(True, True))
-    assert on_host(2 * whole) == set()
-    assert on_host(2 * whole - 2) == {160}
-    assert on_host(2 * peak_bytes([64] * 6, HessianUse(True, True)) - 2) == {64, 160}
-    assert on_host(2 * whole - 2, "device") == set() and on_host(2 * whole, "host") == {64, 160}
-    assert on_host(0, "host", "cpu") == set()  # the device is the host
-    with pytest.raises(errors.OutOfMemoryError, match="Hessian of 160 inputs takes 0 MiB .* and cuda"):
-        on_host(1000, "device")
-    free["cpu"] = 1000
-    with pytest.raises(errors.OutOfMemoryError, match="Hessian of 160 inputs .* and cpu has 0 MiB free"):
-        on_host(2 * whole, "host")
