@@ -35,6 +35,7 @@ TABLE = {
     },
     "add_gated_coactivation_": {
         "torch": "reference:add_gated_coactivation_",
+        "triton": "add_gated_coactivation:add_gated_coactivation_",
         "cpu": "native:add_gated_coactivation_",
     },
     "prune_rows_": {

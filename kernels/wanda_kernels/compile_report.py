@@ -21,11 +21,27 @@ from pathlib import Path
 
 import torch
 
-from wanda_kernels import add_coactivation, add_sq_norm, prune_matrix, prune_nm, prune_rows, prune_variant
+from wanda_kernels import (
+    add_coactivation,
+    add_gated_coactivation,
+    add_sq_norm,
+    prune_matrix,
+    prune_nm,
+    prune_rows,
+    prune_variant,
+)
 from wanda_kernels.reference import ACTIVATIONS
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have: A100; H100 and H200
-MODULES = (add_sq_norm, add_coactivation, prune_rows, prune_nm, prune_matrix, prune_variant)
+MODULES = (
+    add_sq_norm,
+    add_coactivation,
+    add_gated_coactivation,
+    prune_rows,
+    prune_nm,
+    prune_matrix,
+    prune_variant,
+)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # dtype, and whether with a scale matrix and a mask (most registers); fp16 differs from bf16 only in its load
@@ -121,7 +137,14 @@ def variants() -> list[Variant]:
     for (module, name, _), recorder in zip(kernels, recorders, strict=True):
         setattr(module, name, recorder)
     try:
-        for launch in (_launch_sums, _launch_rows, _launch_nm, _launch_matrix, _launch_coactivation):
+        for launch in (
+            _launch_sums,
+            _launch_rows,
+            _launch_nm,
+            _launch_matrix,
+            _launch_coactivation,
+            _launch_gated_coactivation,
+        ):
             launch()
     finally:
         for module, name, kernel in kernels:
@@ -180,6 +203,14 @@ def _launch_coactivation() -> None:
     for size, (dtype, activation, power) in product((1024, 4096), FUSED):
         x = torch.empty(2048, size, dtype=dtype, device="meta")
         add_coactivation.add_fused_(torch.empty(size, size, device="meta"), x, x, activation, power)
+
+
+def _launch_gated_coactivation() -> None:
+    for dtype, activation in product(FLOATS, ACTIVATIONS):
+        if dtype != torch.bfloat16 and activation not in ("silu", "gelu"):
+            continue
+        x = torch.empty(2048, 4096, dtype=dtype, device="meta")
+        add_gated_coactivation.operands(x, x, x, activation, torch.empty(4096, device="meta"))
 
 
 def compile_variant(variant: Variant, arch: int) -> Usage:
