@@ -32,6 +32,7 @@ TABLE = {
     },
     "add_hessian_": {
         "torch": "reference:add_hessian_",
+        "triton": "add_hessian:add_hessian_",
     },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
@@ -58,6 +59,7 @@ TABLE = {
     },
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
+        "triton": "sparsegpt_block:sparsegpt_",
     },
 }
 
