@@ -27,6 +27,8 @@ void prune_matrix(const Context&, const Selection&, int64_t rank);
 
 // CPU alone.
 double prune_variant(const Context&, const Selection&, double ratio);  // returns alpha
+void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned, int64_t pruned_stride);
+void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 

@@ -60,6 +60,7 @@ TABLE = {
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
         "triton": "sparsegpt_block:sparsegpt_",
+        "cpu": "native:sparsegpt_",
     },
 }
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanda_kernels.sparsegpt import prune_in_blocks_
+
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
@@ -28,6 +30,9 @@ SCHEMAS = (
     f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
+    "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
+    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned, int n,"
+    " int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
 )
@@ -112,6 +117,25 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
     alpha = _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, mask)
     return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+
+
+def sparsegpt_(weight: Tensor, *rest) -> None:
+    prune_in_blocks_(mark_lowest, prune_and_update_block, weight, *rest)
+
+
+def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, rank: int) -> None:
+    _op("native_mark_lowest_")(w, root, _divisor(u, selector), rank, pruned)
+
+
+def prune_and_update_block(
+    w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
+) -> None:
+    _op("native_prune_and_update_")(w, root, _divisor(u, selector), u, pruned, n, m, errors)
+
+
+def _divisor(u: Tensor, selector: str) -> Tensor | None:
+    """What the squares of weights are divided by, where that is the score."""
+    return u.diagonal().square() if selector == "obs" else None
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
