@@ -32,6 +32,7 @@ TABLE = {
     },
     "add_hessian_": {
         "torch": "reference:add_hessian_",
+        "triton": "add_hessian:add_hessian_",
     },
     "add_gated_coactivation_": {
         "torch": "reference:add_gated_coactivation_",
@@ -63,6 +64,7 @@ TABLE = {
     },
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
+        "triton": "sparsegpt_block:sparsegpt_",
         "cpu": "native:sparsegpt_",
     },
 }
