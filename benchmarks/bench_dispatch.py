@@ -72,7 +72,7 @@ def _raw(operation: str, operands: dict[str, Tensor], params: dict) -> list[Prov
 
 
 def _measured(operation: str, operands: dict, params: dict, providers: list[Provider], session) -> list[Row]:
-    n_calls = 10 if session.quick else 500
+    n_calls = 1 if session.quick else 500
     arguments = (*operands.values(), *params.values())
     calls = {provider.name: _repeated(provider.call, arguments, n_calls) for provider in providers}
     ring = timing.Ring(tuple(operands.values()), 0)

@@ -26,6 +26,10 @@ MODELS = (
     Model("Llama-3.2-1B", 2048, 8192, 512),
 )
 
+EXTREMES = {  # the shortest and the longest rows
+    (1536, 576): "SmolLM2-135M up_proj",
+    (1024, 53248): "Llama-3.1-405B down_proj, 1024 of its rows",
+}
 HEADLINE = {
     "cuda": ((4096, 4096), (4096, 11008)),
     "cpu": ((1024, 4096),),
@@ -41,7 +45,7 @@ def names() -> dict[tuple[int, int], str]:
     for model in MODELS:
         for linear, shape in model.linears().items():
             found.setdefault(shape, f"{model.name} {linear}")
-    return found
+    return found | EXTREMES
 
 
 def weights(device: str, quick: bool) -> list[tuple[int, int]]:
