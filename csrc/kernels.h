@@ -27,6 +27,20 @@ struct Selection {
   uint8_t* mask;         // [n_rows, ceil(n_cols / 8)], contiguous, or null: bit 1 = kept, little-endian
 };
 
+// [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// Heads of q share those of k and v in equal runs. fp32 or bf16.
+struct Attention {
+  Heads q, k, v, out;
+  DType dtype;
+  int64_t n_batches, n_heads, n_kv_heads, n_tokens, head_dim;
+  float scale;
+};
+
 enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 }  // namespace wanda

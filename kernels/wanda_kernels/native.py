@@ -30,6 +30,8 @@ SCHEMAS = (
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
+    "native_attends(Tensor q) -> bool",
+    "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
 BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
