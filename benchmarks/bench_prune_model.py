@@ -24,7 +24,10 @@ import torch
 from benchmarks import machine, model_shapes, model_table
 from benchmarks.published_pipeline import METHODS
 
-DEFAULTS = {"cpu": dict(nsamples=16, seqlen=512, gemm=4096), "cuda": dict(nsamples=128, seqlen=2048, gemm=16384)}
+DEFAULTS = {
+    "cpu": dict(nsamples=16, seqlen=512, gemm=4096),
+    "cuda": dict(nsamples=128, seqlen=2048, gemm=16384),
+}
 LEAST_AGREEMENT = 0.99  # of the masks of block 0's query: sums in another order swap near ties, no more
 
 
@@ -104,9 +107,12 @@ def _tokens(options: argparse.Namespace, config) -> torch.Tensor:
     shape = (options.nsamples, options.seqlen)
     if options.model and (Path(options.model) / "tokenizer.json").exists():
         from transformers import AutoTokenizer
+
         from wanda_fast.calibration import calibration_tokens
 
-        return calibration_tokens(options.dataset, AutoTokenizer.from_pretrained(options.model), *shape, 0, None)
+        return calibration_tokens(
+            options.dataset, AutoTokenizer.from_pretrained(options.model), *shape, 0, None
+        )
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -146,8 +152,8 @@ def _run(options: argparse.Namespace, settings: dict, folder: Path) -> dict:
 
 
 def _agreement(folder: Path, jobs: list[Job], job: Job) -> dict[str, float] | None:
-    """Share of weights that are zero in both or in neither, by block and for block 0's first linear: against the
-    published pipeline in the same dtype."""
+    """Share of weights that are zero in both or in neither, of block 0's first linear and of two blocks:
+    against the published pipeline in the same dtype."""
     other = Job(job.dtype, job.method, "published", "block")
     if other not in jobs or job == other:
         return None
@@ -155,14 +161,16 @@ def _agreement(folder: Path, jobs: list[Job], job: Job) -> dict[str, float] | No
     same = {name: (ours[name] == theirs[name]).float().mean().item() for name in theirs}
     blocks = {name.partition(".")[0] for name in same}
     by_block = {
-        f"block {block}": statistics.mean(value for name, value in same.items() if name.startswith(f"{block}."))
+        f"block {block}": statistics.mean(
+            value for name, value in same.items() if name.startswith(f"{block}.")
+        )
         for block in sorted(blocks, key=int)
     }
     return {"first linear": next(iter(same.values()))} | by_block
 
 
 def _row(job: Job, results: list[dict], work, gemm: float, agreement: dict | None, blocks: int) -> dict:
-    """Medians; a published pipeline that ran on fewer blocks is scaled, but for what does not hang on them."""
+    """Medians; a published pipeline that ran on fewer blocks is scaled, but for what does not hang on it."""
     share = work.n_blocks / blocks if job.pipeline == "published" else 1.0
     rounds = [_scaled(result, share) for result in results]
     walls = [each["wall"] for each in rounds]
@@ -215,7 +223,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, help="default: 512 on a CPU, 2048 on a GPU")
     parser.add_argument("--device", choices=DEFAULTS, help="default: the GPU where torch sees one")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--reference-blocks", type=int, help="run the published pipeline on so many blocks only")
+    parser.add_argument(
+        "--reference-blocks", type=int, help="run the published pipeline on so many blocks only"
+    )
     parser.add_argument("--launcher", default="", help="command before each job, such as 'numactl -N 0'")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)

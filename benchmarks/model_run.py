@@ -2,8 +2,8 @@
 
     python -m benchmarks.model_run SETTINGS.json RESULT.json
 
-`settings`: see `bench_prune_model`. The result: seconds in all and per phase, peak memory, and the masks of two
-blocks, in a file.
+Settings: see `bench_prune_model`. The result: seconds in all and per phase, peak memory; the masks of two
+blocks go to a file.
 """
 
 import json

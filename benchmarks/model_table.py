@@ -45,8 +45,9 @@ def conditions(report: dict) -> str:
         f"Whole job, {report['model']}, {report['nsamples']} x {report['seqlen']} tokens, "
         f"{report['sparsity_type']}: seconds, medians of {report['rounds']} rounds.{part} Matmuls of the "
         f"model's shapes, {report['gemm_tokens']} tokens each, reach {rates}; the share counts "
-        f"{flops['published'] / 1e12:.3g} TFLOP for the published two passes, {flops['block'] / 1e12:.3g} for "
-        f"ours, {flops['linear'] / 1e12:.3g} for --sequential linear (linears, and half of attention's square). "
+        f"{flops['published'] / 1e12:.3g} TFLOP for the published two passes, {flops['block'] / 1e12:.3g} "
+        f"for ours, {flops['linear'] / 1e12:.3g} for --sequential linear (linears, and half of attention's "
+        "square). "
         f"{machine.sentence(report['machine'])}"
     )
 

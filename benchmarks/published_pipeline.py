@@ -1,8 +1,9 @@
-"""The published pipeline in plain PyTorch, as the yardstick of whole jobs: the whole model in memory, one sequence
-at a time, statistics in fp32 for every linear, two full forward passes of every block, a loop over columns.
+"""The published pipeline in plain PyTorch, as the yardstick of whole jobs.
 
-After locuslab/wanda (lib/prune.py, lib/layerwrapper.py), Wanda-CoNNect and IST-DASLab/sparsegpt, written anew for
-today's transformers. It shares no code with `wanda_fast`.
+The whole model in memory, one sequence at a time, statistics in fp32 for every linear, two full forward
+passes of every block, a loop over columns. After locuslab/wanda (lib/prune.py, lib/layerwrapper.py),
+Wanda-CoNNect and IST-DASLab/sparsegpt, written anew for today's transformers. It shares no code with
+`wanda_fast`.
 """
 
 import time
@@ -77,7 +78,7 @@ def prune_as_published(
         model: on the device where it is to be computed; its blocks are `model.model.layers`.
         token_ids: int64 `[nsamples, seqlen]`.
         method: one of `METHODS`.
-        kept, group: of N:M; 0, 0 for unstructured, which loses `ratio` of each row (magnitude: of the matrix).
+        kept, group: of N:M; 0, 0 for unstructured, which loses `ratio` of each row (magnitude: of all).
         n_blocks: prune the first so many blocks only.
     """
     model.eval()

@@ -5,6 +5,7 @@ import json
 
 from torch import Tensor
 
+from wanda_fast.block_forward import described
 from wanda_fast.calibration import digest
 from wanda_fast.evaluation import EvaluationSet
 from wanda_fast.sources import StreamedModel
@@ -25,6 +26,7 @@ def run_identity(
         **{option: recipe[option] for option in OPTIONS},
         "batch_size": batch_size,
         "device": source.device.type,
+        "forward": described(source.device),
         "save_mask": recipe["save_mask"] is not None,
         "model": _model_digest(source),
         "calibration": None if token_ids is None else digest(token_ids),

@@ -8,7 +8,7 @@ a name.
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -41,10 +41,17 @@ class BlockStatistics:
         block: the block that will run.
         statistic: what to gather for a linear; None for nothing.
         fused: a gate's norm may be added with its up projection's co-activation, in one read.
+        timed: makes a context around each addition.
     """
 
-    def __init__(self, block: Block, statistic: Callable[[Linear], Statistic | None], fused: bool = True):
-        self.block, self.fused = block, fused
+    def __init__(
+        self,
+        block: Block,
+        statistic: Callable[[Linear], Statistic | None],
+        fused: bool = True,
+        timed: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.block, self.fused, self.timed = block, fused, timed
         self.by_name: dict[str, Statistic] = {}
         self._make = statistic
         self._now = _Forward()
@@ -80,10 +87,11 @@ class BlockStatistics:
     def _reader_of(self, linear: Linear) -> Callable[[nn.Module, tuple], None]:
         def read(_module: nn.Module, args: tuple) -> None:
             self.calls.append(linear.name)
-            if linear.name in self._coactivations:
-                self._read_coactivation(linear, args[0])
-            else:
-                self._read_sq_norm(linear, args[0])
+            with self.timed():
+                if linear.name in self._coactivations:
+                    self._read_coactivation(linear, args[0])
+                else:
+                    self._read_sq_norm(linear, args[0])
 
         return read
 
