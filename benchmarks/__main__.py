@@ -71,7 +71,8 @@ def run(
     session = Session(device, quick, not (quick or no_compile), budget, measured)
     console.print(tables.conditions(facts, measured))
     rows = [row for name in names for row in _run_one(BENCHMARKS[name], session, facts, folder)]
-    plotted = [row for path in sorted(folder.glob("*.json")) for row in tables.read(path)["rows"]]
+    measured_here = [path for path in sorted(folder.glob("*.json")) if path.stem in BENCHMARKS]
+    plotted = [row for path in measured_here for row in tables.read(path)["rows"]]
     reason = roofline.plot(folder / "roofline.svg", plotted, measured, machine.sentence(facts))
     message = f"No roofline plot: {reason}." if reason else f"Plot: {folder / 'roofline.svg'}"
     console.print(message, markup=False)

@@ -12,6 +12,7 @@ ours: the medians of the rounds. It is printed only where both prune the same we
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,6 @@ DEFAULTS = {
     "cpu": dict(nsamples=16, seqlen=512, gemm=4096),
     "cuda": dict(nsamples=128, seqlen=2048, gemm=16384),
 }
-LEAST_AGREEMENT = 0.99  # of the masks of block 0's query: sums in another order swap near ties, no more
 
 
 @dataclass(frozen=True)
@@ -42,46 +42,51 @@ class Job:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     report = measure(options)
-    print(model_table.page(report))
     if options.out:
+        report = _with_earlier_runs(report, options.out)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["agreement"] is False for row in report["rows"]) else 0
+    print(model_table.page(report))
+    return 1 if any(row["agrees"] is False for row in model_table.rows(report)) else 0
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Everything that the page shows, ready for JSON."""
+    """All runs of all rounds, and what they were made with, ready for JSON."""
     config = model_shapes.config_of(options.model, options.shape)
     work = model_shapes.Work.of(config, options.nsamples, options.seqlen)
     jobs, not_run = _jobs(options)
-    with tempfile.TemporaryDirectory(prefix="bench_prune_model") as folder:
-        tokens = Path(folder) / "tokens.pt"
-        torch.save(_tokens(options, config), tokens)
-        rounds = [_round(options, jobs, Path(folder), index) for index in range(options.rounds)]
-        agreements = {job: _agreement(Path(folder), jobs, job) for job in jobs}
-    gemm = {dtype: statistics.median(each[dtype] for each in rounds) for dtype in options.dtype}
-    published_blocks = options.reference_blocks or work.n_blocks
-    rows = [
-        _row(job, [each[job] for each in rounds], work, gemm[job.dtype], agreements[job], published_blocks)
-        for job in jobs
-    ]
-    _add_factors(rows)
-    return {
+    report = {
+        "workload": {
+            "model": options.shape or Path(options.model).name,
+            "sparsity_type": options.sparsity_type,
+            "nsamples": options.nsamples,
+            "seqlen": options.seqlen,
+            "blocks": work.n_blocks,
+            "published_blocks": options.reference_blocks or work.n_blocks,
+            "gemm_tokens": options.gemm_tokens,
+            "flops": {"published": work.flops("published"), "block": work.flops("wanda_fast")}
+            | {"linear": work.flops("wanda_fast", "linear")},
+        },
         "machine": machine.describe(options.device),
-        "model": options.shape or Path(options.model).name,
-        "sparsity_type": options.sparsity_type,
-        "nsamples": options.nsamples,
-        "seqlen": options.seqlen,
-        "rounds": options.rounds,
-        "published_blocks": published_blocks,
-        "blocks": work.n_blocks,
-        "flops": {"block": work.flops("wanda_fast"), "linear": work.flops("wanda_fast", "linear")}
-        | {"published": work.flops("published")},
-        "gemm_tokens": options.gemm_tokens,
-        "gemm_flops_per_s": gemm,
         "not_run": not_run,
-        "rows": rows,
+        "gemm": [],
+        "runs": [],
     }
+    with tempfile.TemporaryDirectory(prefix="bench_prune_model") as folder:
+        torch.save(_tokens(options, config), Path(folder) / "tokens.pt")
+        for index in range(options.rounds):
+            _round(options, jobs, Path(folder), index, report)
+    return report
+
+
+def _with_earlier_runs(report: dict, file: Path) -> dict:
+    """A machine that is quiet for minutes only is measured bit by bit: runs of the same work are kept."""
+    if not file.exists():
+        return report
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if earlier["workload"] != report["workload"]:
+        raise SystemExit(f"{file} holds runs of other work: {earlier['workload']}")
+    return report | {name: earlier[name] + report[name] for name in ("gemm", "runs")}
 
 
 def _jobs(options: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
@@ -116,27 +121,22 @@ def _tokens(options: argparse.Namespace, config) -> torch.Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def _round(options: argparse.Namespace, jobs: list[Job], folder: Path, index: int) -> dict:
-    """Job -> its result, dtype -> FLOP/s of matmuls."""
-    found = {}
+def _round(options: argparse.Namespace, jobs: list[Job], folder: Path, index: int, report: dict) -> None:
+    """Adds every job's run, and each dtype's rate of matmuls, to the report."""
     for dtype in options.dtype:
-        settings = {"pipeline": "gemm", "dtype": dtype}
-        found[dtype] = _run(options, settings, folder)["flops_per_s"]
+        rate = _run(options, {"pipeline": "gemm", "dtype": dtype}, folder)
+        report["gemm"].append({"dtype": dtype, **rate})
+    found = {}
     for job in reversed(jobs) if index % 2 else jobs:
         own = folder / str(jobs.index(job))
         out = str(own / "out") if options.model else None
         own.mkdir(exist_ok=True)
-        settings = {**vars(job), "masks": str(own / "masks.pt"), "out": out}
-        if job.pipeline == "wanda_fast" and out and Path(out).exists():
-            _empty(Path(out))
-        found[job] = _run(options, settings, folder)
+        if out and Path(out).exists():
+            shutil.rmtree(out)
+        found[job] = _run(options, {**vars(job), "masks": str(own / "masks.pt"), "out": out}, folder)
         print(f"round {index + 1}: {vars(job)}: {found[job]['wall']:.2f} s", file=sys.stderr, flush=True)
-    return found
-
-
-def _empty(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
+    for job, result in found.items():
+        report["runs"].append({**vars(job), **result, "masks": _agreement(folder, jobs, job)})
 
 
 def _run(options: argparse.Namespace, settings: dict, folder: Path) -> dict:
@@ -169,45 +169,6 @@ def _agreement(folder: Path, jobs: list[Job], job: Job) -> dict[str, float] | No
     return {"first linear": next(iter(same.values()))} | by_block
 
 
-def _row(job: Job, results: list[dict], work, gemm: float, agreement: dict | None, blocks: int) -> dict:
-    """Medians; a published pipeline that ran on fewer blocks is scaled, but for what does not hang on it."""
-    share = work.n_blocks / blocks if job.pipeline == "published" else 1.0
-    rounds = [_scaled(result, share) for result in results]
-    walls = [each["wall"] for each in rounds]
-    seconds = {
-        name: statistics.median(each["seconds"][name] for each in rounds) for name in rounds[0]["seconds"]
-    }
-    passes = seconds["dense pass"] + seconds["one pass"] + seconds["pruned pass"]
-    flops = work.flops(job.pipeline, job.sequential)
-    return vars(job) | {
-        "wall_s": statistics.median(walls),
-        "walls_s": walls,
-        "seconds": seconds,
-        "peak_bytes": max(each["peak_bytes"] for each in results),
-        "gemm_share": flops / passes / gemm if passes else None,
-        "masks": agreement,
-        "agreement": None if agreement is None else agreement["first linear"] >= LEAST_AGREEMENT,
-    }
-
-
-def _scaled(result: dict, share: float) -> dict:
-    once = ("read", "block inputs", "write", "other")
-    seconds = {name: value * (1 if name in once else share) for name, value in result["seconds"].items()}
-    return {"wall": sum(seconds.values()), "seconds": seconds}
-
-
-def _add_factors(rows: list[dict]) -> None:
-    """Of wall times: over the published pipeline in the same dtype, and in float32."""
-    published = {
-        (row["dtype"], row["method"]): row["wall_s"] for row in rows if row["pipeline"] == "published"
-    }
-    for row in rows:
-        for name, dtype in (("over_same_dtype", row["dtype"]), ("over_float32", "float32")):
-            wall = published.get((dtype, row["method"]))
-            earned = row["pipeline"] == "wanda_fast" and row["agreement"] and wall is not None
-            row[name] = wall / row["wall_s"] if earned else None
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
@@ -227,7 +188,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--reference-blocks", type=int, help="run the published pipeline on so many blocks only"
     )
     parser.add_argument("--launcher", default="", help="command before each job, such as 'numactl -N 0'")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=Path, help="JSON file; runs of the same work that it holds are kept")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = DEFAULTS[options.device]

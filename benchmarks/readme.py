@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import tables
+from benchmarks import model_table, tables
 from benchmarks.__main__ import BENCHMARKS, RESULTS
 from benchmarks.machine import ROOT
 from benchmarks.providers import OURS, TORCH
@@ -45,16 +45,17 @@ def section(results: Path) -> str:
     """Everything between the comments."""
     parts = [INTRODUCTION]
     for device, title in TITLES.items():
-        parts += [f"### {title}", *_device(latest(results, device))]
+        parts += [f"### {title}", *_device(latest(results, device)), *model_table.section(results, device)]
     return "\n\n".join(parts)
 
 
 def latest(results: Path, device: str) -> dict[str, Path]:
     """The newest file of each operation that was measured on such a device, smoke tests aside."""
     found = {}
-    for path in sorted(results.glob("*/*.json"), key=lambda path: tables.read(path)["machine"]["date"]):
+    paths = [path for path in results.glob("*/*.json") if path.stem in BENCHMARKS]
+    for path in sorted(paths, key=lambda path: tables.read(path)["machine"]["date"]):
         report = tables.read(path)
-        if report["machine"]["device"] == device and not report["quick"] and path.stem in BENCHMARKS:
+        if report["machine"]["device"] == device and not report["quick"]:
             found[path.stem] = path
     return found
 

@@ -160,7 +160,7 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     even = all(stride % 2 == 0 for each in (query, key, value) for stride in each.stride()[:3])
     rows = all(each.stride(-1) == 1 for each in (query, key, value)) and query.shape[-1] == key.shape[-1]
     whole = same and query.numel() > 0 and query.shape[1] % key.shape[1] == 0
-    return whole and cpu and even and rows and _op("native_attends")(query)
+    return whole and cpu and even and rows and not why_not("cpu") and _op("native_attends")(query)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
