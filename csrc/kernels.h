@@ -39,6 +39,20 @@ struct UpdateBlock {
   float* errors;          // [n_rows, n_cols], contiguous
 };
 
+// [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// Heads of q share those of k and v in equal runs. fp32 or bf16.
+struct Attention {
+  Heads q, k, v, out;
+  DType dtype;
+  int64_t n_batches, n_heads, n_kv_heads, n_tokens, head_dim;
+  float scale;
+};
+
 enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 }  // namespace wanda

@@ -32,6 +32,9 @@ void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
+// Whether this machine has a kernel for causal attention of that dtype and head_dim, and torch has no better one.
+bool attends(DType dtype, int64_t head_dim);
+void attend(const Context&, const Attention&);
 
 // GPU alone: bytes of scratch for an operation on this operand.
 size_t sq_norm_scratch_bytes(const Matrix& x);

@@ -210,6 +210,30 @@ void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activati
   wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
 }
 
+wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() && tensor.stride(3) == 1 &&
+                      tensor.size(0) == q.size(0) && tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
+                  name, " must be like q, rows contiguous");
+  for (int64_t dim = 0; dim < 3; ++dim) STD_TORCH_CHECK(tensor.stride(dim) % 2 == 0, name, "'s strides must be even");
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+void native_attend_(Tensor out, Tensor q, Tensor k, Tensor v, double scale) {
+  const wanda::Attention attention = {heads_of(q, q, "q"), heads_of(k, q, "k"), heads_of(v, q, "v"),
+                                      heads_of(out, q, "out"), dtype_of(q), q.size(0), q.size(1), k.size(1),
+                                      q.size(2), q.size(3), static_cast<float>(scale)};
+  STD_TORCH_CHECK(out.size(1) == q.size(1) && v.size(1) == k.size(1) && q.size(1) % k.size(1) == 0,
+                  "the numbers of heads do not fit");
+  STD_TORCH_CHECK(wanda::attends(attention.dtype, attention.head_dim), "no attention of this dtype and head_dim here");
+  wanda::attend(Surroundings(q).context(), attention);
+}
+
+bool native_attends(Tensor q) {
+  const auto dtype = q.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return false;
+  return wanda::attends(dtype_of(q), q.size(-1));
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
@@ -228,6 +252,8 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
+  library.impl("native_attends", TORCH_BOX(&native_attends));
+  library.impl("native_attend_", TORCH_BOX(&native_attend_));
 #endif
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from wanda_fast.architecture import Block
+from wanda_fast.block_forward import faster_forward
 from wanda_fast.placement import Moved, Placement
 
 
@@ -25,7 +26,8 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states for `hidden` `[sequences, seqlen, features]`."""
-        output = block(hidden, *self.args, **self.kwargs)
+        with faster_forward(hidden.device):
+            output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 

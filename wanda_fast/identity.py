@@ -5,6 +5,7 @@ import json
 
 from torch import Tensor
 
+from wanda_fast.block_forward import described
 from wanda_fast.calibration import digest
 from wanda_fast.evaluation import EvaluationSet
 from wanda_fast.sources import StreamedModel
@@ -27,6 +28,7 @@ def run_identity(
         "batch_size": batch_size,
         "device": source.device.type,
         "hessians_on_host": sorted(hessians_on_host),  # by in_features; on a CPU they are nowhere else
+        "forward": described(source.device),
         "save_mask": recipe["save_mask"] is not None,
         "model": _model_digest(source),
         "calibration": None if token_ids is None else digest(token_ids),

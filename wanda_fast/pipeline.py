@@ -1,7 +1,6 @@
 """The block loop: dense pass with statistics, selection in place, pruned pass to the next block's inputs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -13,6 +12,7 @@ from wanda_fast.activations import Activations
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_inputs import BlockCall, BlockInputs
 from wanda_fast.clock import Clock
+from wanda_fast.dense_pass import dense_pass
 from wanda_fast.lockstep import run_in_lockstep
 from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
@@ -113,8 +113,13 @@ class _TwoPasses:
         if calibration is not None:
             tell("dense pass")
             with self.clock.phase("dense pass"):
-                statistics = _dense_pass(block, self.method, calibration, index, self.last_linear)
+                statistics = self.gather(block)
+                dense_pass(block, statistics, calibration, index, self.last_linear)
         return self.select(block, statistics, tell)
+
+    def gather(self, block: Block, before_call: bool = False) -> BlockStatistics:
+        timed = partial(self.clock.part, "statistics")
+        return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
 
     def select(
         self, block: Block, statistics: BlockStatistics | None, tell: Callable[..., None]
@@ -129,8 +134,7 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        make_hessian = self.method.make_hessian
-        statistics = BlockStatistics(block, self.method.statistic, make_hessian, before_call=True)
+        statistics = self.gather(block, before_call=True)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)
@@ -150,36 +154,6 @@ class _OnePass(_TwoPasses):
 
 def _advance_batch(block: Block, inputs: BlockInputs, batch: slice, call: BlockCall) -> None:
     inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
-
-
-def _dense_pass(
-    block: Block, method: Method, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
-) -> BlockStatistics:
-    """Run the block with hooks. `last_linear`: by the block's make, which linear ends it."""
-    statistics = BlockStatistics(block, method.statistic, hessian=method.make_hessian)
-    make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
-    with statistics.gathering():
-        for batch, call in inputs.batches(index):
-            with _output_skipped(block, last_linear.get(make)):
-                call.run(block.module, inputs.hidden[batch])
-            last = statistics.calls[-1] if statistics.calls else None
-            if last and statistics.calls.count(last) == 1 and not statistics.reads_output_of(last):
-                last_linear[make] = last.removeprefix(block.name)
-    return statistics
-
-
-@contextmanager
-def _output_skipped(block: Block, linear: str | None) -> Iterator[None]:
-    """The last linear's hooks see its input; its product, which nobody reads, is not computed."""
-    if linear is None:
-        yield
-        return
-    module = block.module.get_submodule(linear.removeprefix("."))
-    module.forward = lambda x: x.new_zeros(*x.shape[:-1], module.out_features)
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def _teller(progress: Progress | None, index: int, total: int, block: str) -> Callable[..., None]:

@@ -7,7 +7,7 @@ a name. A gated MLP's statistics also take what its projections put out.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class BlockStatistics:
         before_call: complete each linear's statistic before the linear itself is called, for it will be
             pruned then. What a statistic reads of that linear's own output, or of a later one's, is computed
             from the weights as they are: a gated MLP's two projections are both scored while both are dense.
+        timed: makes a context around each addition.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class BlockStatistics:
         statistic: Callable[[Linear], Statistic | None],
         hessian: Callable[[Linear], Hessian] | None = None,
         before_call: bool = False,
+        timed: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.block, self.before_call = block, before_call
+        self.block, self.before_call, self.timed = block, before_call, timed
         self.complete = False  # no more inputs will come
         self._norms, self._hessians = SharedByInput(statistic), SharedByInput(hessian)
         self.by_name: dict[str, Statistic] = self._norms.by_name
@@ -114,10 +116,11 @@ class BlockStatistics:
 
     def _read(self, linear: Linear, _module: nn.Module, args: tuple) -> None:
         self.calls.append(linear.name)
-        if linear.name not in self._names:
-            self._read_sq_norm(linear, args[0])
-        if (hessian := self._hessians.to_add(linear, args[0])) is not None:
-            hessian.add(args[0])
+        with self.timed():
+            if linear.name not in self._names:
+                self._read_sq_norm(linear, args[0])
+            if (hessian := self._hessians.to_add(linear, args[0])) is not None:
+                hessian.add(args[0])
 
     def _ahead(self, gated: _GatedStatistics) -> bool:
         """Whether outputs that this MLP's statistics read must be known before its projections are called."""
@@ -128,7 +131,8 @@ class BlockStatistics:
         if module in self._now.added:
             self._now.added.remove(module)
             return
-        self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
+        with self.timed():
+            self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
         self._now.added.update(each for each in gated.reads if each is not module)
 
     def _keep_output(self, gated: _GatedStatistics, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -136,7 +140,8 @@ class BlockStatistics:
         overwrites = getattr(gated.mlp.activation, "inplace", False) and module is not gated.reads[-1]
         outputs[module] = output.clone() if overwrites else output
         if all(each in outputs for each in gated.reads):
-            self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
+            with self.timed():
+                self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
 
     def _add(self, gated: _GatedStatistics, outputs: list[Tensor], x: Tensor) -> None:
         self.by_name.update(gated.by_name)

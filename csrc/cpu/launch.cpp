@@ -1,6 +1,10 @@
 // Each operation on the CPU: pick the instruction set, cut the work into ranges, give every range its scratch.
 #include "../launch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "kernels_cpu.h"
 
 namespace wanda {
@@ -54,7 +59,8 @@ const Kernels& kernels() {
 
 class ScratchMemory {
  public:
-  explicit ScratchMemory(int64_t n_cols) : memory_(::operator new(cpu::scratch_bytes(n_cols), kAlignment)) {}
+  explicit ScratchMemory(int64_t n_cols) : ScratchMemory(cpu::scratch_bytes(n_cols)) {}
+  explicit ScratchMemory(size_t n_bytes) : memory_(::operator new(n_bytes, kAlignment)) {}
   ~ScratchMemory() { ::operator delete(memory_, kAlignment); }
   ScratchMemory(const ScratchMemory&) = delete;
   ScratchMemory& operator=(const ScratchMemory&) = delete;
@@ -230,6 +236,29 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
     if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
   });
   return finite;
+}
+
+bool attends(DType dtype, int64_t head_dim) {
+#if defined(__x86_64__)
+  if (&kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  static const bool brain = __builtin_cpu_supports("avx512bf16");
+  static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  }();
+  return dtype == DType::kFloat || (dtype == DType::kBFloat && brain && !tiles);
+#else
+  return false;
+#endif
+}
+
+void attend(const Context& context, const Attention& attention) {
+#if defined(__x86_64__)
+  parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(cpu::attention_scratch_bytes(attention));
+    cpu::attend_avx512(attention, begin, end, scratch.get());
+  });
+#endif
 }
 
 }  // namespace wanda

@@ -36,6 +36,8 @@ SCHEMAS = (
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
+    "native_attends(Tensor q) -> bool",
+    "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
 BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
@@ -193,3 +195,31 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
     return _op("native_all_finite")(_as_rows(tensor), non_negative)
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` takes these operands, and is faster here than torch's own.
+
+    That is so for fp32 with AVX-512, and for bf16 with AVX-512-BF16 but without AMX, which torch's uses.
+    """
+    same = query.dim() == 4 and query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
+    cpu = all(each.device.type == "cpu" and each.dtype == query.dtype for each in (query, key, value))
+    even = all(stride % 2 == 0 for each in (query, key, value) for stride in each.stride()[:3])
+    rows = all(each.stride(-1) == 1 for each in (query, key, value)) and query.shape[-1] == key.shape[-1]
+    whole = same and query.numel() > 0 and query.shape[1] % key.shape[1] == 0
+    return whole and cpu and even and rows and not why_not("cpu") and _op("native_attends")(query)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale * query key^T, each token seeing itself and those before) value.
+
+    Args:
+        query: fp32 or bf16 `[batch, heads, tokens, head_dim]`, such that `attends`.
+        key, value: the same with as many heads or fewer, each shared by as many of the query's in a row.
+        scale: default 1 / sqrt(head_dim).
+    Returns: `[batch, heads, tokens, head_dim]`, a view of contiguous `[batch, tokens, heads, head_dim]`.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    out = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
+    _op("native_attend_")(out, query, key, value, head_dim**-0.5 if scale is None else scale)
+    return out
