@@ -33,6 +33,7 @@ TABLE = {
     "add_hessian_": {
         "torch": "reference:add_hessian_",
         "triton": "add_hessian:add_hessian_",
+        "cpu": "native:add_hessian_",
     },
     "add_gated_coactivation_": {
         "torch": "reference:add_gated_coactivation_",

@@ -40,7 +40,8 @@ SCHEMAS = (
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
-BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
+BLOCK_TOKENS = 1024  # of fp32 copies: 1024 x 11008 is 45 MB
+HESSIAN_COLUMNS = 256  # of a band of the Hessian: wide enough for a matmul, little below the diagonal
 
 
 def library_path(backend: str) -> Path:
@@ -125,6 +126,19 @@ def add_gated_coactivation_(
         x_squared = _activated(blocks[2], None, 2)
         acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
         acc_up.addmm_(operands[:, n_out:].t(), x_squared)
+
+
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    """Bands of rows from the diagonal on, by torch's fp32 matmul; then what is above is mirrored below."""
+    bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
+    for tokens in _as_rows(x).split(BLOCK_TOKENS):
+        tokens = tokens.float()
+        for band in bands:
+            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
+    for band in bands:
+        square = acc[band, band]
+        square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric
+        acc[band.stop :, band] = acc[band, band.stop :].t()
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
