@@ -12,7 +12,7 @@ from wanda_kernels import reference_sparsegpt, sparsegpt_block
 from wanda_kernels.sparsegpt import SELECTORS
 
 POISON = -7.0
-SHAPES = ((1, 24), (17, 48), (5, 120))  # rows: one, one more than an interpreted program's 16; width 5 * 24
+SHAPES = ((1, 24), (17, 24), (5, 72))  # rows: one, and one more than the 16 of an interpreted program
 
 
 def view_of(tensor: torch.Tensor, poison: float) -> torch.Tensor:
@@ -52,9 +52,7 @@ def assert_same_block(w, u, pruned, selector, root, n, m):
     got, chosen = view_of(w, POISON), view_of(pruned, True)
     got_errors = torch.full(w.shape, float("nan"), device=GPU)
     root = None if root is None else root.to(GPU)
-    sparsegpt_block.prune_and_update_block(
-        got, view_of(u, POISON), chosen, selector, root, n, m, got_errors
-    )
+    sparsegpt_block.prune_and_update_block(got, view_of(u, POISON), chosen, selector, root, n, m, got_errors)
     assert torch.equal(chosen.cpu(), expected_pruned)
     for found, right in ((got, expected), (got_errors, errors)):
         torch.testing.assert_close(bits(found.contiguous()), bits(right), rtol=0, atol=0)
