@@ -217,19 +217,17 @@ def _launch_gated_coactivation() -> None:
 
 
 def _launch_hessian() -> None:
-    acc = torch.empty(4096, 4096, device="meta")
-    for dtype in FLOATS[:2]:
-        add_hessian.add_symmetric_(acc, torch.empty(2048, 4096, dtype=dtype, device="meta"))
+    acc, x = torch.empty(4096, 4096, device="meta"), torch.empty(2048, 4096, device="meta")
+    add_hessian.add_symmetric_(acc, x.bfloat16())  # fp16 takes the same instructions
     add_hessian.mirror_(acc)
 
 
 def _launch_sparsegpt() -> None:
-    # 120 columns: what 12:24 leaves of 128, and not a multiple of 16; with ratio or a given mask, m is 0
-    for (ratio, n, m), selector in product(
-        ((0.5, 0, 0), (None, 2, 4), (None, 12, 24)), ("obs", "wanda", "magnitude")
-    ):
-        weight, upper = torch.empty(4096, 3840, device="meta"), torch.empty(3840, 3840, device="meta")
-        dead, scale = torch.empty(3840, dtype=torch.bool, device="meta"), torch.empty(3840, device="meta")
+    rules = product(((0.5, 0, 0), (None, 2, 4)), ("obs", "wanda", "magnitude"), (4096,))
+    # blocks of 120 columns, and rows that are not a multiple of 16 bytes apart
+    for (ratio, n, m), selector, size in (*rules, ((None, 12, 24), "obs", 3840), ((0.5, 0, 0), "obs", 4095)):
+        weight, upper = torch.empty(4096, size, device="meta"), torch.empty(size, size, device="meta")
+        dead, scale = torch.empty(size, dtype=torch.bool, device="meta"), torch.empty(size, device="meta")
         scale = scale if selector == "wanda" else None
         sparsegpt_block.sparsegpt_(weight, upper, dead, ratio, n, m, selector, scale, None, None)
 

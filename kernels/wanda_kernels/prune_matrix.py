@@ -109,7 +109,8 @@ def ranked_key(weight: Tensor, scale: Tensor, stride_sm: int, kind: int, rank: i
             weight, weight.stride(0), scale, stride_sm, state, counts[place],
             n_rows, n_cols, tiles_per_row, n_tiles,
             **flags, SHIFT=shift, SCALE=kind, BLOCK_M=TILE // block_n, BLOCK_N=block_n,
-            num_warps=4, enable_fp_fusion=False,
+            num_warps=4 if block_n == TILE else 8,  # rows apart: a pointer and a mask for each few weights
+            enable_fp_fusion=False,
         )  # fmt: skip
         _choose_digit_kernel[(1,)](state, counts[place], rank, **flags, num_warps=4)
     return state

@@ -18,9 +18,6 @@ from wanda_kernels.prune_matrix import ranked_key
 from wanda_kernels.score_keys import NO_SCALE, PAD_KEY, ROOT_VECTOR, SQUARE_OVER_VECTOR, keys_of
 from wanda_kernels.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
 
-# rows of a program: 16 of 128 columns are 64 registers a lane ... the interpreter takes 0.1 s a program whatever its rows
-BLOCK_M = 16 if INTERPRETED else 4
-
 
 @triton.jit
 def _load_scale(scale_ptr, cols, n_cols, SCALE: tl.constexpr):
@@ -67,7 +64,7 @@ def _sparsegpt_block_kernel(
     n_rows, n_cols, n_pruned, m,
     CHOOSE: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    KEPT: tl.constexpr = 0x7FFFFFFF  # a NaN that no arithmetic makes, where a kept weight's bits would stand
+    KEPT: tl.constexpr = 0x7F800001  # a signalling NaN, which no arithmetic makes: in place of a kept weight
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     cols = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     inside = (rows < n_rows) & (cols < n_cols)
@@ -84,8 +81,8 @@ def _sparsegpt_block_kernel(
             if i % m == 0:
                 keys = keys_of(w, scale, inside & (cols >= i) & (cols < i + m), SCALE)
                 pruned |= _lowest(keys, cols, n_pruned)
-        # the column's bits by an integer sum: exact, -0.0 too. Kept weights are not divided: 0 / U, for
-        # which errors are 0 as well, would take the division's slow path
+        # the column's bits by an integer sum: exact, -0.0 too. Where a weight is kept, 1 is divided: 0 would
+        # take the division's slow path
         lost = tl.where(pruned, w.to(tl.int32, bitcast=True), KEPT)
         lost = tl.sum(tl.where(cols == i, lost, 0), axis=1)[:, None]  # [BLOCK_M, 1]
         dividend = tl.where(lost == KEPT, 1.0, lost.to(tl.float32, bitcast=True))
@@ -101,6 +98,14 @@ def _sparsegpt_block_kernel(
     tl.store(w_ptrs, tl.where(pruned, 0.0, w), mask=inside)
     if CHOOSE:
         tl.store(pruned_ptrs, pruned.to(tl.uint8), mask=inside)
+
+
+def _block_rows(w: Tensor) -> int:
+    if INTERPRETED:
+        return 16  # which takes no longer than one
+    if w.shape[1] % 16 or w.stride(0) % 16:
+        return 2  # weights are loaded one by one, a pointer and a mask each: 4 rows spill
+    return 4  # 90 registers, and a thousand warps of 4096 rows; 8 rows spill where n:m is chosen
 
 
 def _score_arguments(w: Tensor, u: Tensor, selector: str, root: Tensor | None) -> tuple[Tensor, int]:
@@ -123,10 +128,11 @@ def prune_and_update_block(
     w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
 ) -> None:
     scale, kind = _score_arguments(w, u, selector, root) if m else (w, NO_SCALE.value)
-    _sparsegpt_block_kernel[(triton.cdiv(w.shape[0], BLOCK_M),)](
+    block_m = _block_rows(w)
+    _sparsegpt_block_kernel[(triton.cdiv(w.shape[0], block_m),)](
         w, w.stride(0), u, u.stride(0), scale, pruned.view(torch.uint8), pruned.stride(0),
         errors, errors.stride(0), *w.shape, m - n, m,
-        CHOOSE=m > 0, SCALE=kind, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_WIDTH, num_warps=1, enable_fp_fusion=False,
+        CHOOSE=m > 0, SCALE=kind, BLOCK_M=block_m, BLOCK_N=BLOCK_WIDTH, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from wanda_kernels import reference_sparsegpt, sparsegpt_block
 from wanda_kernels.sparsegpt import SELECTORS
 
 POISON = -7.0
-SHAPES = ((1, 24), (17, 48), (5, 120))  # rows: one, one more than an interpreted program's 16; width 5 * 24
+SHAPES = ((1, 24), (17, 24), (5, 72))  # rows: one, and one more than the 16 of an interpreted program
 
 
 def view_of(tensor: torch.Tensor, poison: float) -> torch.Tensor:
