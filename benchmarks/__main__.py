@@ -52,7 +52,8 @@ def run(
     for name in names:
         console.print(f"\n[bold]{BENCHMARKS[name].operation}[/bold]")
         rows += measure(BENCHMARKS[name], session, facts, folder, _say)
-    plotted = [row for path in sorted(folder.glob("*.json")) for row in tables.read(path)["rows"]]
+    measured_here = [path for path in sorted(folder.glob("*.json")) if path.stem in BENCHMARKS]
+    plotted = [row for path in measured_here for row in tables.read(path)["rows"]]
     reason = roofline.plot(folder / "roofline.svg", plotted, measured, machine.sentence(facts))
     message = f"No roofline plot: {reason}." if reason else f"Plot: {folder / 'roofline.svg'}"
     console.print(message, markup=False)

@@ -84,7 +84,8 @@ def _commit() -> str:
     if told:
         return told
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or UNKNOWN
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    code = ("--", ".", ":!benchmarks/results")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", *code)
     return f"{commit} with changes" if changed else commit
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import tables
+from benchmarks import model_table, tables
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.machine import ROOT
 from benchmarks.providers import OURS, TORCH
@@ -46,7 +46,7 @@ def section(results: Path) -> str:
     """Everything between the comments."""
     parts = [INTRODUCTION]
     for device, title in TITLES.items():
-        parts += [f"### {title}", *_device(latest(results, device))]
+        parts += [f"### {title}", *_device(latest(results, device)), *model_table.section(results, device)]
     return "\n\n".join(parts)
 
 

@@ -27,6 +27,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ATTENTION_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
@@ -62,11 +63,12 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     """Every object, then the library."""
     compiler, torch = _compiler("cpu"), _torch("cpu")
     extra = SANITIZE_FLAGS if sanitize else []
-    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
+    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS, "attention_avx512": ATTENTION_FLAGS}
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
         "launch": [],
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
+        "attention_avx512": ["-Wno-maybe-uninitialized"],
     }
     if platform.machine() in ("x86_64", "AMD64"):
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}

@@ -1,38 +1,40 @@
 """`prune`: the whole job behind one function, whose keywords are the command line's flags."""
 
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
-from wanda_fast.activations import Activations, perplexities, record_activations
 from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
-from wanda_fast.evaluation import EvaluationSet, evaluation_set, perplexity, require_zero_shot, zero_shot
+from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
+from wanda_fast.hessian_memory import place_hessians
 from wanda_fast.identity import run_identity, same_options
-from wanda_fast.masks import write_masks
+from wanda_fast.job import Job, run_in_memory, run_streamed
+from wanda_fast.journal import chosen_before, partial_of
 from wanda_fast.memory import out_of_memory_explained, peak_memory
-from wanda_fast.methods import Dense, Method, make_method
+from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
-from wanda_fast.patterns import Pattern, parse_pattern
-from wanda_fast.pipeline import Progress, prune_blocks
+from wanda_fast.patterns import parse_pattern
+from wanda_fast.pipeline import Progress
+from wanda_fast.placement import require_kind
 from wanda_fast.report import Report
+from wanda_fast.resources import choose_resources, default_device
 from wanda_fast.skeleton import Skeleton, open_skeleton
-from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
+from wanda_fast.sources import LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
-TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 
 
 def prune(
@@ -47,9 +49,14 @@ def prune(
     seed: int = 0,
     use_variant: bool = False,
     connect_gate: str = "activated",
+    update: str = "none",
+    dampening: float = 0.01,
+    hessian_device: str = "auto",
+    measure_error: bool | None = None,
     ignore: tuple[str, ...] | list[str] = (),
     batch_size: int | None = None,
     sequential: str = "block",
+    activations: str = "auto",
     device: str | torch.device | None = None,
     dtype: str = "auto",
     tokenizer=None,
@@ -69,7 +76,9 @@ def prune(
 
     Args:
         model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
-        prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
+        prune_method: "magnitude", "wanda", "connect", "gated", "sparsegpt", "dense", an ablation
+            ("ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"), or a registered
+            name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
         dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids
@@ -78,12 +87,22 @@ def prune(
             that is shorter.
         use_variant: the Wanda variant's threshold (unstructured only).
         connect_gate: connect sees the gate "activated" (as published code does) or "raw".
+        update: "obs": the weights that a method keeps are updated for those that it prunes, as SparseGPT does
+            (it and the ablations always do); "none".
+        dampening: share of the mean diagonal added to a Hessian; ten times more, up to three times, where it
+            is not positive definite.
+        hessian_device: where Hessians are kept and factored: "device", "host", or "auto": the device, but for
+            linears so wide that a block's could take more than half of its free memory.
+        measure_error: note ||(W - W') X||^2 of each linear; None: where there are Hessians anyway.
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
             patterns.
         batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
-            tokens.
+            tokens, fewer where free memory is less; a resumed run keeps to its first choice.
         sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
             pruned as soon as its input is known, and what follows sees its pruned output.
+        activations: where the hidden states of all sequences lie: on the "device", in "host" memory, in a
+            file on "disk" (in `save_model` + ".partial", or the system's folder for temporary files), or
+            "auto": the first of these that has room. The results are the same.
         device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's
             own device for a live model.
         dtype: "auto", "float32", "float16" or "bfloat16", for a checkpoint.
@@ -105,9 +124,11 @@ def prune(
     recipe = {
         name: _plain(value) for name, value in locals().items() if name not in ("tokenizer", "progress")
     }
-    method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
+    name = "dense" if sparsity_ratio == 0 else prune_method
+    method = make_method(name, update, dampening, measure_error, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     require_sequential(sequential)
+    require_kind(activations)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
     if resume and save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
@@ -119,7 +140,7 @@ def prune(
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
-    target = torch.device(device or (model.device if live else _default_device()))
+    target = torch.device(device or (model.device if live else default_device()))
     clock = Clock(target)
     report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):
@@ -130,10 +151,13 @@ def prune(
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
     survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    if method.hessians is not None:
+        place_hessians(blocks, target, hessian_device, method.hessians)
+        method.hessians.stored = None if live and save_model is None else loaded.dtype
     seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):
         token_ids = None
-        if method.uses_activations:
+        if method.calibrates:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
             require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
@@ -143,19 +167,25 @@ def prune(
             require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
-    job = _Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
-    job.batch_size, job.sequential = batch_size or _batch_size(target, token_ids), sequential
+    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks, sequential=sequential)
     folder = save_model and Path(save_model)
+    if batch_size is None and resume:
+        batch_size = chosen_before(folder, "batch_size")
+    stored = loaded.dtype if isinstance(loaded, Skeleton) else None
+    resources = choose_resources(job, model, blocks, target, stored, batch_size, activations)
+    job.batch_size, job.activations = resources.batch_size, resources.activations
+    report.resources, report.predicted_memory = resources.chosen, resources.predicted
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
             source = StreamedModel(loaded, blocks, target, clock)
-            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
+            on_host = method.hessians.on_host if method.hessians else frozenset()
+            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size, on_host)
             output = folder and StreamedOutput(folder, source, identity, resume)
-            _run_streamed(job, source, output)
+            run_streamed(job, source, output)
         else:
             if resume:
                 logger.warning("a model that is held in memory as a whole is pruned from the start")
-            _run_in_memory(job, LiveModel(model, blocks, target, clock))
+            run_in_memory(job, LiveModel(model, blocks, target, clock))
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
@@ -194,43 +224,6 @@ def evaluate(
     )
 
 
-@dataclass
-class _Job:
-    """What is to be done with a model, wherever its blocks come from."""
-
-    method: Method
-    pattern: Pattern
-    token_ids: Tensor | None
-    evaluation: EvaluationSet | None
-    clock: Clock
-    report: Report
-    progress: Progress | None
-    masks: dict[str, Tensor] | None
-    batch_size: int = 1
-    sequential: str = "block"
-
-    def prune(
-        self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
-    ) -> None:
-        self.report.linears = prune_blocks(
-            source,
-            self.method,
-            self.pattern,
-            activations,
-            clock=self.clock,
-            progress=self.progress,
-            masks=self.masks,
-            output=output,
-            sequential=self.sequential,
-        )
-
-    def write_masks(self) -> None:
-        if self.masks is not None:
-            file = Path(self.report.recipe["save_mask"])
-            with checkpoints.writing(file):
-                write_masks(self.masks, file, self.report.recipe)
-
-
 def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
     """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
     if whole:  # zero-shot tasks ask the whole model
@@ -251,65 +244,9 @@ def _finished(folder: Path, recipe: dict) -> Report | None:
     report = Report.from_json(file.read_text(encoding="utf-8"))
     if not same_options(report.recipe, recipe):
         return None
+    shutil.rmtree(partial_of(folder), ignore_errors=True)  # killed after its last rename
     logger.info("%s is complete: nothing to resume", folder)
     return report
-
-
-def _run_in_memory(job: _Job, source: LiveModel) -> None:
-    _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
-    if isinstance(job.method, Dense):
-        return job.write_masks()
-    with job.clock.phase("block inputs"):
-        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
-    job.prune(source, activations)
-    _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
-    job.write_masks()
-
-
-def _run_streamed(job: _Job, source: StreamedModel, output: StreamedOutput | None) -> None:
-    """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    with closing(source), output or nullcontext():
-        with job.clock.phase("block inputs"):
-            pruned = not isinstance(job.method, Dense)
-            activations = record_activations(
-                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
-            )
-        job.prune(source, activations, output)
-        if job.evaluation is not None:
-            with job.clock.phase("evaluation"), source.surroundings(head=True):
-                job.report.perplexity |= perplexities(source, activations, job.evaluation)
-        job.write_masks()
-        if output is not None:
-            job.report.peak_memory = peak_memory()
-            with job.clock.phase("write"):
-                output.finish(job.report)
-
-
-def _measure(
-    model: nn.Module,
-    evaluation: EvaluationSet | None,
-    which: str,
-    clock: Clock,
-    report: Report,
-    progress: Progress | None,
-) -> None:
-    if evaluation is None:
-        return
-    total = len(evaluation.windows)
-    tell = (lambda done: progress.step(f"perplexity, {which}", done, total)) if progress else None
-    if tell:
-        tell(0)
-    with clock.phase("evaluation"):
-        report.perplexity[which] = perplexity(model, evaluation, progress=tell)
-
-
-def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
-    tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    return 1 if token_ids is None else max(1, tokens // token_ids.shape[1])
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ class Pattern:
     """
 
     name = "pattern"
+    rule: float | str | None = None  # what sparsegpt_ takes: a ratio or "n:m"; None: `select` alone decides
 
     def __init__(self, ratio: float | None = None):
         self.ratio = 0.5 if ratio is None else ratio
@@ -59,6 +60,10 @@ class Pattern:
 class Unstructured(Pattern):
     """Each row loses exactly int(in_features * ratio) weights."""
 
+    @property
+    def rule(self) -> float:
+        return self.ratio
+
     def num_pruned(self, in_features: int) -> int:
         return int(in_features * self.ratio)
 
@@ -85,6 +90,8 @@ class Variant(Unstructured):
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
+        if whole_matrix:  # magnitude, which has no variant
+            return super().prune_(weight, scale, whole_matrix=True, mask=mask)
         wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
         return "prune_variant_"
 
@@ -106,6 +113,10 @@ class NM(Pattern):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def rule(self) -> str:
+        return str(self)
 
     def check(self, linear: str, in_features: int) -> None:
         if in_features % self.m:

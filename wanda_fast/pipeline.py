@@ -1,9 +1,6 @@
 """The block loop: dense pass with statistics, selection in place, pruned pass to the next block's inputs."""
 
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -11,23 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-import wanda_kernels
 from wanda_fast.activations import Activations
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_inputs import BlockCall, BlockInputs
 from wanda_fast.clock import Clock
-from wanda_fast.errors import NonFiniteError
+from wanda_fast.dense_pass import dense_pass
 from wanda_fast.lockstep import run_in_lockstep
-from wanda_fast.masks import empty_mask
 from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
 from wanda_fast.report import LinearReport
+from wanda_fast.selection import prune_block
 from wanda_fast.sources import BlockSource
 from wanda_fast.statistics import BlockStatistics
-from wanda_kernels.backends import TABLE, choose
-
-logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -58,8 +51,8 @@ def prune_blocks(
         sequential: "block": statistics of the dense block, then its linears; "linear": one after the other.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
-    reports, one_pass = {}, sequential == "linear" and method.uses_activations
-    prune_block = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
+    reports, one_pass = {}, sequential == "linear" and method.calibrates
+    treat = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
     start = 0 if output is None else output.begin_(activations)
     for index, block in enumerate(source.blocks):
         finished = output is not None and index in output.finished
@@ -77,7 +70,7 @@ def prune_blocks(
             if finished:
                 output.restore_block(index)
             elif not isinstance(method, Dense):
-                own = prune_block(index, block, activations.calibration, tell)
+                own = treat(index, block, activations.calibration, tell)
                 reports |= own
             ahead = index + 1 < len(source.blocks) and (finished or not one_pass)
             _pruned_pass(index, block, ahead, activations, clock, tell)
@@ -120,14 +113,19 @@ class _TwoPasses:
         if calibration is not None:
             tell("dense pass")
             with self.clock.phase("dense pass"):
-                statistics = _dense_pass(block, self.method, calibration, index, self.last_linear)
+                statistics = self.gather(block)
+                dense_pass(block, statistics, calibration, index, self.last_linear)
         return self.select(block, statistics, tell)
+
+    def gather(self, block: Block, before_call: bool = False) -> BlockStatistics:
+        timed = partial(self.clock.part, "statistics")
+        return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
 
     def select(
         self, block: Block, statistics: BlockStatistics | None, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
         with self.clock.phase("selection"):
-            return _prune_block(block, self.method, self.pattern, statistics, tell, self.masks)
+            return prune_block(block, self.method, self.pattern, statistics, tell, self.masks, self.clock)
 
 
 class _OnePass(_TwoPasses):
@@ -136,7 +134,7 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        statistics = BlockStatistics(block, self.method.statistic, fused=False)
+        statistics = self.gather(block, before_call=True)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)
@@ -156,127 +154,6 @@ class _OnePass(_TwoPasses):
 
 def _advance_batch(block: Block, inputs: BlockInputs, batch: slice, call: BlockCall) -> None:
     inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
-
-
-def _dense_pass(
-    block: Block, method: Method, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
-) -> BlockStatistics:
-    """Run the block with hooks. `last_linear`: by the block's make, which linear ends it."""
-    statistics = BlockStatistics(block, method.statistic)
-    make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
-    with statistics.gathering():
-        for batch, call in inputs.batches(index):
-            with _output_skipped(block, last_linear.get(make)):
-                call.run(block.module, inputs.hidden[batch])
-            last = statistics.calls[-1] if statistics.calls else None
-            if last is not None and statistics.calls.count(last) == 1:
-                last_linear[make] = last.removeprefix(block.name)
-    return statistics
-
-
-@contextmanager
-def _output_skipped(block: Block, linear: str | None) -> Iterator[None]:
-    """The last linear's hooks see its input; its product, which nobody reads, is not computed."""
-    if linear is None:
-        yield
-        return
-    module = block.module.get_submodule(linear.removeprefix("."))
-    module.forward = lambda x: x.new_zeros(*x.shape[:-1], module.out_features)
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def _prune_block(
-    block: Block,
-    method: Method,
-    pattern: Pattern,
-    statistics: BlockStatistics | None,
-    tell: Callable[..., None],
-    masks: dict[str, Tensor] | None,
-) -> dict[str, LinearReport]:
-    scales = {linear.name: _scale(linear, statistics) for linear in block.linears}
-    _require_finite(block, scales)
-    watch = _Stopwatch(block.linears[0].module.weight.device) if block.linears else None
-    operations, zeros = [], []
-    for linear in block.linears:
-        tell("selection", linear.name)
-        weight = linear.module.weight.data
-        mask = None if masks is None else empty_mask(weight)
-        with watch.lap():
-            operations.append(method.prune_(weight, scales[linear.name], pattern, mask))
-        if masks is not None:
-            masks[linear.name] = mask.cpu()
-        zeros.append((weight == 0).sum())
-    counts = torch.stack(zeros).tolist() if zeros else []  # waits for the device once a block
-    seconds = watch.seconds() if watch else []
-    return {
-        linear.name: _report(linear, zero, lap, operation, statistics)
-        for linear, operation, zero, lap in zip(block.linears, operations, counts, seconds, strict=True)
-    }
-
-
-def _report(
-    linear: Linear, zeros: int, seconds: float, operation: str, statistics: BlockStatistics | None
-) -> LinearReport:
-    device, weights = linear.module.weight.device.type, linear.module.weight.numel()
-    gathered = statistics.by_name.get(linear.name) if statistics else None
-    return LinearReport(
-        sparsity=zeros / max(weights, 1),
-        weights=weights,
-        seconds=seconds,
-        operation=operation,
-        backend=choose(operation, device) if operation in TABLE else "torch",
-        statistic=gathered and gathered.operation,
-        statistic_backend=gathered and choose(gathered.operation, device),
-    )
-
-
-class _Stopwatch:
-    """Seconds of each lap; on a GPU by events, so that no lap waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple] = []
-
-    @contextmanager
-    def lap(self) -> Iterator[None]:
-        begin = self._mark()
-        yield
-        self.marks.append((begin, self._mark()))
-
-    def seconds(self) -> list[float]:
-        """After the device was waited for."""
-        if self.on_gpu:
-            return [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
-        return [end - begin for begin, end in self.marks]
-
-    def _mark(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _scale(linear: Linear, statistics: BlockStatistics | None) -> Tensor | None:
-    if statistics is None:
-        return None
-    if linear.name not in statistics.by_name:
-        logger.warning("%s saw no calibration token; its scores are all zero", linear.name)
-        return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
-    return statistics.by_name[linear.name].acc
-
-
-def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
-    """One verdict a block, before any of its weights is touched."""
-    operands = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
-    operands |= {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
-    try:
-        wanda_kernels.require_finite(operands)
-    except ValueError as error:
-        raise NonFiniteError(f"block {block.name}: {error}") from error
 
 
 def _teller(progress: Progress | None, index: int, total: int, block: str) -> Callable[..., None]:

@@ -1,6 +1,10 @@
 // Each operation on the CPU: pick the instruction set, cut the work into ranges, give every range its scratch.
 #include "../launch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "kernels_cpu.h"
 
 namespace wanda {
@@ -21,6 +26,7 @@ using cpu::Bracket;
 using cpu::Kernels;
 
 constexpr int64_t kGrainElements = 1 << 15;  // less than this is not worth waking a thread
+constexpr int64_t kUpdateRows = 32;          // each row of SparseGPT's blocks is much work
 constexpr int64_t kColumnBlock = 64;         // columns are cut at multiples of this: whole cache lines
 constexpr int64_t kMinStreamColumns = 256;   // and no thread's piece of a row is shorter
 
@@ -53,7 +59,8 @@ const Kernels& kernels() {
 
 class ScratchMemory {
  public:
-  explicit ScratchMemory(int64_t n_cols) : memory_(::operator new(cpu::scratch_bytes(n_cols), kAlignment)) {}
+  explicit ScratchMemory(int64_t n_cols) : ScratchMemory(cpu::scratch_bytes(n_cols)) {}
+  explicit ScratchMemory(size_t n_bytes) : memory_(::operator new(n_bytes, kAlignment)) {}
   ~ScratchMemory() { ::operator delete(memory_, kAlignment); }
   ScratchMemory(const ScratchMemory&) = delete;
   ScratchMemory& operator=(const ScratchMemory&) = delete;
@@ -109,6 +116,14 @@ int32_t find_bin(const std::vector<int64_t>& bins, int64_t& rank) {
   return bin;
 }
 
+// Key of the score at sorted position `rank` of the whole matrix, exact: two reads, 16 bits of the key and then 15.
+int32_t find_threshold(const Context& context, const Selection& s, int64_t rank) {
+  const int32_t high = find_bin(histogram(context, s, -1, 1 << cpu::kHighBits), rank);
+  const int32_t low = find_bin(histogram(context, s, high, 1 << cpu::kLowBits), rank);
+  const int32_t key = high << cpu::kLowBits | low;
+  return key == kNaNKey ? -1 : key;  // no score is <= NaN
+}
+
 int64_t prune_at_most(const Context& context, const Selection& s, const int32_t* thresholds, int64_t step) {
   const Kernels& isa = kernels();
   std::atomic<int64_t> n_pruned{0};
@@ -156,13 +171,25 @@ void prune_nm(const Context& context, const Selection& s, int n, int m) {
   });
 }
 
-// Two reads find the exact order statistic, 16 bits of the key and then 15; a third prunes.
 void prune_matrix(const Context& context, const Selection& s, int64_t rank) {
-  const int32_t high = find_bin(histogram(context, s, -1, 1 << cpu::kHighBits), rank);
-  const int32_t low = find_bin(histogram(context, s, high, 1 << cpu::kLowBits), rank);
-  const int32_t key = high << cpu::kLowBits | low;
-  const int32_t threshold = key == kNaNKey ? -1 : key;  // no score is <= NaN
+  const int32_t threshold = find_threshold(context, s, rank);
   prune_at_most(context, s, &threshold, 0);
+}
+
+void mark_lowest(const Context& context, const Selection& s, int64_t rank, uint8_t* pruned, int64_t pruned_stride) {
+  const int32_t threshold = find_threshold(context, s, rank);
+  const Kernels& isa = kernels();
+  for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
+    isa.mark_at_most(s, threshold, pruned, pruned_stride, begin, end, scratch);
+  });
+}
+
+void prune_and_update(const Context& context, const UpdateBlock& block) {
+  const Kernels& isa = kernels();
+  const Matrix& w = block.columns.weight;
+  parallel_for(context, w.n_rows, kUpdateRows, [&](int64_t begin, int64_t end) {
+    isa.prune_and_update(block, begin, end);
+  });
 }
 
 // Alpha is bisected exactly as in reference.py; each row's bracket narrows along with it.
@@ -193,6 +220,14 @@ void activate(const Context& context, const Matrix& x, Activation activation, in
   });
 }
 
+void activate_gated(const Context& context, const Matrix& gate, const Matrix& up, Activation activation, float* out) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / gate.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, gate.n_rows, grain, [&](int64_t begin, int64_t end) {
+    isa.activate_gated(gate, up, activation, out, begin, end);
+  });
+}
+
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
@@ -201,6 +236,29 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
     if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
   });
   return finite;
+}
+
+bool attends(DType dtype, int64_t head_dim) {
+#if defined(__x86_64__)
+  if (&kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  static const bool brain = __builtin_cpu_supports("avx512bf16");
+  static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  }();
+  return dtype == DType::kFloat || (dtype == DType::kBFloat && brain && !tiles);
+#else
+  return false;
+#endif
+}
+
+void attend(const Context& context, const Attention& attention) {
+#if defined(__x86_64__)
+  parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(cpu::attention_scratch_bytes(attention));
+    cpu::attend_avx512(attention, begin, end, scratch.get());
+  });
+#endif
 }
 
 }  // namespace wanda

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanda_kernels.sparsegpt import prune_in_blocks_
+
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
@@ -28,8 +30,14 @@ SCHEMAS = (
     f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
+    "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
+    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
+    " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
+    "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
+    "native_attends(Tensor q) -> bool",
+    "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
 BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
@@ -97,6 +105,28 @@ def add_coactivation_(
         acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
 
 
+def add_gated_coactivation_(
+    acc_gate: Tensor,
+    acc_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    activation: str | None,
+    sq_norm: Tensor | None,
+) -> None:
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
+    if sq_norm is not None:
+        _op("native_add_sq_norm_")(sq_norm, x)
+    n_out = gate.shape[1]
+    for blocks in zip(*(each.split(BLOCK_TOKENS) for each in (gate, up, x)), strict=True):
+        operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
+        _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
+        x_squared = _activated(blocks[2], None, 2)
+        acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
+        acc_up.addmm_(operands[:, n_out:].t(), x_squared)
+
+
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
     _op("native_prune_rows_")(weight, *_root_or_scale(scale), num_pruned, mask)
 
@@ -112,6 +142,25 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
     alpha = _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, mask)
     return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+
+
+def sparsegpt_(weight: Tensor, *rest) -> None:
+    prune_in_blocks_(mark_lowest, prune_and_update_block, weight, *rest)
+
+
+def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, rank: int) -> None:
+    _op("native_mark_lowest_")(w, root, _divisor(u, selector), rank, pruned)
+
+
+def prune_and_update_block(
+    w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
+) -> None:
+    _op("native_prune_and_update_")(w, root, _divisor(u, selector), u, pruned, n, m, errors)
+
+
+def _divisor(u: Tensor, selector: str) -> Tensor | None:
+    """What the squares of weights are divided by, where that is the score."""
+    return u.diagonal().square() if selector == "obs" else None
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
@@ -146,3 +195,31 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
     return _op("native_all_finite")(_as_rows(tensor), non_negative)
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` takes these operands, and is faster here than torch's own.
+
+    That is so for fp32 with AVX-512, and for bf16 with AVX-512-BF16 but without AMX, which torch's uses.
+    """
+    same = query.dim() == 4 and query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
+    cpu = all(each.device.type == "cpu" and each.dtype == query.dtype for each in (query, key, value))
+    even = all(stride % 2 == 0 for each in (query, key, value) for stride in each.stride()[:3])
+    rows = all(each.stride(-1) == 1 for each in (query, key, value)) and query.shape[-1] == key.shape[-1]
+    whole = same and query.numel() > 0 and query.shape[1] % key.shape[1] == 0
+    return whole and cpu and even and rows and not why_not("cpu") and _op("native_attends")(query)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale * query key^T, each token seeing itself and those before) value.
+
+    Args:
+        query: fp32 or bf16 `[batch, heads, tokens, head_dim]`, such that `attends`.
+        key, value: the same with as many heads or fewer, each shared by as many of the query's in a row.
+        scale: default 1 / sqrt(head_dim).
+    Returns: `[batch, heads, tokens, head_dim]`, a view of contiguous `[batch, tokens, heads, head_dim]`.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    out = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
+    _op("native_attend_")(out, query, key, value, head_dim**-0.5 if scale is None else scale)
+    return out

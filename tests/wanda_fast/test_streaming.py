@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import checkpoint, driver, errors, layout
+from wanda_fast import checkpoint, driver, errors, job, layout
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
 LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
@@ -157,6 +157,32 @@ def test_pickled_weights_are_refused(tmp_path, pydoc_text):
         wanda_fast.prune(str(tmp_path), dataset=token_ids(model, 2, 8))
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_on_the_hub_are_refused(file, tmp_path):
+    """A repository that the hub's cache holds, without safetensors; nothing of it is read."""
+    snapshot = tmp_path / "models--some--one" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--one" / "refs").mkdir()
+    (tmp_path / "models--some--one" / "refs" / "main").write_text("1")
+    FAMILIES["llama2"]().config.save_pretrained(snapshot)
+    (snapshot / file).write_bytes(b"not to be read")
+    tokens = torch.randint(3, 320, (2, 8))
+    with pytest.raises(errors.CheckpointError, match=rf"some/one holds .* pickles only \({file}\)"):
+        wanda_fast.prune("some/one", dataset=tokens, cache_dir=str(tmp_path))
+
+
+def test_weights_loaded_whole_are_no_pickles(tmp_path):
+    model = FAMILIES["mixtral"]()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with (
+        pytest.raises(errors.CheckpointError, match="cannot be loaded"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(checkpoint, "locate", lambda path: (path, None))
+        checkpoint.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -177,6 +203,6 @@ def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_pat
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):
     held = []
-    monkeypatch.setattr(driver, "perplexities", lambda source, *_: held.append(source.model) or {})
+    monkeypatch.setattr(job, "perplexities", lambda source, *_: held.append(source.model) or {})
     wanda_fast.prune(str(folder_of("llama2")), dataset="pydoc", eval_dataset="pydoc", **QUICK)
     assert all(parameter.is_meta for parameter in held[0].parameters())

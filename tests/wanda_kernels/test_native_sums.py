@@ -67,6 +67,25 @@ def test_coactivation(isa, activation, power, dtype):
     torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_gated_coactivation(isa, activation, dtype):
+    gate, up, x = 3 * torch.randn(2, 601, 37), torch.randn(2, 601, 37), torch.randn(2, 601, 53)
+    gate, up, x = gate.to(dtype), up.to(dtype), x.to(dtype)
+    accs, sq_norm = torch.rand(2, 37, 53), torch.rand(53)
+    expected = accs.double(), sq_norm.double()
+    values = gate.double().flatten(0, 1).requires_grad_()
+    activated = reference.ACTIVATIONS[activation](values)
+    (effects,) = torch.autograd.grad(activated, values, up.double().flatten(0, 1))
+    squares = x.double().flatten(0, 1).square()
+    expected[0][0].addmm_(effects.square().t(), squares)
+    expected[0][1].addmm_(activated.detach().square().t(), squares)
+    expected[1].add_(squares.sum(0))
+    native.add_gated_coactivation_(*accs, gate, up, x, activation, sq_norm)
+    torch.testing.assert_close(accs.double(), expected[0], rtol=PRODUCT_TOLERANCE, atol=0)
+    torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_activations_far_out(isa, activation):
     x = torch.cat([torch.linspace(-90, 90, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])])[None]

@@ -1,0 +1,146 @@
+"""`bench_prune_model`'s results as a page, and as the README's table of whole jobs."""
+
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.tables import markdown, times
+
+PHASES = ("read", "block inputs", "dense pass", "one pass", "statistics", "selection", "pruned pass", "write")
+PHASES += ("other",)
+ONCE = ("read", "block inputs", "write", "other")  # phases that hang on no block
+COLUMNS = ("method", "dtype", "pipeline", "seconds", "over published, same dtype", "over published, float32")
+COLUMNS += ("of GEMM rate", "peak memory")
+LEAST_AGREEMENT = 0.99  # of the masks of block 0's query: sums in another order swap near ties, no more
+GPU_NOT_MEASURED = "On a GPU: not measured."
+
+
+def page(report: dict) -> str:
+    """Conditions, the table, how often both pipelines prune the same weights."""
+    parts = [conditions(report), table(report), phases(report), agreement(report)]
+    parts += [f"Not run: {what}: {reason}." for what, reason in report["not_run"].items()]
+    if report["machine"]["device"] == "cpu":
+        parts.append(GPU_NOT_MEASURED)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def section(results: Path, device: str) -> list[str]:
+    """The README's part on whole jobs on such a device: the newest run there is."""
+    reports = [json.loads(path.read_text()) for path in results.glob("*/prune_model.json")]
+    reports = [report for report in reports if report["machine"]["device"] == device]
+    if not reports:
+        return ["A whole job: not measured."]
+    newest = max(reports, key=lambda report: report["machine"]["date"])
+    return [conditions(newest), table(newest), agreement(newest)]
+
+
+def rows(report: dict) -> list[dict]:
+    """One a job: medians of its runs, and factors of wall time over the published pipeline."""
+    keys = ("method", "dtype", "pipeline", "sequential")
+    jobs = dict.fromkeys(tuple(run[key] for key in keys) for run in report["runs"])
+    found = []
+    for job in jobs:
+        runs = [run for run in report["runs"] if tuple(run[key] for key in keys) == job]
+        found.append(dict(zip(keys, job, strict=True)) | _medians(runs, report))
+    published = {
+        (row["dtype"], row["method"]): row["wall_s"] for row in found if row["pipeline"] == "published"
+    }
+    for row in found:
+        for name, dtype in (("over_same_dtype", row["dtype"]), ("over_float32", "float32")):
+            wall = published.get((dtype, row["method"]))
+            row[name] = wall / row["wall_s"] if row["agrees"] and wall is not None else None
+    return found
+
+
+def _medians(runs: list[dict], report: dict) -> dict:
+    """Of one job; a published pipeline that ran on some blocks is scaled, but for what hangs on no block."""
+    work, first = report["workload"], runs[0]
+    published = first["pipeline"] == "published"
+    share = work["blocks"] / work["published_blocks"] if published else 1.0
+    scaled = [
+        {name: value * (1 if name in ONCE else share) for name, value in run["seconds"].items()}
+        for run in runs
+    ]
+    walls = [sum(seconds.values()) for seconds in scaled]
+    seconds = {name: statistics.median(each[name] for each in scaled) for name in scaled[0]}
+    passes = seconds["dense pass"] + seconds["one pass"] + seconds["pruned pass"]
+    flops = work["flops"]["published" if published else first["sequential"]]
+    masks = [run["masks"] for run in runs if run["masks"]]
+    lowest = {name: min(each[name] for each in masks) for name in masks[0]} if masks else None
+    return {
+        "wall_s": statistics.median(walls),
+        "walls_s": walls,
+        "seconds": seconds,
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "gemm_share": flops / passes / gemm_rate(report, first["dtype"]) if passes else None,
+        "masks": lowest,
+        "agrees": None if lowest is None else lowest["first linear"] >= LEAST_AGREEMENT,
+    }
+
+
+def gemm_rate(report: dict, dtype: str) -> float:
+    return statistics.median(each["flops_per_s"] for each in report["gemm"] if each["dtype"] == dtype)
+
+
+def conditions(report: dict) -> str:
+    work, flops = report["workload"], report["workload"]["flops"]
+    dtypes = dict.fromkeys(each["dtype"] for each in report["gemm"])
+    rates = ", ".join(f"{gemm_rate(report, dtype) / 1e12:.3g} TFLOP/s in {dtype}" for dtype in dtypes)
+    least = min((len(row["walls_s"]) for row in rows(report)), default=0)
+    part = ""
+    if work["published_blocks"] < work["blocks"]:
+        part = (
+            f" The published pipeline ran on {work['published_blocks']} of {work['blocks']} blocks; its "
+            "seconds are multiplied."
+        )
+    return (
+        f"Whole job, {work['model']}, {work['nsamples']} x {work['seqlen']} tokens, "
+        f"{work['sparsity_type']}: seconds, medians of {least} or more runs.{part} Matmuls of the model's "
+        f"shapes, {work['gemm_tokens']} tokens each, reach {rates}; the share counts "
+        f"{flops['published'] / 1e12:.3g} TFLOP for the published two passes, {flops['block'] / 1e12:.3g} "
+        f"for ours, {flops['linear'] / 1e12:.3g} for --sequential linear (linears, and half of attention's "
+        f"square). {machine.sentence(report['machine'])}"
+    )
+
+
+def table(report: dict) -> str:
+    """Seconds in all (fastest to slowest round), factors, share of the matmul rate."""
+    return markdown(COLUMNS, [(*_name(row), *_cells(row)) for row in _sorted(report)])
+
+
+def phases(report: dict) -> str:
+    """Seconds of each phase."""
+    lines = [(*_name(row), *(f"{row['seconds'][phase]:.2f}" for phase in PHASES)) for row in _sorted(report)]
+    return markdown((*COLUMNS[:3], *PHASES), lines)
+
+
+def agreement(report: dict) -> str:
+    """Masks in common with the published pipeline in the same dtype."""
+    found = [
+        f"{row['method']} {row['dtype']} {row['sequential']}: "
+        + ", ".join(f"{name} {share:.2%}" for name, share in row["masks"].items())
+        for row in rows(report)
+        if row["masks"]
+    ]
+    return "Masks in common with the published pipeline's: " + "; ".join(found) + "." if found else ""
+
+
+def _sorted(report: dict) -> list[dict]:
+    order = {"published": 0, "wanda_fast": 1}
+    return sorted(rows(report), key=lambda row: (row["method"], row["dtype"], order[row["pipeline"]]))
+
+
+def _name(row: dict) -> tuple[str, ...]:
+    pipeline = row["pipeline"] if row["pipeline"] == "published" else f"wanda_fast, {row['sequential']}"
+    return row["method"], row["dtype"], pipeline
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    factors = [times(row[key]) for key in ("over_same_dtype", "over_float32")]
+    if row["agrees"] is False:
+        factors = ["**other masks**"] * 2
+    low, high = min(row["walls_s"]), max(row["walls_s"])
+    share = "-" if row["gemm_share"] is None else f"{row['gemm_share']:.0%}"
+    wall = f"{row['wall_s']:.2f} ({low:.2f} to {high:.2f})"
+    return (wall, *factors, share, f"{row['peak_bytes'] / 2**20:,.0f} MiB")

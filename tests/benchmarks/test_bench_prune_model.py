@@ -1,0 +1,133 @@
+"""The benchmark of whole jobs: both pipelines prune the same weights, or no factor is shown."""
+
+import copy
+import json
+from statistics import median
+
+import pytest
+import torch
+
+import wanda_fast
+from benchmarks import bench_prune_model, model_run, model_shapes, model_table
+from benchmarks.published_pipeline import Stopwatch, prune_as_published
+from tests.published import prune_published
+
+TINY = ["--shape", "tiny", "--device", "cpu", "--nsamples", "3", "--seqlen", "40", "--dtype", "float32"]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Jobs run in this process: the imports of a new one take seconds."""
+
+    def run(options, settings, folder):
+        common = ("model", "shape", "device", "nsamples", "seqlen", "gemm_tokens", "reference_blocks")
+        settings = {name: getattr(options, name) for name in common} | settings
+        return model_run.run(
+            settings | {"tokens": str(folder / "tokens.pt"), "pattern": options.sparsity_type}
+        )
+
+    monkeypatch.setattr(bench_prune_model, "_run", run)
+
+
+def test_both_pipelines_prune_the_same_weights(here, tmp_path, capsys):
+    out = tmp_path / "prune_model.json"
+    words = ["--methods", "wanda,connect,nosuch", "--reference-blocks", "2", "--out", str(out)]
+    assert bench_prune_model.main([*TINY, *words]) == 0
+    report = json.loads(out.read_text())
+    assert report["not_run"] == {"nosuch": "wanda_fast does not know this method"}
+    assert (report["workload"]["published_blocks"], report["workload"]["blocks"]) == (2, 3)
+    found = model_table.rows(report)
+    rows = {(row["method"], row["pipeline"], row["sequential"]): row for row in found}
+    assert len(rows) == len(found) == 6 and len(report["runs"]) == 12
+    for (_, pipeline, sequential), row in rows.items():
+        assert len(row["walls_s"]) == 2 and row["peak_bytes"] > 0 and 0 < row["gemm_share"]
+        assert set(row["seconds"]) == {*model_run.PHASES, "other"} and row["seconds"]["statistics"] > 0
+        assert (row["seconds"]["one pass"] > 0) == (sequential == "linear")
+        if pipeline == "published":
+            assert row["masks"] is row["over_same_dtype"] is row["agrees"] is None
+            assert 1.4 < row["wall_s"] / median_wall(report, row) < 1.51  # three blocks for two
+        else:
+            published = rows[row["method"], "published", "block"]
+            assert row["over_float32"] == published["wall_s"] / row["wall_s"]
+            assert row["masks"].keys() == {"first linear", "block 0", "block 1"}
+            assert row["masks"]["first linear"] > 0.999
+            if sequential == "block":
+                assert min(row["masks"].values()) > 0.995
+    page = capsys.readouterr().out
+    assert "2 of 3 blocks" in page and "On a GPU: not measured." in page and "nosuch" in page
+    assert model_table.section(tmp_path, "cpu") == ["A whole job: not measured."]
+    (tmp_path / "day").mkdir()
+    out.rename(tmp_path / "day" / out.name)
+    assert model_table.table(report) in model_table.section(tmp_path, "cpu")
+
+
+def median_wall(report, row):
+    keys = ("method", "pipeline", "sequential")
+    return median(run["wall"] for run in report["runs"] if all(run[key] == row[key] for key in keys))
+
+
+def test_a_file_keeps_its_runs_and_refuses_other_work(here, tmp_path):
+    out = tmp_path / "prune_model.json"
+    words = [*TINY, "--methods", "wanda", "--sequential", "block", "--rounds", "1", "--out", str(out)]
+    assert bench_prune_model.main(words) == bench_prune_model.main(words) == 0
+    report = json.loads(out.read_text())
+    assert len(report["runs"]) == 4 and len(report["gemm"]) == 2
+    assert [len(row["walls_s"]) for row in model_table.rows(report)] == [2, 2]
+    with pytest.raises(SystemExit, match="runs of other work"):
+        bench_prune_model.main([*words, "--sparsity-type", "4:8"])
+    assert json.loads(out.read_text()) == report
+
+
+def test_other_masks_earn_no_factor(here, monkeypatch, capsys):
+    honest = wanda_fast.prune
+    monkeypatch.setattr(
+        wanda_fast, "prune", lambda model, **words: honest(model, **words | {"prune_method": "magnitude"})
+    )
+    words = ["--methods", "wanda", "--sequential", "block", "--rounds", "1"]
+    assert bench_prune_model.main([*TINY, *words]) == 1
+    assert "**other masks**" in capsys.readouterr().out
+
+
+def test_a_job_in_a_process_of_its_own(tmp_path):
+    words = ["--methods", "wanda", "--launcher", "env OMP_NUM_THREADS=1"]
+    options = bench_prune_model._parse([*TINY, *words])
+    rate = bench_prune_model._run(options, {"pipeline": "gemm", "dtype": "float32"}, tmp_path)
+    assert rate["flops_per_s"] > 0
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "connect"])
+def test_the_port_is_the_published_algorithm(method, pattern):
+    model = model_shapes.random_model("tiny", torch.float32, "cpu")
+    ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = copy.deepcopy(model)
+    prune_published(expected, ids, method, pattern)
+    kept, group = map(int, pattern.split(":")) if ":" in pattern else (0, 0)
+    watch = Stopwatch(torch.device("cpu"))
+    prune_as_published(model, ids, method, kept, group, 0.5, watch)
+    zeros = [torch.cat([(p == 0).flatten() for p in each.model.parameters()]) for each in (model, expected)]
+    assert zeros[0].any() and (zeros[0] == zeros[1]).float().mean() > 0.9999
+    assert ("statistics" in watch.seconds) == (method != "magnitude")
+
+
+def test_the_ports_sparsegpt_loses_less_than_wanda():
+    """Of the first block's output, on its own calibration: what the update is for."""
+    lost = {}
+    ids = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(1))
+    for method in ("wanda", "sparsegpt"):
+        model = model_shapes.random_model("tiny", torch.float32, "cpu")
+        with torch.no_grad():
+            dense = model(ids, output_hidden_states=True).hidden_states[1]
+            prune_as_published(model, ids, method, 2, 4, 0.5, Stopwatch(torch.device("cpu")), 1)
+            lost[method] = (model(ids, output_hidden_states=True).hidden_states[1] - dense).norm().item()
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert (weight.view(-1, 4) == 0).sum(1).eq(2).all()
+    assert lost["sparsegpt"] < 0.95 * lost["wanda"]
+
+
+def test_flops_of_the_passes():
+    work = model_shapes.Work([(8, 4), (4, 8)], heads=2, head_dim=2, n_blocks=3, nsamples=5, seqlen=7)
+    block = 2 * 35 * 64 + 4 * 35 * 8 // 2 * 4
+    assert work.flops("published") == 6 * block
+    assert work.flops("wanda_fast") == 3 * (block - 2 * 35 * 32) + 2 * block
+    assert work.flops("wanda_fast", "linear") == 3 * block

@@ -1,0 +1,81 @@
+"""A block's forward on a CPU: the same modules, with faster attention and matmuls under them.
+
+Chosen by machine and dtype alone, never by timing, so that two runs on one machine give the same bytes.
+`WANDA_KERNELS_BACKEND=torch` leaves everything to torch.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from wanda_kernels import native
+
+
+def faster_forward(device: torch.device):
+    """Context around a block's forward on `device`; of the calling thread alone."""
+    return _Replacing() if device.type == "cpu" and replacements() else nullcontext()
+
+
+def replacements() -> dict[Callable, Callable]:
+    """torch's function -> what stands in for it here, and returns None where it leaves a call to torch."""
+    forced = os.environ.get("WANDA_KERNELS_BACKEND") or "cpu"
+    return _of_this_machine() if forced == "cpu" else {}
+
+
+def described(device: torch.device) -> list[str]:
+    """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
+    return sorted(function.__name__ for function in replacements()) if device.type == "cpu" else []
+
+
+class _Replacing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        replacement = _of_this_machine().get(func)
+        if replacement is not None:
+            output = replacement(*args, **(kwargs or {}))
+            if output is not None:
+                return output
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _of_this_machine() -> dict[Callable, Callable]:
+    found = {}
+    if not native.why_not("cpu"):
+        found[F.scaled_dot_product_attention] = _causal_attention
+    if _made_by_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        found[F.linear] = _linear
+    return found
+
+
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if attn_mask is not None or not is_causal or dropout_p or not native.attends(query, key, value):
+        return None
+    return native.causal_attention(query, key, value, scale)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """oneDNN's fp32 matmul: torch asks MKL, which takes its AVX2 path on AMD's processors."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
+        return None
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _made_by_amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "AuthenticAMD" in info.read_text()

@@ -1,0 +1,51 @@
+"""The dense pass: a block runs for what its linears receive; what nobody reads is not computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from torch import Tensor
+
+from wanda_fast.architecture import Block
+from wanda_fast.block_inputs import BlockInputs
+from wanda_fast.statistics import BlockStatistics
+
+
+class _Enough(Exception):
+    """Ends a block's forward: its last linear's input is known."""
+
+
+def dense_pass(
+    block: Block, statistics: BlockStatistics, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
+) -> None:
+    """Run the model's `index`-th block with hooks.
+
+    Args:
+        last_linear: by a block's make, the linear that ends it; learned from the first block of each make.
+    """
+    make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
+    with statistics.gathering():
+        for batch, call in inputs.batches(index):
+            with _ending_at(block, last_linear.get(make)):
+                call.run(block.module, inputs.hidden[batch])
+            called_once = sorted(statistics.calls) == sorted(linear.name for linear in block.linears)
+            if block.linears and called_once and not statistics.reads_output_of(statistics.calls[-1]):
+                last_linear[make] = statistics.calls[-1].removeprefix(block.name)
+
+
+@contextmanager
+def _ending_at(block: Block, linear: str | None) -> Iterator[None]:
+    """The forward ends once the hooks of `linear` have seen its input. None: it runs to its end."""
+    if linear is None:
+        yield
+        return
+
+    def end(_x: Tensor) -> None:
+        raise _Enough
+
+    module = block.module.get_submodule(linear.removeprefix("."))
+    module.forward = end
+    try:
+        with suppress(_Enough):
+            yield
+    finally:
+        del module.forward
