@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.providers import PUBLISHED, Provider
 from benchmarks.suite import Benchmark
-from benchmarks.workloads import Operands, Workload, relative_error
+from benchmarks.workloads import Operands, Workload, dtypes, relative_error
 
 GPU_TOKENS = (2048, 8192, 16384, 32768)  # of the first shape: where does the sum's own traffic cease to count
 CPU_TOKENS = 512  # one call of the published code takes a fraction of a second
@@ -50,7 +50,7 @@ def workloads(device: str, quick: bool) -> list[Workload]:
         )
         for index, shape in enumerate(shapes.gated(device, quick))
         for n_tokens in (GPU_TOKENS if device == "cuda" and index == 0 and not quick else tokens)
-        for dtype in ((torch.bfloat16, torch.float16) if index == 0 else (torch.bfloat16,))
+        for dtype in dtypes(index == 0 and n_tokens == tokens[0])
     ]
 
 

@@ -16,7 +16,7 @@ def measure_rates(visit: Visit) -> str:
     """The roofs and other rates; why there are none, empty where there are."""
     out = visit.work / "rates.json"
     arguments = ["--device", visit.device, "--out", out, *_quick(visit)]
-    limit = min(RATES_S, visit.left())
+    limit = visit.within(RATES_S)
     ended = run(visit.command("rates", "benchmarks.visit.rates", *arguments, limit_s=limit))
     if not ended.why():
         visit.data["rates"] = json.loads(out.read_text())
@@ -31,8 +31,7 @@ def measure_benchmarks(visit: Visit, names: list[str], compiled: bool = False) -
     """
     folder = visit.work / ("compiled" if compiled else "figures")
     (visit.work / "rates.json").write_text(json.dumps(visit.data["rates"]))
-    share = visit.left() if visit.rehearsal else COMPILED_S if compiled else BENCH_S
-    limit = max(1.0, min(share, visit.left() - GRACE_S))
+    limit = max(1.0, visit.within((COMPILED_S if compiled else BENCH_S) + GRACE_S) - GRACE_S)
     options = ["--device", visit.device, "--rates", visit.work / "rates.json", "--out", folder]
     options += ["--limit", f"{limit:.0f}", *_quick(visit), *(["--compiled"] if compiled else [])]
     if visit.rehearsal or compiled or all(_is_doubted(visit, name) for name in names):

@@ -34,11 +34,12 @@ def measure(visit: Visit, name: str) -> str:
     out = visit.work / f"{name.replace('/', '-').replace(':', 'of')}.json"
     out.unlink(missing_ok=True)
     arguments = ["--device", visit.device, "--shape", shape, "--methods", method, "--sparsity-type", pattern]
-    arguments += ["--sequential", "block,linear", "--rounds", 1, "--reference-blocks", 1, "--out", out]
+    arguments += ["--rounds", 1, "--reference-blocks", 1, "--out", out, "--sequential"]
     if visit.rehearsal:
-        arguments += ["--nsamples", 2, "--seqlen", 32, "--dtype", "float32"]
-    limit = min(JOB_S, visit.left())
-    ended = run(visit.command(f"job:{name}", MODULE, *arguments, limit_s=limit))
+        arguments += ["block", "--nsamples", 2, "--seqlen", 32, "--dtype", "float32"]
+    else:
+        arguments += ["block,linear"]
+    ended = run(visit.command(f"job:{name}", MODULE, *arguments, limit_s=visit.within(JOB_S)))
     if not out.exists():
         return ended.why() or "no report was written"
     report = json.loads(out.read_text())

@@ -28,10 +28,9 @@ def prove(visit: Visit, operations: list[str], stages: Iterable[str]) -> str:
         first = [] if visit.rehearsal else [_build(visit)]
         _run(visit, first + _commands(visit, operations, stages, "without", ["triton"]), at_once, ended)
         why = "" if visit.rehearsal else _built(ended["build"])
-        if not why:
-            native = ["cpu" if visit.rehearsal else "cuda"]
-            second = _commands(visit, operations, stages, "with", native)
-            _run(visit, second + _watched(visit, operations, stages), at_once, ended)
+        native = ["cpu" if visit.rehearsal else "cuda"]
+        second = [] if why else _commands(visit, operations, stages, "with", native)
+        _run(visit, second + _watched(visit, operations, stages), at_once, ended)
     finally:  # an interrupt keeps what has ended
         _collect(visit, ended)
     return why
@@ -47,7 +46,7 @@ def _build(visit: Visit) -> Command:
     architecture = visit.data["machine"]["capability"].replace(".", "")
     env = {"WANDA_FAST_CUDA": "1", "WANDA_FAST_CUDA_ARCHITECTURES": architecture}
     argv = [sys.executable, str(ROOT / "csrc" / "build.py"), "cuda", str(BUILD), "--report"]
-    return Command("build", argv, min(BUILD_S, visit.left()), visit.out / "build.log", env)
+    return Command("build", argv, visit.within(BUILD_S), visit.out / "build.log", env)
 
 
 def _built(ended: Ended) -> str:
@@ -78,13 +77,13 @@ def _commands(
             found.append(_truth(visit, "truth", group, TRUTH_S))
     if "tests" in stages:
         shares = 1 if visit.rehearsal else TEST_SHARES[library]
-        found += gpu_tests.commands(library, shares, min(TESTS_S, visit.left()), visit.work)
+        found += gpu_tests.commands(library, shares, visit.within(TESTS_S), visit.work)
     return found
 
 
 def _truth(visit: Visit, how: str, group: list[str], limit_s: float, *options: str) -> Command:
     name = f"{how}:{group[0]}"
-    seconds = max(1.0, min(visit.left() if visit.rehearsal else limit_s, visit.left() - GRACE_S))
+    seconds = max(1.0, visit.within(limit_s + GRACE_S) - GRACE_S)
     arguments = [*group, "--device", visit.device, "--limit", f"{seconds:.0f}", "--seed", visit.data["seed"]]
     arguments += ["--out", visit.work / f"{name.replace(':', '-')}.jsonl", *options]
     if visit.rehearsal:

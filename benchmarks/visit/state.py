@@ -37,6 +37,10 @@ class Visit:
         """Seconds until the visit must be over."""
         return self.deadline - time.monotonic()
 
+    def within(self, seconds: float) -> float:
+        """That much time, or what is left; a rehearsal, on however slow a machine, has all that is left."""
+        return self.left() if self.rehearsal else min(seconds, self.left())
+
     def say(self, line: str) -> None:
         print(line, flush=True)
 
