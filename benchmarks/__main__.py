@@ -17,12 +17,14 @@ from rich.console import Console
 
 from benchmarks import (
     bench_add_coactivation,
+    bench_add_hessian,
     bench_add_sq_norm,
     bench_dispatch,
     bench_prune_matrix,
     bench_prune_nm,
     bench_prune_rows,
     bench_prune_variant,
+    bench_sparsegpt,
     machine,
     roofline,
     roofs,
@@ -38,6 +40,8 @@ MODULES = (  # in order of worth: a visit to a GPU may end early
     bench_add_sq_norm,
     bench_prune_matrix,
     bench_prune_variant,
+    bench_add_hessian,
+    bench_sparsegpt,
     bench_dispatch,
 )
 BENCHMARKS = {module.BENCHMARK.operation.rstrip("_"): module.BENCHMARK for module in MODULES}

@@ -18,6 +18,7 @@ WIDTH = 8
 PARAMS = {  # after the operands, as the public functions take them
     "add_sq_norm_": {},
     "add_coactivation_": {"activation": "silu", "power": 1},
+    "add_hessian_": {},
     "prune_rows_": {"num_pruned": 4},
     "prune_nm_": {"n": 2, "m": 4},
     "prune_matrix_": {"rank": 4},
@@ -45,6 +46,8 @@ def _operands(operation: str, device: str) -> dict[str, Tensor]:
     row, matrix = torch.ones(WIDTH, device=device), torch.ones(1, WIDTH, device=device)
     if operation == "add_sq_norm_":
         return {"acc": row, "x": matrix}
+    if operation == "add_hessian_":
+        return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "x": matrix}
     if operation == "add_coactivation_":
         return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "gate": matrix, "x": matrix.clone()}
     return {"weight": matrix, "scale": row}

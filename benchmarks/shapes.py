@@ -25,6 +25,7 @@ MODELS = (
     Model("Llama-3-70B", 8192, 28672, 1024),
     Model("Llama-3.2-1B", 2048, 8192, 512),
 )
+SMOLLM2 = Model("SmolLM2-135M", 576, 1536, 192)  # for what the published code takes long over
 
 HEADLINE = {
     "cuda": ((4096, 4096), (4096, 11008)),

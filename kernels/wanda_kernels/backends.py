@@ -32,6 +32,7 @@ TABLE = {
     },
     "add_hessian_": {
         "torch": "reference:add_hessian_",
+        "cpu": "native:add_hessian_",
     },
     "prune_rows_": {
         "torch": "reference:prune_rows_",

@@ -31,13 +31,14 @@ SCHEMAS = (
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
     "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
-    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned, int n,"
-    " int m, Tensor(c!) errors) -> ()",
+    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
+    " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
-BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
+BLOCK_TOKENS = 1024  # of fp32 copies: 1024 x 11008 is 45 MB
+HESSIAN_COLUMNS = 256  # of a band of the Hessian: wide enough for a matmul, little below the diagonal
 
 
 def library_path(backend: str) -> Path:
@@ -100,6 +101,19 @@ def add_coactivation_(
         _op("native_add_sq_norm_")(sq_norm, x)
     for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
         acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
+
+
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    """Bands of rows from the diagonal on, by torch's fp32 matmul; then what is above is mirrored below."""
+    bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
+    for tokens in _as_rows(x).split(BLOCK_TOKENS):
+        tokens = tokens.float()
+        for band in bands:
+            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
+    for band in bands:
+        square = acc[band, band]
+        square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric
+        acc[band.stop :, band] = acc[band, band.stop :].t()
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
