@@ -13,24 +13,23 @@ from wanda_fast.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
-ADDING, FACTORING = 2, 2  # matrices beside a Hessian while a batch is added to it, while it is factored
+FACTORING = 2  # matrices beside a Hessian while it is factored
 SHARE_OF_DEVICE = 0.5  # of a GPU's free memory; weights, activations and the forward have the rest
 
 
 def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
     """Bytes of the Hessians and factors of one block at their highest, in_features of each being `widths`.
 
-    4 in^2 for each Hessian, and as much ADDING times for the widest as a batch comes, FACTORING times as it
-    is factored, first of all; then its factor takes its place, or joins it where errors are measured.
+    4 in^2 for each Hessian, and FACTORING times as much while it is factored, the widest first; then its
+    factor takes its place, or joins it where errors are measured.
     """
     squares = [4 * width**2 for width in sorted(widths, reverse=True)]
-    held = sum(squares)
-    peak = held + ADDING * max(squares, default=0)
+    held = peak = sum(squares)
     if use.update:
         for square in squares:
             peak = max(peak, held + FACTORING * square)
             held += square * use.measure_error
-    return peak
+    return max(peak, held)
 
 
 def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
