@@ -66,10 +66,9 @@ def test_peak_bytes_is_what_is_resident():
 
 
 def test_peak_bytes_by_hand(monkeypatch):
-    monkeypatch.setattr(hessian_memory, "ADDING", 2)
     monkeypatch.setattr(hessian_memory, "FACTORING", 3)
     update, measured = HessianUse(True, False), HessianUse(True, True)
-    assert peak_bytes([10], HessianUse(False, True)) == 4 * 300
+    assert peak_bytes([10], HessianUse(False, True)) == 4 * 100
     assert peak_bytes([10], update) == 4 * 400  # one, and three while it is factored
     assert peak_bytes([10, 10, 10], update) == 4 * 600
     assert peak_bytes([10, 10, 10], measured) == 4 * (300 + 200 + 300)  # two factors are there
