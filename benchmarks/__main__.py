@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks import (
     bench_add_coactivation,
+    bench_add_gated_coactivation,
     bench_add_sq_norm,
     bench_dispatch,
     bench_prune_matrix,
@@ -35,6 +36,7 @@ MODULES = (  # in order of worth: a visit to a GPU may end early
     bench_prune_nm,
     bench_prune_rows,
     bench_add_coactivation,
+    bench_add_gated_coactivation,
     bench_add_sq_norm,
     bench_prune_matrix,
     bench_prune_variant,
