@@ -19,6 +19,7 @@ PARAMS = {  # after the operands, as the public functions take them
     "add_sq_norm_": {},
     "add_coactivation_": {"activation": "silu", "power": 1},
     "add_hessian_": {},
+    "add_gated_coactivation_": {"activation": "silu"},
     "prune_rows_": {"num_pruned": 4},
     "prune_nm_": {"n": 2, "m": 4},
     "prune_matrix_": {"rank": 4},
@@ -50,6 +51,10 @@ def _operands(operation: str, device: str) -> dict[str, Tensor]:
         return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "x": matrix}
     if operation == "add_coactivation_":
         return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "gate": matrix, "x": matrix.clone()}
+    if operation == "add_gated_coactivation_":
+        accs = torch.zeros(2, WIDTH, WIDTH, device=device)
+        outputs = {"gate": matrix, "up": matrix.clone(), "x": matrix.clone()}
+        return {"acc_gate": accs[0], "acc_up": accs[1], **outputs}
     return {"weight": matrix, "scale": row}
 
 

@@ -9,7 +9,17 @@ from importlib.util import find_spec
 
 from wanda_kernels.backends import TABLE
 
-WORTH = ("prune_nm", "prune_rows", "add_coactivation", "add_sq_norm", "prune_matrix", "prune_variant")
+WORTH = (
+    "prune_nm",
+    "prune_rows",
+    "add_coactivation",
+    "add_gated_coactivation",
+    "add_sq_norm",
+    "sparsegpt",
+    "add_hessian",
+    "prune_matrix",
+    "prune_variant",
+)
 
 
 def _benchmarks() -> dict:

@@ -78,6 +78,16 @@ def test_sums(dtype, backend):
         torch.testing.assert_close(sq_norm, exact, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh", "relu", None))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sums_of_a_gated_mlp(dtype, activation):
+    gate, up, x = (torch.randn(8192, n, device="cuda").to(dtype) for n in (11008, 11008, 4096))
+    accs, expected = torch.zeros(2, 2, 11008, 4096, device="cuda")
+    wanda_kernels.add_gated_coactivation_(*accs, gate, up, x, activation, backend="triton")
+    reference.add_gated_coactivation_(*expected, gate, up, x, activation, None)
+    torch.testing.assert_close(accs, expected, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("power", (1, 2))
 @pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh", "relu", None))
 def test_both_ways_to_the_coactivation_agree(activation, power):
