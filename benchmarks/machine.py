@@ -70,7 +70,8 @@ def _gpu() -> dict[str, str]:
 
 def _commit() -> str:
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown"
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    code = ("--", ".", ":!benchmarks/results")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", *code)
     return f"{commit} with changes" if changed else commit
 
 

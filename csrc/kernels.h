@@ -18,13 +18,25 @@ struct Matrix {
   int64_t n_rows, n_cols, stride;
 };
 
-// The operands of every selection. At most one of `root` and `scale` is given; neither means plain magnitude.
+// The operands of every selection. At most one of `root`, `scale` and `divisor` is given; none means plain magnitude.
 struct Selection {
   Matrix weight;
   const float* root;     // [n_cols]: the square root of the statistic, already taken
   const float* scale;    // [n_rows, n_cols]: the statistic itself; the kernel takes the root
   int64_t scale_stride;  // elements from row to row of `scale`
   uint8_t* mask;         // [n_rows, ceil(n_cols / 8)], contiguous, or null: bit 1 = kept, little-endian
+  const float* divisor = nullptr;  // [n_cols]: the score is W^2 / divisor, SparseGPT's; the CPU's alone
+};
+
+// A block of SparseGPT's: `columns` says how weights, fp32, are scored, and its mask is not used.
+struct UpdateBlock {
+  Selection columns;
+  const float* u;         // [n_cols, n_cols], upper triangular
+  int64_t u_stride;       // elements from row to row of `u`
+  uint8_t* pruned;        // [n_rows, n_cols], 1 = pruned
+  int64_t pruned_stride;  // bytes from row to row of `pruned`
+  int n, m;               // what to choose `pruned` by; m = 0: it is given
+  float* errors;          // [n_rows, n_cols], contiguous
 };
 
 // [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.

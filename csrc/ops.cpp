@@ -42,12 +42,12 @@ wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-const float* root_of(const OptionalTensor& root, const wanda::Matrix& weight) {
-  if (!root) return nullptr;
-  require_floats(*root, "root");
-  const bool fits = root->dim() == 1 && root->size(0) == weight.n_cols && root->is_contiguous();
-  STD_TORCH_CHECK(fits, "root must be contiguous with ", weight.n_cols, " elements");
-  return static_cast<const float*>(root->data_ptr());
+const float* vector_of(const OptionalTensor& vector, const wanda::Matrix& weight, const char* name) {
+  if (!vector) return nullptr;
+  require_floats(*vector, name);
+  const bool fits = vector->dim() == 1 && vector->size(0) == weight.n_cols && vector->is_contiguous();
+  STD_TORCH_CHECK(fits, name, " must be contiguous with ", weight.n_cols, " elements");
+  return static_cast<const float*>(vector->data_ptr());
 }
 
 uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
@@ -61,7 +61,7 @@ uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
 wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, const OptionalTensor& scale,
                               const OptionalTensor& mask) {
   const wanda::Matrix matrix = matrix_of(weight, "weight");
-  wanda::Selection selection = {matrix, root_of(root, matrix), nullptr, 0, mask_of(mask, matrix)};
+  wanda::Selection selection = {matrix, vector_of(root, matrix, "root"), nullptr, 0, mask_of(mask, matrix)};
   if (scale) {
     require_floats(*scale, "scale");
     const wanda::Matrix squared = matrix_of(*scale, "scale");
@@ -73,9 +73,9 @@ wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, 
   return selection;
 }
 
-float* accumulator_of(const Tensor& acc, int64_t numel) {
-  require_floats(acc, "acc");
-  STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), "acc must be contiguous with ", numel, " elements");
+float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
+  require_floats(acc, name);
+  STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");
   return static_cast<float*>(acc.data_ptr());
 }
 
@@ -161,6 +161,39 @@ double native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor 
   return wanda::prune_variant(Surroundings(weight).context(), selection, ratio);
 }
 
+// A block of columns, fp32, scored by root, by divisor or by magnitude; `pruned` has its shape.
+wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const OptionalTensor& divisor,
+                            const Tensor& pruned) {
+  require_floats(w, "w");
+  wanda::Selection columns = selection_of(w, root, std::nullopt, std::nullopt);
+  columns.divisor = vector_of(divisor, columns.weight, "divisor");
+  const bool fits = pruned.scalar_type() == ScalarType::Bool && pruned.dim() == 2 && pruned.size(0) == w.size(0) &&
+                    pruned.size(1) == w.size(1) && (w.size(1) <= 1 || pruned.stride(1) == 1);
+  STD_TORCH_CHECK(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor not given");
+  return columns;
+}
+
+void native_mark_lowest_(Tensor w, OptionalTensor root, OptionalTensor divisor, int64_t rank, Tensor pruned) {
+  const wanda::Selection columns = columns_of(w, root, divisor, pruned);
+  STD_TORCH_CHECK(0 <= rank && rank < w.numel(), "rank out of range");
+  wanda::mark_lowest(Surroundings(w).context(), columns, rank, static_cast<uint8_t*>(pruned.data_ptr()),
+                     pruned.stride(0));
+}
+
+void native_prune_and_update_(Tensor w, OptionalTensor root, OptionalTensor divisor, Tensor u, Tensor pruned,
+                              int64_t n, int64_t m, Tensor errors) {
+  const wanda::Selection columns = columns_of(w, root, divisor, pruned);
+  require_floats(u, "u");
+  const wanda::Matrix factor = matrix_of(u, "u");
+  const int64_t width = columns.weight.n_cols;
+  STD_TORCH_CHECK(factor.n_rows == width && factor.n_cols == width && width <= 128, "u must be [width, width]");
+  STD_TORCH_CHECK(m == 0 || (1 <= n && n < m && m <= 32 && width % m == 0), "n:m does not fit");
+  wanda::prune_and_update(Surroundings(w).context(),
+                          {columns, static_cast<const float*>(factor.data), factor.stride,
+                           static_cast<uint8_t*>(pruned.data_ptr()), pruned.stride(0), static_cast<int>(n),
+                           static_cast<int>(m), accumulator_of(errors, w.numel(), "errors")});
+}
+
 void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
   const wanda::Matrix matrix = matrix_of(x, "x");
   float* values = accumulator_of(out, x.numel());
@@ -193,6 +226,14 @@ bool native_attends(Tensor q) {
   return wanda::attends(dtype_of(q), q.size(-1));
 }
 
+void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
+  const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up");
+  STD_TORCH_CHECK(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
+  float* values = accumulator_of(out, 2 * gate.numel());
+  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
@@ -206,7 +247,10 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
 #ifndef WANDA_CUDA
   library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));
+  library.impl("native_mark_lowest_", TORCH_BOX(&native_mark_lowest_));
+  library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
+  library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));

@@ -1,7 +1,8 @@
 """The published algorithms, straight from their papers: slow, plain, and sharing no code with the library.
 
 One block at a time, one sequence at a time, one statistic a linear, full sorts.
-Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda); Wanda-CoNNect (connect).
+Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda); Wanda-CoNNect (connect);
+gated is this project's, as docs/gated.md derives it.
 """
 
 import math
@@ -29,7 +30,8 @@ def prune_published(
     Args:
         model: a Hugging Face causal LM; every nn.Linear of its blocks is pruned.
         token_ids: LongTensor [nsamples, seqlen].
-        method: "magnitude", "wanda" or "connect" (up_proj of a gated MLP; everything else as wanda).
+        method: "magnitude", "wanda", "connect" (up_proj of a gated MLP; everything else as wanda) or "gated"
+            (its gate_proj, too).
         pattern: "n:m" (n kept of m consecutive inputs) or a ratio as text, such as "0.5".
         use_variant: wanda's per-row cumulative-sum variant, for a ratio.
         connect_gate: "activated" (after the MLP's activation function) or "raw".
@@ -50,11 +52,11 @@ def prune_published(
     for block, block_kwargs in zip(blocks, kwargs, strict=True):
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         squares, coactivations = collect_statistics(
-            block, linears, hidden, block_kwargs, connect_gate, running_mean
+            block, linears, hidden, block_kwargs, method, connect_gate, running_mean
         )
         for linear in linears:
             scores = linear.weight.abs()
-            if method == "connect" and linear in coactivations:
+            if linear in coactivations:
                 scores = scores * coactivations[linear].sqrt()
             elif method != "magnitude":
                 scores = scores * squares[linear].sqrt().reshape(1, -1)
@@ -103,8 +105,12 @@ def run_block(block, x, kwargs):
     return out[0] if isinstance(out, tuple) else out
 
 
-def collect_statistics(block, linears, hidden, kwargs, connect_gate, running_mean=True):
-    """The dense pass: a linear's mean (or sum) of ||X_j||^2, a gated up_proj's sum_t |x_j| |g_i|."""
+def collect_statistics(block, linears, hidden, kwargs, method, connect_gate, running_mean=True):
+    """The dense pass: each linear's mean (or sum) of ||X_j||^2, and [out, in] sums for a gated MLP's.
+
+    connect: sum_t |x_j| |g_i| of up. gated: sum_t (x_j a_i)^2 of up, sum_t (x_j u_i a'_i)^2 of gate. Where
+    one linear is both, gate comes first; connect scores it as wanda.
+    """
     squares = {linear: torch.zeros(linear.in_features) for linear in linears}
     seen = dict.fromkeys(linears, 0)
     coactivations, handles = {}, []
@@ -118,24 +124,45 @@ def collect_statistics(block, linears, hidden, kwargs, connect_gate, running_mea
         seen[linear] += 1
         squares[linear] += torch.linalg.vector_norm(x, dim=0) ** 2 / seen[linear]
 
-    def add_coactivation(mlp, args, _):
-        x = args[0].reshape(-1, mlp.up_proj.in_features)
-        gate = F.linear(x, mlp.gate_proj.weight, mlp.gate_proj.bias)
-        if connect_gate == "activated":
-            gate = mlp.act_fn(gate)
-        coactivations[mlp.up_proj] += torch.einsum("to,ti->oi", gate.float().abs(), x.float().abs())
+    def add_products(mlp, args, _):
+        gate_proj, up_proj, activation = parts_of_mlp(mlp)
+        x = args[0].reshape(-1, gate_proj.in_features)
+        gate, up = (F.linear(x, each.weight, each.bias) for each in (gate_proj, up_proj))
+        if gate_proj is up_proj:
+            half = gate.shape[1] // 2
+            gate, up = gate[:, :half], up[:, half:]
+        if method == "connect":
+            seen_by_gate = torch.ones_like(gate), x * x
+            seen_by_up = (activation(gate) if connect_gate == "activated" else gate).abs(), x.abs()
+        else:
+            activated, slope = torch.func.jvp(activation, (gate,), (torch.ones_like(gate),))
+            seen_by_gate, seen_by_up = ((up * slope).square(), x * x), (activated.square(), x * x)
+        halves = [torch.einsum("to,ti->oi", *seen) for seen in (seen_by_gate, seen_by_up)]
+        if gate_proj is up_proj:
+            coactivations[up_proj] = coactivations.get(up_proj, 0) + torch.cat(halves)
+            return
+        for linear, products in zip((gate_proj, up_proj), halves, strict=True):
+            if method == "gated" or linear is up_proj:
+                coactivations[linear] = coactivations.get(linear, 0) + products
 
     for linear in linears:
         handles.append(linear.register_forward_hook(add_squares))
     for mlp in block.modules():
-        if isinstance(getattr(mlp, "gate_proj", None), nn.Linear):
-            coactivations[mlp.up_proj] = torch.zeros_like(mlp.up_proj.weight)
-            handles.append(mlp.register_forward_hook(add_coactivation))
+        if method in ("connect", "gated") and parts_of_mlp(mlp):
+            handles.append(mlp.register_forward_hook(add_products))
     for x, kw in zip(hidden, kwargs, strict=True):
         run_block(block, x, kw)
     for handle in handles:
         handle.remove()
     return squares, coactivations
+
+
+def parts_of_mlp(module):
+    """(gate projection, up projection, activation) of a gated MLP; of Phi-3's and GLM-4's twice the same."""
+    gate = getattr(module, "gate_proj", None) or getattr(module, "gate_up_proj", None)
+    if not isinstance(gate, nn.Linear):
+        return None
+    return gate, getattr(module, "up_proj", gate), getattr(module, "act_fn", None) or module.activation_fn
 
 
 def select(scores, pattern, method, use_variant=False):

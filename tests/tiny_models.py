@@ -49,6 +49,7 @@ CONFIGS = {
     "opt_350m": lambda: hf.OPTConfig(**OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=32)),
     "phi": lambda: hf.PhiConfig(**MHA),
     "phi3": lambda: hf.Phi3Config(**GQA),  # q, k, v in one weight; gate and up in one weight
+    "glm4": lambda: hf.Glm4Config(**GQA, head_dim=16),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES, intermediate_size=160),
     "mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4),  # experts are no nn.Linear
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MOE),  # experts are no nn.Linear

@@ -4,14 +4,16 @@ A streamed model is read once. So its perplexities travel along: the windows' hi
 block while it is dense, and others of the same windows once it is pruned.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from wanda_fast.block_inputs import BlockInputs, hidden_states_given, record_block_inputs
 from wanda_fast.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
+from wanda_fast.placement import Moved, Placement
 from wanda_fast.sources import BlockSource
 
 
@@ -23,22 +25,25 @@ class Activations:
     dense: BlockInputs | None = None  # evaluation windows, dense blocks
     pruned: BlockInputs | None = None  # evaluation windows, pruned blocks
 
-    def hidden(self) -> dict[str, Tensor]:
-        return {name: inputs.hidden for name, inputs in self._present()}
+    def hidden(self) -> dict[str, Tensor | Moved]:
+        return {name: inputs.hidden for name, inputs in self._present().items()}
 
-    def restore_(self, hidden: dict[str, Tensor]) -> None:
-        """Overwrite with the hidden states of another boundary."""
-        for name, inputs in self._present():
-            inputs.hidden.copy_(hidden[name])
+    def restore_(self, file: Path) -> None:
+        """Overwrite with the hidden states of another boundary, batch by batch."""
+        with safe_open(file, "pt") as opened:
+            for name, inputs in self._present().items():
+                stored = opened.get_slice(name)
+                for batch in inputs.slices():
+                    inputs.hidden[batch] = stored[batch.start : batch.stop]
 
-    def _present(self) -> Iterator[tuple[str, BlockInputs]]:
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ((name, inputs) for name, inputs in named if inputs is not None)
+    def _present(self) -> dict[str, BlockInputs]:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: inputs for name, inputs in named.items() if inputs is not None}
 
 
 def record_activations(
     source: BlockSource,
-    device: torch.device,
+    placement: Placement,
     token_ids: Tensor | None,
     batch_size: int,
     evaluation: EvaluationSet | None = None,
@@ -57,13 +62,13 @@ def record_activations(
         forward = _forward_of(source.model)
         if token_ids is not None:
             activations.calibration = record_block_inputs(
-                forward, source.blocks, token_ids, batch_size, device
+                forward, source.blocks, token_ids, batch_size, placement
             )
         if evaluation is not None:
             activations.dense = record_block_inputs(
-                forward, source.blocks, evaluation.windows, batch_of(evaluation), device
+                forward, source.blocks, evaluation.windows, batch_of(evaluation), placement
             )
-            activations.pruned = activations.dense.copy() if pruned else None
+            activations.pruned = activations.dense.copy(placement) if pruned else None
     return activations
 
 
@@ -79,11 +84,10 @@ def perplexities(
 def _perplexity(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet) -> float:
     """Perplexity from the last block's output: norm, head and soft-capping are the model's own code."""
     losses = []
-    for windows, hidden in zip(
-        evaluation.windows.split(inputs.batch_size), inputs.hidden.split(inputs.batch_size), strict=True
-    ):
+    for batch in inputs.slices():
+        hidden = inputs.hidden[batch]
         with hidden_states_given(source.blocks, hidden):
-            losses += window_losses(source.model, windows.to(hidden.device))
+            losses += window_losses(source.model, evaluation.windows[batch].to(hidden.device))
     return mean_perplexity(losses)
 
 

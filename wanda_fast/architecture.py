@@ -11,6 +11,7 @@ from torch import nn
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError
 
 GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
+FUSED_NAME = "gate_up_proj"  # Phi-3's and GLM-4's
 ACTIVATION_NAMES = (
     "act_fn",
     "activation_fn",
@@ -21,17 +22,29 @@ ROUTER_NAMES = {"router", "shared_expert_gate"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-@dataclass
+@dataclass(eq=False)
 class GatedMLP:
-    """`down(act(gate(x)) * up(x))`: the linear `up` is scored by what `gate` does."""
+    """`down(act(gate(x)) * up(x))`. One linear is both projections where they are fused, the gate's rows
+    first.
+    """
 
     gate: nn.Linear
+    up: nn.Linear
     activation: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def fused(self) -> bool:
+        return self.gate is self.up
+
+    @property
+    def width(self) -> int:
+        """Rows of each projection."""
+        return self.up.out_features // (2 if self.fused else 1)
 
 
 @dataclass
 class Linear:
-    """A prunable weight. `name` is its full name in the model; a gated MLP's up projection has `gated`."""
+    """A prunable weight. `name` is its full name in the model; a gated MLP's projections share a `gated`."""
 
     name: str
     module: nn.Linear
@@ -133,16 +146,23 @@ def _linear_names(path: str, layers: nn.ModuleList) -> list[str]:
 
 
 def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
-    """(up projection, its gated MLP) for each module that holds a known pair of projections of one shape."""
+    """(gate or up projection, its gated MLP) for each module that holds a known pair of projections of one
+    shape, or both in one linear twice as high as the down projection is wide.
+    """
     for parent in layer.modules():
+        activation = next((getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None)
+        if not callable(activation):
+            continue
         for gate_name, up_name in GATED_MLP_NAMES:
             gate, up = getattr(parent, gate_name, None), getattr(parent, up_name, None)
-            activation = next(
-                (getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None
-            )
             linears = isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)
-            if linears and callable(activation) and gate.weight.shape == up.weight.shape:
-                yield up, GatedMLP(gate, activation)
+            if linears and gate.weight.shape == up.weight.shape:
+                mlp = GatedMLP(gate, up, activation)
+                yield from ((gate, mlp), (up, mlp))
+        both, down = getattr(parent, FUSED_NAME, None), getattr(parent, "down_proj", None)
+        linears = isinstance(both, nn.Linear) and isinstance(down, nn.Linear)
+        if linears and both.out_features == 2 * down.in_features:
+            yield both, GatedMLP(both, both, activation)
 
 
 def _router_names(model: nn.Module) -> set[str]:

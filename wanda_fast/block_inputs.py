@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_forward import faster_forward
+from wanda_fast.placement import Moved, Placement
 
 
 @dataclass
@@ -34,23 +35,28 @@ class BlockCall:
 class BlockInputs:
     """hidden `[nsamples, seqlen, features]`, overwritten block by block; calls[batch][block]."""
 
-    hidden: Tensor
+    hidden: Tensor | Moved
     batch_size: int
     calls: list[list[BlockCall]]
 
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, len(self.hidden), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.hidden)))
+
     def batches(self, block: int) -> Iterator[tuple[slice, BlockCall]]:
-        for index, calls in enumerate(self.calls):
-            start = index * self.batch_size
-            yield slice(start, min(start + self.batch_size, len(self.hidden))), calls[block]
+        return ((batch, calls[block]) for batch, calls in zip(self.slices(), self.calls, strict=True))
 
     def advance_(self, index: int, block: nn.Module) -> None:
         """The hidden states become what `block`, the model's `index`-th, makes of them."""
         for batch, call in self.batches(index):
             self.hidden[batch] = call.run(block, self.hidden[batch])
 
-    def copy(self) -> "BlockInputs":
+    def copy(self, placement: Placement) -> "BlockInputs":
         """Hidden states of its own; the arguments are shared."""
-        return BlockInputs(self.hidden.clone(), self.batch_size, self.calls)
+        hidden = placement.empty(self.hidden.shape, self.hidden.dtype)
+        for batch in self.slices():
+            hidden[batch] = self.hidden[batch]
+        return BlockInputs(hidden, self.batch_size, self.calls)
 
 
 @torch.no_grad()
@@ -59,7 +65,7 @@ def record_block_inputs(
     blocks: list[Block],
     token_ids: Tensor,
     batch_size: int,
-    device: torch.device,
+    placement: Placement,
 ) -> BlockInputs:
     """Run `forward(token_ids[batch])` over all batches with every block replaced by a recorder.
 
@@ -67,16 +73,17 @@ def record_block_inputs(
         forward: the model's own forward, caches off.
         blocks: in the order in which the model calls them.
         token_ids: int64 `[nsamples, seqlen]`.
-        device: where the hidden states are kept and the blocks will run.
+        placement: of the hidden states; the blocks will run on its device.
     """
-    hidden, calls, keep = None, [], _KeepOnce(device)
+    hidden, calls, keep = None, [], _KeepOnce(placement.device)
     for start in range(0, len(token_ids), batch_size):
+        batch = slice(start, min(start + batch_size, len(token_ids)))
         with _recorders(blocks) as recorders:
-            forward(token_ids[start : start + batch_size])
+            forward(token_ids[batch])
         first = recorders[0].hidden
         if hidden is None:
-            hidden = torch.empty(len(token_ids), *first.shape[1:], dtype=first.dtype, device=device)
-        hidden[start : start + batch_size] = first
+            hidden = placement.empty((len(token_ids), *first.shape[1:]), first.dtype)
+        hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
     return BlockInputs(hidden, batch_size, calls)
 

@@ -7,10 +7,9 @@ are not written after every block where that would take more than a tenth of the
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from wanda_fast.activations import Activations
 from wanda_fast.journal import Journal
+from wanda_fast.placement import on_host
 from wanda_fast.shards import sha256, write_tensors
 
 SHARE_OF_TIME = 0.1
@@ -35,7 +34,7 @@ class Boundary:
         file = self.journal.folder / note["file"]
         if not file.is_file() or sha256(file) != note["sha256"]:
             return 0
-        activations.restore_(load_file(file))
+        activations.restore_(file)
         self.block, self._file = note["block"], file
         return self.block
 
@@ -46,7 +45,7 @@ class Boundary:
         if not hidden or not (at_once or began - self._written >= self._cost / SHARE_OF_TIME):
             return
         file = self.journal.folder / f"boundary-{block:05}.safetensors"
-        digest = write_tensors(file, {name: tensor.cpu() for name, tensor in hidden.items()})
+        digest = write_tensors(file, hidden, on_host)
         self.journal.write(NOTE, {"block": block, "file": file.name, "sha256": digest})
         if self._file is not None and self._file != file:
             self._file.unlink(missing_ok=True)

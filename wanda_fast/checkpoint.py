@@ -106,7 +106,7 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
         try:
             partial.mkdir(parents=True)
             computed = checkpoint.model.dtype
-            checkpoint.model.to(checkpoint.dtype)  # exact: kept weights came from it, pruned ones are zero
+            checkpoint.model.to(checkpoint.dtype)  # exact: weights came from it, or were rounded to it
             checkpoint.model.save_pretrained(partial)
             checkpoint.model.to(computed)
             if checkpoint.tokenizer is not None:

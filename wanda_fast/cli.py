@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wanda_fast.errors import InterruptedRunError, WandaFastError
-from wanda_fast.tables import doctor_tables, inspection_tables, perplexity_line, summary_tables
+from wanda_fast.tables import doctor_tables, error_table, inspection_tables, perplexity_line, summary_tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,7 +66,11 @@ def prune(
         str, typer.Option(help="unstructured, N:M (N kept of every M inputs), or a registered pattern.")
     ] = "unstructured",
     prune_method: Annotated[
-        str, typer.Option(help="magnitude, wanda, connect (or wanda_connect), dense, or a registered method.")
+        str,
+        typer.Option(
+            help="magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, dense, ablate_mag_seq, "
+            "ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter, or a registered method."
+        ),
     ] = "wanda",
     cache_dir: CacheDir = None,
     use_variant: Annotated[
@@ -98,7 +102,9 @@ def prune(
     dtype: Dtype = "auto",
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens."),
+        typer.Option(
+            min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens, if they fit."
+        ),
     ] = None,
     sequential: Annotated[
         str,
@@ -106,9 +112,31 @@ def prune(
             help="block, as published, or linear: one pass, each linear sees its pruned forerunners."
         ),
     ] = "block",
+    activations: Annotated[
+        str,
+        typer.Option(help="Where hidden states lie: device, host, disk, or auto, the first that has room."),
+    ] = "auto",
     connect_gate: Annotated[
         str, typer.Option(help="connect's gate: activated (as the published code) or raw.")
     ] = "activated",
+    update: Annotated[
+        str,
+        typer.Option(help="obs: update what a method keeps for what it prunes, as sparsegpt does; or none."),
+    ] = "none",
+    dampening: Annotated[
+        float, typer.Option(help="Share of a Hessian's mean diagonal that is added before it is factored.")
+    ] = 0.01,
+    hessian_device: Annotated[
+        str,
+        typer.Option(help="Where Hessians are: device, host, or auto: host for those too wide for a GPU."),
+    ] = "auto",
+    measure_error: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure-error/--no-measure-error",
+            help="Print each linear's ||(W - W')X||^2. Default: with sparsegpt and --update obs, by block.",
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Linears to leave dense: a name, a glob, or re:REGEX; repeatable."),
@@ -142,9 +170,14 @@ def prune(
             seed=seed,
             use_variant=use_variant,
             connect_gate=connect_gate,
+            update=update,
+            dampening=dampening,
+            hessian_device=hessian_device,
+            measure_error=measure_error,
             ignore=tuple(ignore or ()),
             batch_size=batch_size,
             sequential=sequential,
+            activations=activations,
             device=device,
             dtype=dtype,
             cache_dir=cache_dir,
@@ -159,7 +192,7 @@ def prune(
             resume=resume,
             progress=progress,
         )
-    for table in summary_tables(report):
+    for table in [error_table(report)] * bool(measure_error) + summary_tables(report):
         console.print(table)
     for path in filter(None, (save_model, save, save_log, save_mask)):
         say(f"written: {path}")

@@ -15,14 +15,18 @@ from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
+from wanda_fast.hessian_memory import place_hessians
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.job import Job, run_in_memory, run_streamed
+from wanda_fast.journal import chosen_before
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import parse_pattern
 from wanda_fast.pipeline import Progress
+from wanda_fast.placement import require_kind
 from wanda_fast.report import Report
+from wanda_fast.resources import choose_resources, default_device
 from wanda_fast.skeleton import Skeleton, open_skeleton
 from wanda_fast.sources import LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
@@ -30,7 +34,6 @@ from wanda_fast.survey import context_of, require_fit, require_sequential, surve
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
-TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 
 
 def prune(
@@ -45,9 +48,14 @@ def prune(
     seed: int = 0,
     use_variant: bool = False,
     connect_gate: str = "activated",
+    update: str = "none",
+    dampening: float = 0.01,
+    hessian_device: str = "auto",
+    measure_error: bool | None = None,
     ignore: tuple[str, ...] | list[str] = (),
     batch_size: int | None = None,
     sequential: str = "block",
+    activations: str = "auto",
     device: str | torch.device | None = None,
     dtype: str = "auto",
     tokenizer=None,
@@ -67,7 +75,9 @@ def prune(
 
     Args:
         model: a Hugging Face causal LM (pruned in place), or the hub id, folder or GGUF file of one.
-        prune_method: "magnitude", "wanda", "connect", "dense", or a registered name.
+        prune_method: "magnitude", "wanda", "connect", "gated", "sparsegpt", "dense", an ablation
+            ("ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"), or a registered
+            name.
         sparsity_type: "unstructured", "N:M" (N kept of every M consecutive inputs), or a registered name.
         sparsity_ratio: fraction to prune, in [0, 1); default 0.5, and for N:M what follows from it.
         dataset: "wikitext2", "c4", "ptb", "pydoc", a local text file or folder, or token ids
@@ -76,12 +86,22 @@ def prune(
             that is shorter.
         use_variant: the Wanda variant's threshold (unstructured only).
         connect_gate: connect sees the gate "activated" (as published code does) or "raw".
+        update: "obs": the weights that a method keeps are updated for those that it prunes, as SparseGPT does
+            (it and the ablations always do); "none".
+        dampening: share of the mean diagonal added to a Hessian; ten times more, up to three times, where it
+            is not positive definite.
+        hessian_device: where Hessians are kept and factored: "device", "host", or "auto": the device, but for
+            linears so wide that a block's could take more than half of its free memory.
+        measure_error: note ||(W - W') X||^2 of each linear; None: where there are Hessians anyway.
         ignore: linears to leave dense: exact names (of a linear or a module around it), globs, or "re:"
             patterns.
         batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
-            tokens.
+            tokens, fewer where free memory is less; a resumed run keeps to its first choice.
         sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
             pruned as soon as its input is known, and what follows sees its pruned output.
+        activations: where the hidden states of all sequences lie: on the "device", in "host" memory, in a
+            file on "disk" (in `save_model` + ".partial", or the system's folder for temporary files), or
+            "auto": the first of these that has room. The results are the same.
         device: where blocks are computed; default: a GPU where there is one for a checkpoint, the model's
             own device for a live model.
         dtype: "auto", "float32", "float16" or "bfloat16", for a checkpoint.
@@ -103,9 +123,11 @@ def prune(
     recipe = {
         name: _plain(value) for name, value in locals().items() if name not in ("tokenizer", "progress")
     }
-    method = make_method("dense" if sparsity_ratio == 0 else prune_method, connect_gate=connect_gate)
+    name = "dense" if sparsity_ratio == 0 else prune_method
+    method = make_method(name, update, dampening, measure_error, connect_gate=connect_gate)
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     require_sequential(sequential)
+    require_kind(activations)
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
     if resume and save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
@@ -117,7 +139,7 @@ def prune(
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
-    target = torch.device(device or (model.device if live else _default_device()))
+    target = torch.device(device or (model.device if live else default_device()))
     clock = Clock(target)
     report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):
@@ -128,10 +150,13 @@ def prune(
     model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     blocks = find_blocks(model, tuple(ignore))
     survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
+    if method.hessians is not None:
+        place_hessians(blocks, target, hessian_device, method.hessians)
+        method.hessians.stored = None if live and save_model is None else loaded.dtype
     seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):
         token_ids = None
-        if method.uses_activations:
+        if method.calibrates:
             token_ids = calibration_tokens(dataset, tokenizer, nsamples, seqlen, seed, cache_dir)
             require_fit(model, token_ids, "calibration")
             report.calibration = {"shape": list(token_ids.shape), "sha256": digest(token_ids)}
@@ -141,13 +166,19 @@ def prune(
             require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
     masks = {} if save_mask is not None else None
-    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks)
-    job.batch_size, job.sequential = batch_size or _batch_size(target, token_ids), sequential
+    job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks, sequential=sequential)
     folder = save_model and Path(save_model)
+    if batch_size is None and resume:
+        batch_size = chosen_before(folder, "batch_size")
+    stored = loaded.dtype if isinstance(loaded, Skeleton) else None
+    resources = choose_resources(job, model, blocks, target, stored, batch_size, activations)
+    job.batch_size, job.activations = resources.batch_size, resources.activations
+    report.resources, report.predicted_memory = resources.chosen, resources.predicted
     with out_of_memory_explained(), _in_eval_mode(model):
         if isinstance(loaded, Skeleton):
             source = StreamedModel(loaded, blocks, target, clock)
-            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size)
+            on_host = method.hessians.on_host if method.hessians else frozenset()
+            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size, on_host)
             output = folder and StreamedOutput(folder, source, identity, resume)
             run_streamed(job, source, output)
         else:
@@ -214,15 +245,6 @@ def _finished(folder: Path, recipe: dict) -> Report | None:
         return None
     logger.info("%s is complete: nothing to resume", folder)
     return report
-
-
-def _batch_size(device: torch.device, token_ids: Tensor | None) -> int:
-    tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    return 1 if token_ids is None else max(1, tokens // token_ids.shape[1])
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

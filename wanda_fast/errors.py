@@ -33,6 +33,10 @@ class NonFiniteError(WandaFastError, ValueError):
     """NaN or infinity in a weight or in the activations that a linear receives."""
 
 
+class HessianError(WandaFastError, ArithmeticError):
+    """A Hessian that no dampening makes positive definite, or a dampening that is no positive number."""
+
+
 class CheckpointError(WandaFastError, OSError):
     """A model folder or file that cannot be loaded."""
 

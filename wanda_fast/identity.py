@@ -11,7 +11,7 @@ from wanda_fast.evaluation import EvaluationSet
 from wanda_fast.sources import StreamedModel
 
 OPTIONS = ("prune_method", "sparsity_type", "sparsity_ratio", "nsamples", "seqlen", "seed", "use_variant")
-OPTIONS += ("connect_gate", "ignore", "dtype", "sequential")
+OPTIONS += ("connect_gate", "ignore", "dtype", "sequential", "update", "dampening")
 
 
 def run_identity(
@@ -20,6 +20,7 @@ def run_identity(
     token_ids: Tensor | None,
     evaluation: EvaluationSet | None,
     batch_size: int,
+    hessians_on_host: frozenset[int] = frozenset(),
 ) -> dict:
     """Options by name, and digests of model and tokens."""
     return {
@@ -27,6 +28,7 @@ def run_identity(
         "batch_size": batch_size,
         "device": source.device.type,
         "forward": described(source.device),
+        "hessians_on_host": sorted(hessians_on_host),  # by in_features; on a CPU they are nowhere else
         "save_mask": recipe["save_mask"] is not None,
         "model": _model_digest(source),
         "calibration": None if token_ids is None else digest(token_ids),

@@ -1,5 +1,6 @@
 """One job on a model, in memory or streamed: activations, the block loop, perplexities, masks."""
 
+import logging
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
 from wanda_fast.pipeline import Progress, prune_blocks
-from wanda_fast.report import Report
+from wanda_fast.placement import Placement
+from wanda_fast.report import Report, update_warnings
 from wanda_fast.sources import BlockSource, LiveModel, StreamedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
+    activations: str = "device"  # where they lie: a kind of Placement
 
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
@@ -49,6 +54,11 @@ class Job:
             output=output,
             sequential=self.sequential,
         )
+        if self.method.hessians is not None:
+            warnings = update_warnings(self.report.linears, self.method.hessians.dampening)
+            self.report.warnings += warnings
+            for sentence in warnings:
+                logger.warning("%s", sentence)
 
     def write_masks(self) -> None:
         if self.masks is not None:
@@ -61,20 +71,22 @@ def run_in_memory(job: Job, source: LiveModel) -> None:
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
     if isinstance(job.method, Dense):
         return job.write_masks()
-    with job.clock.phase("block inputs"):
-        activations = record_activations(source, source.device, job.token_ids, job.batch_size)
-    job.prune(source, activations)
+    with closing(Placement(job.activations, source.device)) as placement:
+        with job.clock.phase("block inputs"):
+            activations = record_activations(source, placement, job.token_ids, job.batch_size)
+        job.prune(source, activations)
     _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
     job.write_masks()
 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    with closing(source), output or nullcontext():
+    placement = Placement(job.activations, source.device, output and output.partial)
+    with closing(source), output or nullcontext(), closing(placement):
         with job.clock.phase("block inputs"):
             pruned = not isinstance(job.method, Dense)
             activations = record_activations(
-                source, source.device, job.token_ids, job.batch_size, job.evaluation, pruned
+                source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:

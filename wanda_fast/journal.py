@@ -56,6 +56,13 @@ def unfinished_run(folder: Path) -> Path | None:
     return next((found for found in candidates if (found / RUN).is_file()), None)
 
 
+def chosen_before(folder: Path, option: str) -> object:
+    """What the unfinished run towards `folder` was begun with; None where there is none, or it cannot be
+    read."""
+    note = _unsealed(folder.with_name(folder.name + ".partial") / RUN)
+    return None if note is None else note["content"].get(option)
+
+
 def _unsealed(file: Path) -> dict | None:
     try:
         sealed = json.loads(file.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ class Pattern:
     """
 
     name = "pattern"
+    rule: float | str | None = None  # what sparsegpt_ takes: a ratio or "n:m"; None: `select` alone decides
 
     def __init__(self, ratio: float | None = None):
         self.ratio = 0.5 if ratio is None else ratio
@@ -58,6 +59,10 @@ class Pattern:
 @register_pattern("unstructured")
 class Unstructured(Pattern):
     """Each row loses exactly int(in_features * ratio) weights."""
+
+    @property
+    def rule(self) -> float:
+        return self.ratio
 
     def num_pruned(self, in_features: int) -> int:
         return int(in_features * self.ratio)
@@ -106,6 +111,10 @@ class NM(Pattern):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def rule(self) -> str:
+        return str(self)
 
     def check(self, linear: str, in_features: int) -> None:
         if in_features % self.m:

@@ -51,7 +51,7 @@ def prune_blocks(
         sequential: "block": statistics of the dense block, then its linears; "linear": one after the other.
     Raises: `NonFiniteError`, naming block and linear, before that block is touched.
     """
-    reports, one_pass = {}, sequential == "linear" and method.uses_activations
+    reports, one_pass = {}, sequential == "linear" and method.calibrates
     treat = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
     start = 0 if output is None else output.begin_(activations)
     for index, block in enumerate(source.blocks):
@@ -113,19 +113,19 @@ class _TwoPasses:
         if calibration is not None:
             tell("dense pass")
             with self.clock.phase("dense pass"):
-                statistics = self.gather(block)
+                statistics = self.statistics(block)
                 dense_pass(block, statistics, calibration, index, self.last_linear)
         return self.select(block, statistics, tell)
 
-    def gather(self, block: Block, fused: bool = True) -> BlockStatistics:
+    def statistics(self, block: Block, before_call: bool = False) -> BlockStatistics:
         timed = partial(self.clock.part, "statistics")
-        return BlockStatistics(block, self.method.statistic, fused, timed)
+        return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
 
     def select(
         self, block: Block, statistics: BlockStatistics | None, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
         with self.clock.phase("selection"):
-            return prune_block(block, self.method, self.pattern, statistics, tell, self.masks)
+            return prune_block(block, self.method, self.pattern, statistics, tell, self.masks, self.clock)
 
 
 class _OnePass(_TwoPasses):
@@ -134,7 +134,7 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        statistics = self.gather(block, fused=False)
+        statistics = self.statistics(block, before_call=True)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)

@@ -19,6 +19,11 @@ class LinearReport:
     backend: str
     statistic: str | None  # operation that gathered the statistic
     statistic_backend: str | None
+    further: dict[str, str] = field(default_factory=dict)  # other operations -> their backends
+    error: float | None = None  # ||(W - W') X||^2 over the calibration tokens; None: not measured
+    relative_error: float | None = None  # of ||W X||^2
+    dampening: float | None = None  # of the Hessian whose factor updated the weight
+    fallback: str | None = None  # the method that pruned it where no input was ever other than zero
 
 
 @dataclass
@@ -32,6 +37,8 @@ class Report:
     perplexity: dict = field(default_factory=dict)  # protocol, dense, pruned
     zero_shot: dict = field(default_factory=dict)  # task -> results
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds
+    resources: dict = field(default_factory=dict)  # batch_size, activations, why
+    predicted_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes above Python and torch
     peak_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes
     warnings: list[str] = field(default_factory=list)
 
@@ -46,6 +53,8 @@ class Report:
         """Operation -> the backend that it ran on."""
         used = {linear.operation: linear.backend for linear in self.linears.values()}
         used |= {x.statistic: x.statistic_backend for x in self.linears.values() if x.statistic}
+        for linear in self.linears.values():
+            used |= linear.further
         return dict(sorted(used.items()))
 
     def block_sparsity(self) -> dict[str, float]:
@@ -57,10 +66,19 @@ class Report:
             counts[1] += linear.weights
         return {name: pruned / weights for name, (pruned, weights) in zeros.items()}
 
+    def block_error(self) -> dict[str, float]:
+        """Mean relative reconstruction error of each block's linears, by its name, where measured."""
+        errors: dict[str, list[float]] = {}
+        for name, linear in self.linears.items():
+            if linear.relative_error is not None:
+                errors.setdefault(block_name(name), []).append(linear.relative_error)
+        return {name: sum(found) / len(found) for name, found in errors.items()}
+
     def to_json(self) -> str:
         content = asdict(self) | {
             "sparsity": self.sparsity,
             "block_sparsity": self.block_sparsity(),
+            "block_error": self.block_error(),
             "versions": versions(),
         }
         return json.dumps(content, indent=2, default=str) + "\n"
@@ -69,7 +87,7 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """What `to_json` wrote, but for versions."""
         content = json.loads(text)
-        report = cls(**{field.name: content[field.name] for field in fields(cls)})
+        report = cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
         report.linears = {name: LinearReport(**linear) for name, linear in report.linears.items()}
         report.reach = report.reach and Reach(**report.reach)
         return report
@@ -84,6 +102,19 @@ class Report:
         ]
         lines += [f"{task}\t{results}" for task, results in self.zero_shot.items()]
         return "\n".join(lines) + "\n"
+
+
+def update_warnings(linears: dict[str, LinearReport], dampening: float) -> list[str]:
+    """A sentence for each way in which Hessians were not what was asked for; `dampening` was."""
+    found: dict[str, list[str]] = {}
+    for name, linear in linears.items():
+        if linear.fallback is not None:
+            what = f"saw no calibration token, or zeros alone, and fell back to {linear.fallback}"
+            found.setdefault(what, []).append(name)
+        elif linear.dampening is not None and linear.dampening > dampening:
+            what = f"had a Hessian that is not positive definite at a dampening of {dampening:g}"
+            found.setdefault(f"{what}, and was updated with {linear.dampening:g}", []).append(name)
+    return [f"{', '.join(names)} {what}" for what, names in found.items()]
 
 
 def block_name(linear: str) -> str:

@@ -1,18 +1,21 @@
-"""Selection: every linear of a block pruned by its statistics, judged first, timed and counted."""
+"""Selection: every linear of a block pruned (and updated) by its statistics, judged first, timed, counted."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.architecture import Block, Linear
+from wanda_fast.clock import Clock
 from wanda_fast.errors import NonFiniteError
+from wanda_fast.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.masks import empty_mask
-from wanda_fast.methods import Method
+from wanda_fast.methods import Magnitude, Method
 from wanda_fast.patterns import Pattern
 from wanda_fast.report import LinearReport
 from wanda_fast.statistics import BlockStatistics
@@ -28,42 +31,113 @@ def prune_block(
     statistics: BlockStatistics | None,
     tell: Callable[..., None],
     masks: dict[str, Tensor] | None,
+    clock: Clock,
 ) -> dict[str, LinearReport]:
-    scales = {linear.name: _scale(linear, statistics) for linear in block.linears}
+    scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
     _require_finite(block, scales)
+    if method.hessians is not None:
+        tell("factor")
+        with clock.phase("factor"):
+            prepare(block, statistics.hessians, method.hessians)
     watch = _Stopwatch(block.linears[0].module.weight.device) if block.linears else None
-    operations, zeros = [], []
+    pruned: list[_Pruned] = []
     for linear in block.linears:
         tell("selection", linear.name)
         weight = linear.module.weight.data
         mask = None if masks is None else empty_mask(weight)
+        hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
+        before = weight.clone() if hessian is not None and method.hessians.measure_error else None
         with watch.lap():
-            operations.append(method.prune_(weight, scales[linear.name], pattern, mask))
+            done = _prune_(weight, method, pattern, scales[linear.name], hessian, mask)
+        if before is not None:
+            with clock.phase("error"):
+                done.energies = reconstruction_error(before, weight, hessian.acc)
+        if statistics is not None and statistics.complete:
+            statistics.hessians.pop(linear.name, None)  # gone with its last linear
         if masks is not None:
             masks[linear.name] = mask.cpu()
-        zeros.append((weight == 0).sum())
-    counts = torch.stack(zeros).tolist() if zeros else []  # waits for the device once a block
+        done.zeros = (weight == 0).sum()
+        pruned.append(done)
+    _require_finite_still(block, pruned)
+    counts = torch.stack([done.zeros for done in pruned]).tolist() if pruned else []  # waits for the device
     seconds = watch.seconds() if watch else []
     return {
-        linear.name: _report(linear, zero, lap, operation, statistics)
-        for linear, operation, zero, lap in zip(block.linears, operations, counts, seconds, strict=True)
+        linear.name: _report(linear, done, zeros, lap, method, statistics)
+        for linear, done, zeros, lap in zip(block.linears, pruned, counts, seconds, strict=True)
     }
 
 
+@dataclass
+class _Pruned:
+    """What became of one weight; tensors are scalars on its device."""
+
+    operation: str
+    dampening: float | None = None
+    fallback: str | None = None
+    zeros: Tensor | None = None
+    finite: Tensor | None = None
+    energies: tuple[Tensor, Tensor] | None = None
+
+
+def _prune_(
+    weight: Tensor,
+    method: Method,
+    pattern: Pattern,
+    scale: Tensor | None,
+    hessian: Hessian | None,
+    mask: Tensor | None,
+) -> _Pruned:
+    use = method.hessians
+    if use is None or not use.update:
+        return _Pruned(method.prune_(weight, scale, pattern, mask))
+    if hessian is None or hessian.blind:  # an expert that no token reached: any other score is zero
+        return _Pruned(Magnitude().prune_(weight, None, pattern, mask), fallback=Magnitude.name)
+    operation = method.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
+    if use.stored is not None:
+        weight.copy_(weight.to(use.stored))
+    return _Pruned(operation, hessian.factor.dampening, finite=weight.isfinite().all())
+
+
 def _report(
-    linear: Linear, zeros: int, seconds: float, operation: str, statistics: BlockStatistics | None
+    linear: Linear,
+    done: _Pruned,
+    zeros: int,
+    seconds: float,
+    method: Method,
+    statistics: BlockStatistics | None,
 ) -> LinearReport:
     device, weights = linear.module.weight.device.type, linear.module.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
+    error, whole = [energy.item() for energy in done.energies] if done.energies else [None, None]
     return LinearReport(
         sparsity=zeros / max(weights, 1),
         weights=weights,
         seconds=seconds,
-        operation=operation,
-        backend=choose(operation, device) if operation in TABLE else "torch",
+        operation=done.operation,
+        backend=_backend(done.operation, device),
         statistic=gathered and gathered.operation,
         statistic_backend=gathered and choose(gathered.operation, device),
+        further=_further(linear, done, method, device),
+        error=error,
+        relative_error=error / whole if whole else error,  # 0 / 0 where every input was zero
+        dampening=done.dampening,
+        fallback=done.fallback,
     )
+
+
+def _backend(operation: str, device: str) -> str:
+    return choose(operation, device) if operation in TABLE else "torch"
+
+
+def _further(linear: Linear, done: _Pruned, method: Method, device: str) -> dict[str, str]:
+    """Hessian and update: the operations beside selection and its statistic, with their backends."""
+    further = {}
+    if done.energies is not None or done.dampening is not None:
+        on_host = linear.module.in_features in method.hessians.on_host
+        further[Hessian.operation] = choose(Hessian.operation, "cpu" if on_host else device)
+    if done.dampening is not None:
+        further["sparsegpt_"] = choose("sparsegpt_", device)
+    return further
 
 
 class _Stopwatch:
@@ -93,13 +167,14 @@ class _Stopwatch:
         return event
 
 
-def _scale(linear: Linear, statistics: BlockStatistics | None) -> Tensor | None:
-    if statistics is None:
+def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:
+    if statistics is None or not method.uses_activations:
         return None
-    if linear.name not in statistics.by_name:
+    if linear.name in statistics.by_name:
+        return statistics.by_name[linear.name].acc
+    if method.hessians is None or not method.hessians.update:
         logger.warning("%s saw no calibration token; its scores are all zero", linear.name)
-        return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
-    return statistics.by_name[linear.name].acc
+    return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
 
 def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
@@ -110,3 +185,13 @@ def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
         wanda_kernels.require_finite(operands)
     except ValueError as error:
         raise NonFiniteError(f"block {block.name}: {error}") from error
+
+
+def _require_finite_still(block: Block, pruned: list[_Pruned]) -> None:
+    updated = [(linear, done) for linear, done in zip(block.linears, pruned, strict=True) if done.dampening]
+    if updated and not torch.stack([done.finite for _, done in updated]).all():
+        linear = next(linear for linear, done in updated if not done.finite)
+        raise NonFiniteError(
+            f"block {block.name}: {linear.name}.weight ({linear.module.weight.dtype}) is not finite after "
+            f"its update: a larger --dampening or wider --dtype helps"
+        )

@@ -90,14 +90,24 @@ class TensorFiles:
         return found.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write, fsync, rename; returns the file's sha256. Tensor by tensor: no second copy of all of them."""
+def write_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    parts: Callable[[Tensor], Iterable[Tensor]] = lambda tensor: [tensor],
+) -> str:
+    """Write, fsync, rename; returns the file's sha256. Part by part: no second copy of all of them.
+
+    Args:
+        parts: what a tensor consists of, on the host; with it, `tensors` may be whatever has dtype, shape and
+            nbytes.
+    """
     header, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         header[name] = about
-    return write_atomically(path, lambda partial: write_file(partial, header, map(_bytes, tensors.values())))
+    contents = (_bytes(part) for tensor in tensors.values() for part in parts(tensor))
+    return write_atomically(path, lambda partial: write_file(partial, header, contents))
 
 
 def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryview]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
+from wanda_fast.memory import give_back_freed
 from wanda_fast.skeleton import Skeleton
 
 
@@ -76,6 +77,7 @@ class StreamedModel:
             yield
         finally:
             self._forget(self.names[index])
+            give_back_freed()
 
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:
@@ -101,7 +103,8 @@ class StreamedModel:
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
     def stored(self, names: list[str]) -> dict[str, Tensor]:
-        """These tensors as the output keeps them, on the host. Exact: kept weights came from that dtype."""
+        """These tensors as the output keeps them, on the host. Exact: kept weights came from that dtype, or
+        were rounded to it when they were updated."""
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
         return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in state.items()}

@@ -2,21 +2,24 @@
 dense pass.
 
 Linears that read the same tensor (q, k, v; gate, up) share one statistic: the tensor's identity says so, not
-a name.
+a name. A gated MLP's statistics also take what its projections put out.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
 
-from wanda_fast.architecture import Block, Linear
-from wanda_fast.coactivation import Coactivation
+from wanda_fast.architecture import Block, GatedMLP, Linear
+from wanda_fast.coactivation import Coactivation, GatedCoactivation
+from wanda_fast.hessian import Hessian
+from wanda_fast.sharing import SharedByInput
 from wanda_fast.sq_norm import SquaredNorm
 
-Statistic = SquaredNorm | Coactivation
+OfMLP = Coactivation | GatedCoactivation
+Statistic = SquaredNorm | OfMLP
 
 
 class _Forward(threading.local):
@@ -24,23 +27,39 @@ class _Forward(threading.local):
 
     def __init__(self):
         self.calls: list[str] = []
-        self.readers: dict[int, tuple[weakref.ref, SquaredNorm]] = {}  # inputs, by identity
-        self.gate_outputs: dict[nn.Module, Tensor] = {}
-        self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their up projection's pass adds
+        self.outputs: dict[nn.Module, Tensor] = {}  # of gated MLPs' projections
+        self.added: set[nn.Module] = set()  # projections yet to be called whose batch was added ahead of them
+        self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their MLP's statistic adds
 
     def begin(self) -> None:
-        for known in (self.calls, self.readers, self.gate_outputs, self.deferred):
+        for known in (self.calls, self.outputs, self.added, self.deferred):
             known.clear()
+
+
+class _GatedStatistics:
+    """The statistics of one gated MLP's linears, by name, and the projections whose outputs they read."""
+
+    def __init__(self, mlp: GatedMLP, by_name: dict[str, OfMLP]):
+        self.mlp, self.by_name = mlp, by_name
+        self._first, *self._others = by_name.values()
+        self.reads: tuple[nn.Linear, ...] = self._first.reads
+
+    def add(self, outputs: list[Tensor], x: Tensor, sq_norm: SquaredNorm | None) -> None:
+        halves = outputs[0].chunk(2, dim=-1) if self.mlp.fused else outputs
+        self._first.add(halves, x, self._others, sq_norm)
 
 
 class BlockStatistics:
     """The statistics of one block's linears. `by_name[linear.name].acc` is what stands under the score's
-    root.
+    root, `hessians[linear.name]` the Hessian.
 
     Args:
         block: the block that will run.
         statistic: what to gather for a linear; None for nothing.
-        fused: a gate's norm may be added with its up projection's co-activation, in one read.
+        hessian: makes a linear's Hessian; None: none is gathered.
+        before_call: complete each linear's statistic before the linear itself is called, for it will be
+            pruned then. What a statistic reads of that linear's own output, or of a later one's, is computed
+            from the weights as they are: a gated MLP's two projections are both scored while both are dense.
         timed: makes a context around each addition.
     """
 
@@ -48,18 +67,18 @@ class BlockStatistics:
         self,
         block: Block,
         statistic: Callable[[Linear], Statistic | None],
-        fused: bool = True,
+        hessian: Callable[[Linear], Hessian] | None = None,
+        before_call: bool = False,
         timed: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.block, self.fused, self.timed = block, fused, timed
-        self.by_name: dict[str, Statistic] = {}
-        self._make = statistic
+        self.block, self.before_call, self.timed = block, before_call, timed
+        self.complete = False  # no more inputs will come
+        self._norms, self._hessians = SharedByInput(statistic), SharedByInput(hessian)
+        self.by_name: dict[str, Statistic] = self._norms.by_name
+        self.hessians: dict[str, Hessian] = self._hessians.by_name
         self._now = _Forward()
-        self._coactivations = {
-            linear.name: stat
-            for linear in block.linears
-            if linear.gated is not None and isinstance(stat := statistic(linear), Coactivation)
-        }
+        self._gated = _gated_statistics(block, statistic)
+        self._names = {name for gated in self._gated for name in gated.by_name}
 
     @property
     def calls(self) -> list[str]:
@@ -69,48 +88,79 @@ class BlockStatistics:
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Hooks on the block's linears, removed at the end."""
-        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._now.begin())]
-        gates = {stat.gate for stat in self._coactivations.values()}
-        handles += [gate.register_forward_hook(self._keep_gate_output) for gate in gates]
+        handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
         for linear in self.block.linears:
-            handles.append(linear.module.register_forward_pre_hook(self._reader_of(linear)))
+            handles.append(linear.module.register_forward_pre_hook(partial(self._read, linear)))
+        for gated in self._gated:
+            for module in gated.reads:
+                if self._ahead(gated):
+                    handles.append(module.register_forward_pre_hook(partial(self._add_ahead, gated)))
+                else:
+                    handles.append(module.register_forward_hook(partial(self._keep_output, gated)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._now.begin()
+            self._begin()
+            self.complete = True
 
-    def _keep_gate_output(self, gate: nn.Module, _args: tuple, output: Tensor) -> None:
-        self._now.gate_outputs[gate] = output
+    def _begin(self) -> None:
+        for known in (self._now, self._norms, self._hessians):
+            known.begin()
 
-    def _reader_of(self, linear: Linear) -> Callable[[nn.Module, tuple], None]:
-        def read(_module: nn.Module, args: tuple) -> None:
-            self.calls.append(linear.name)
-            with self.timed():
-                if linear.name in self._coactivations:
-                    self._read_coactivation(linear, args[0])
-                else:
-                    self._read_sq_norm(linear, args[0])
+    def reads_output_of(self, name: str) -> bool:
+        """Whether a statistic takes what this linear of the block puts out."""
+        module = self.block.module.get_submodule(name.removeprefix(f"{self.block.name}."))
+        return any(module in gated.reads for gated in self._gated)
 
-        return read
+    def _read(self, linear: Linear, _module: nn.Module, args: tuple) -> None:
+        self.calls.append(linear.name)
+        with self.timed():
+            if linear.name not in self._names:
+                self._read_sq_norm(linear, args[0])
+            if (hessian := self._hessians.to_add(linear, args[0])) is not None:
+                hessian.add(args[0])
 
-    def _read_coactivation(self, linear: Linear, x: Tensor) -> None:
-        stat = self.by_name.setdefault(linear.name, self._coactivations[linear.name])
-        gate = self._now.gate_outputs.pop(stat.gate)  # a gated MLP computes its gate first
-        stat.add(gate, x, self._now.deferred.pop(stat.gate, None))
+    def _ahead(self, gated: _GatedStatistics) -> bool:
+        """Whether outputs that this MLP's statistics read must be known before its projections are called."""
+        pruned = {linear.module for linear in self.block.linears if linear.name in gated.by_name}
+        return self.before_call and not pruned.isdisjoint(gated.reads)
+
+    def _add_ahead(self, gated: _GatedStatistics, module: nn.Module, args: tuple) -> None:
+        if module in self._now.added:
+            self._now.added.remove(module)
+            return
+        self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
+        self._now.added.update(each for each in gated.reads if each is not module)
+
+    def _keep_output(self, gated: _GatedStatistics, module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs = self._now.outputs
+        overwrites = getattr(gated.mlp.activation, "inplace", False) and module is not gated.reads[-1]
+        outputs[module] = output.clone() if overwrites else output
+        if all(each in outputs for each in gated.reads):
+            self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
+
+    def _add(self, gated: _GatedStatistics, outputs: list[Tensor], x: Tensor) -> None:
+        self.by_name.update(gated.by_name)
+        with self.timed():
+            gated.add(outputs, x, self._now.deferred.pop(gated.mlp.gate, None))
 
     def _read_sq_norm(self, linear: Linear, x: Tensor) -> None:
-        reference, shared = self._now.readers.get(id(x), (None, None))
-        if reference is not None and reference() is not x:  # the address of a tensor that is gone
-            shared = None
-        own = self.by_name.get(linear.name)
+        own = self._norms.to_add(linear, x)
         if own is None:
-            own = self.by_name[linear.name] = shared or self._make(linear)
-        if own is None or own is shared:
             return
-        self._now.readers[id(x)] = (weakref.ref(x), own)
-        if self.fused and any(linear.module is stat.gate for stat in self._coactivations.values()):
+        if not self.before_call and any(linear.module is gated.mlp.gate for gated in self._gated):
             self._now.deferred[linear.module] = own
         else:
             own.add(x)
+
+
+def _gated_statistics(
+    block: Block, statistic: Callable[[Linear], Statistic | None]
+) -> list[_GatedStatistics]:
+    by_mlp: dict[GatedMLP, dict[str, OfMLP]] = {}
+    for linear in block.linears:
+        if linear.gated is not None and isinstance(own := statistic(linear), OfMLP):
+            by_mlp.setdefault(linear.gated, {})[linear.name] = own
+    return [_GatedStatistics(mlp, by_name) for mlp, by_name in by_mlp.items()]

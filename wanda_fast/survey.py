@@ -6,8 +6,8 @@ import sys
 from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, ignored_linears, reach
-from wanda_fast.errors import CalibrationError, UnknownMethodError
-from wanda_fast.methods import Connect, Dense, Method
+from wanda_fast.errors import CalibrationError, PatternError, UnknownMethodError
+from wanda_fast.methods import Connect, Dense, Gated, Method, SparseGPT
 from wanda_fast.patterns import Pattern, Variant
 from wanda_fast.report import Report
 
@@ -43,9 +43,14 @@ def survey(
             for linear in block.linears:
                 pattern.check(linear.name, linear.module.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
-    if isinstance(method, Connect) and not gated:
-        warn(f"{type(model).__name__} has no gated MLP: connect prunes it as wanda")
-    if use_variant and not (isinstance(pattern, Variant) and method.uses_activations):
+    if isinstance(method, Connect | Gated) and not gated:
+        warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
+    if isinstance(method, SparseGPT) and pattern.rule is None:
+        raise PatternError(
+            f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
+            f"other methods take that pattern, with --update obs too"
+        )
+    if use_variant and not (isinstance(pattern, Variant) and method.takes_variant):
         warn(f"--use_variant has no effect on {method.name} with {pattern}")
 
 

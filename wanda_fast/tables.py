@@ -14,6 +14,9 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row("sparsity", f"{report.sparsity:.4f} over {len(report.linears)} linears")
         blocks = report.block_sparsity().values()
         summary.add_row("per block", f"{min(blocks):.4f} to {max(blocks):.4f}")
+    if errors := report.block_error().values():
+        low, high = min(errors), max(errors)
+        summary.add_row("error, mean of a block", f"{low:.4f} to {high:.4f} of ||WX||^2")
     reach = report.reach
     share = reach.prunable / max(reach.model, 1)
     summary.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
@@ -32,6 +35,8 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row(
             "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())
         )
+    for sentence in report.warnings:
+        summary.add_row("warning", sentence)
     for device, peak in report.peak_memory.items():
         summary.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
     seconds = Table("phase", "seconds", title="time")
@@ -39,6 +44,15 @@ def summary_tables(report: Report) -> list[Table]:
         seconds.add_row(phase, f"{value:.2f}")
     seconds.add_row("all", f"{sum(report.seconds.values()):.2f}")
     return [summary, seconds]
+
+
+def error_table(report: Report) -> Table:
+    """Each linear's reconstruction error, where measured."""
+    table = Table("linear", "||(W - W')X||^2", "of ||WX||^2", title="reconstruction error")
+    for name, linear in report.linears.items():
+        if linear.error is not None:
+            table.add_row(name, f"{linear.error:.4g}", f"{linear.relative_error:.4f}")
+    return table
 
 
 def perplexity_line(report: Report) -> str:

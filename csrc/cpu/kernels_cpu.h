@@ -9,6 +9,7 @@ namespace wanda::cpu {
 
 constexpr int kMaxWidth = 16;         // lanes of the widest vector
 constexpr int kMaxGroup = 32;         // the largest m of n:m
+constexpr int kMaxBlock = 128;        // the most columns of a block of SparseGPT's
 constexpr int64_t kSlabTokens = 256;  // fp32 sums of at most this many squares are added up in fp64
 constexpr int kHighBits = 16;         // prune_matrix: bits of a key that the first histogram counts
 constexpr int kLowBits = 15;          // and the second
@@ -27,6 +28,10 @@ struct Kernels {
   // Prune every key <= thresholds[row * threshold_step]. Returns how many.
   int64_t (*prune_at_most)(const Selection&, const int32_t* thresholds, int64_t threshold_step, int64_t begin,
                            int64_t end, void* scratch);
+  // pruned[row, col] = the key is <= threshold, a byte each, rows `stride` bytes apart.
+  void (*mark_at_most)(const Selection&, int32_t threshold, uint8_t* pruned, int64_t stride, int64_t begin, int64_t end,
+                       void* scratch);
+  void (*prune_and_update)(const UpdateBlock&, int64_t begin, int64_t end);
   // thresholds[row]: the largest key that the variant prunes at alpha, sought inside brackets[row].
   // Returns how many weights of these rows that prunes.
   int64_t (*find_variant)(const Selection&, double alpha, const Bracket* brackets, int32_t* thresholds,
@@ -34,6 +39,9 @@ struct Kernels {
   void (*add_sq_norm)(const Matrix& x, float* acc, int64_t begin, int64_t end, void* scratch);
   // out[t, j] = abs(act(x[t, j]))^power, fp32, contiguous, for rows [begin, end).
   void (*activate)(const Matrix& x, Activation activation, int power, float* out, int64_t begin, int64_t end);
+  // out[t] = (up[t] * act'(gate[t]))^2, then act(gate[t])^2: fp32 [n_rows, 2 * n_cols], contiguous.
+  void (*activate_gated)(const Matrix& gate, const Matrix& up, Activation activation, float* out, int64_t begin,
+                         int64_t end);
   // Whether rows [begin, end) are free of NaN and infinity (and of negative numbers).
   bool (*all_finite)(const Matrix& x, bool non_negative, int64_t begin, int64_t end);
 };

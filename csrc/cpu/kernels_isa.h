@@ -2,8 +2,10 @@
 #pragma once
 
 #include "activate.h"
+#include "activate_gated.h"
 #include "add_sq_norm.h"
 #include "all_finite.h"
+#include "prune_and_update.h"
 #include "prune_matrix.h"
 #include "prune_nm.h"
 #include "prune_rows.h"
@@ -12,8 +14,9 @@
 namespace WANDA_ISA {
 
 constexpr wanda::cpu::Kernels kernels_named(const char* name) {
-  return {name,         prune_rows,  prune_nm, count_keys, prune_at_most,
-          find_variant, add_sq_norm, activate, all_finite};
+  return {name,         prune_rows,       prune_nm,     count_keys,  prune_at_most,
+          mark_at_most, prune_and_update, find_variant, add_sq_norm, activate,
+          activate_gated, all_finite};
 }
 
 }  // namespace WANDA_ISA

@@ -26,6 +26,7 @@ using cpu::Bracket;
 using cpu::Kernels;
 
 constexpr int64_t kGrainElements = 1 << 15;  // less than this is not worth waking a thread
+constexpr int64_t kUpdateRows = 32;          // each row of SparseGPT's blocks is much work
 constexpr int64_t kColumnBlock = 64;         // columns are cut at multiples of this: whole cache lines
 constexpr int64_t kMinStreamColumns = 256;   // and no thread's piece of a row is shorter
 
@@ -115,6 +116,14 @@ int32_t find_bin(const std::vector<int64_t>& bins, int64_t& rank) {
   return bin;
 }
 
+// Key of the score at sorted position `rank` of the whole matrix, exact: two reads, 16 bits of the key and then 15.
+int32_t find_threshold(const Context& context, const Selection& s, int64_t rank) {
+  const int32_t high = find_bin(histogram(context, s, -1, 1 << cpu::kHighBits), rank);
+  const int32_t low = find_bin(histogram(context, s, high, 1 << cpu::kLowBits), rank);
+  const int32_t key = high << cpu::kLowBits | low;
+  return key == kNaNKey ? -1 : key;  // no score is <= NaN
+}
+
 int64_t prune_at_most(const Context& context, const Selection& s, const int32_t* thresholds, int64_t step) {
   const Kernels& isa = kernels();
   std::atomic<int64_t> n_pruned{0};
@@ -162,13 +171,25 @@ void prune_nm(const Context& context, const Selection& s, int n, int m) {
   });
 }
 
-// Two reads find the exact order statistic, 16 bits of the key and then 15; a third prunes.
 void prune_matrix(const Context& context, const Selection& s, int64_t rank) {
-  const int32_t high = find_bin(histogram(context, s, -1, 1 << cpu::kHighBits), rank);
-  const int32_t low = find_bin(histogram(context, s, high, 1 << cpu::kLowBits), rank);
-  const int32_t key = high << cpu::kLowBits | low;
-  const int32_t threshold = key == kNaNKey ? -1 : key;  // no score is <= NaN
+  const int32_t threshold = find_threshold(context, s, rank);
   prune_at_most(context, s, &threshold, 0);
+}
+
+void mark_lowest(const Context& context, const Selection& s, int64_t rank, uint8_t* pruned, int64_t pruned_stride) {
+  const int32_t threshold = find_threshold(context, s, rank);
+  const Kernels& isa = kernels();
+  for_rows(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
+    isa.mark_at_most(s, threshold, pruned, pruned_stride, begin, end, scratch);
+  });
+}
+
+void prune_and_update(const Context& context, const UpdateBlock& block) {
+  const Kernels& isa = kernels();
+  const Matrix& w = block.columns.weight;
+  parallel_for(context, w.n_rows, kUpdateRows, [&](int64_t begin, int64_t end) {
+    isa.prune_and_update(block, begin, end);
+  });
 }
 
 // Alpha is bisected exactly as in reference.py; each row's bracket narrows along with it.
@@ -196,6 +217,14 @@ void activate(const Context& context, const Matrix& x, Activation activation, in
   const Kernels& isa = kernels();
   parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) {
     isa.activate(x, activation, power, out, begin, end);
+  });
+}
+
+void activate_gated(const Context& context, const Matrix& gate, const Matrix& up, Activation activation, float* out) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / gate.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, gate.n_rows, grain, [&](int64_t begin, int64_t end) {
+    isa.activate_gated(gate, up, activation, out, begin, end);
   });
 }
 

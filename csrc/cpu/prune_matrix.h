@@ -1,4 +1,5 @@
-// Pieces of prune_matrix_ and prune_variant_: a histogram of keys, and the pruning of all keys up to a threshold.
+// Pieces of prune_matrix_, prune_variant_ and sparsegpt_: a histogram of keys, and the pruning (or marking) of all keys
+// up to a threshold.
 #pragma once
 
 #include "prune_rows.h"
@@ -33,6 +34,15 @@ inline int64_t prune_at_most(const Selection& s, const int32_t* thresholds, int6
     apply_row(s, row, scratch.pruned);
   }
   return n_pruned;
+}
+
+inline void mark_at_most(const Selection& s, int32_t threshold, uint8_t* pruned, int64_t stride, int64_t begin,
+                         int64_t end, void* memory) {
+  const Scratch scratch(memory, s.weight.n_cols);
+  for (int64_t row = begin; row < end; ++row) {
+    row_keys(s, row, s.weight.n_cols, scratch.keys);
+    for (int64_t col = 0; col < s.weight.n_cols; ++col) pruned[row * stride + col] = scratch.keys[col] <= threshold;
+  }
 }
 
 }  // namespace WANDA_ISA

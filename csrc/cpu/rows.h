@@ -40,6 +40,12 @@ struct MatrixScale {
     return Simd::multiply(w, Simd::sqrt(Simd::load(scale + col)));
   }
 };
+struct SquareOver {
+  const float* divisor;
+  Simd::Float score(Simd::Float w, int64_t col) const {
+    return Simd::divide(Simd::multiply(w, w), Simd::load(divisor + col));
+  }
+};
 
 // The sign goes after the product, which leaves its magnitude the same.
 inline Simd::Int key_of(Simd::Float score) {
@@ -62,21 +68,25 @@ inline const float* tail_of(const float* p, int64_t begin, int64_t n, float* tai
 
 // Whole vectors from the row itself, the rest from a padded copy: nothing is read past the row.
 template <typename T>
-void keys_of_row(const T* w, int64_t n_cols, const float* root, const float* scale, int32_t* keys) {
+void keys_of_row(const T* w, int64_t n_cols, const float* root, const float* scale, const float* divisor,
+                 int32_t* keys) {
   const int64_t whole = n_cols / kWidth * kWidth;
   if (root != nullptr) {
     keys_of(w, whole, VectorRoot{root}, keys);
   } else if (scale != nullptr) {
     keys_of(w, whole, MatrixScale{scale}, keys);
+  } else if (divisor != nullptr) {
+    keys_of(w, whole, SquareOver{divisor}, keys);
   } else {
     keys_of(w, whole, NoScale{}, keys);
   }
   if (whole == n_cols) return;
   T w_tail[kWidth] = {};
-  float root_tail[kWidth] = {}, scale_tail[kWidth] = {};
+  float root_tail[kWidth] = {}, scale_tail[kWidth] = {}, divisor_tail[kWidth] = {};
   memcpy(w_tail, w + whole, (n_cols - whole) * sizeof(T));
   keys_of_row(w_tail, kWidth, tail_of(root, whole, n_cols - whole, root_tail),
-              tail_of(scale, whole, n_cols - whole, scale_tail), keys + whole);
+              tail_of(scale, whole, n_cols - whole, scale_tail), tail_of(divisor, whole, n_cols - whole, divisor_tail),
+              keys + whole);
 }
 
 template <typename T>
@@ -89,9 +99,9 @@ inline void row_keys(const Selection& s, int64_t row, int64_t padded, int32_t* k
   const int64_t n_cols = s.weight.n_cols;
   const float* scale = s.scale == nullptr ? nullptr : s.scale + row * s.scale_stride;
   switch (s.weight.dtype) {
-    case DType::kFloat: keys_of_row(row_of<float>(s.weight, row), n_cols, s.root, scale, keys); break;
-    case DType::kHalf: keys_of_row(row_of<Half>(s.weight, row), n_cols, s.root, scale, keys); break;
-    case DType::kBFloat: keys_of_row(row_of<BFloat>(s.weight, row), n_cols, s.root, scale, keys); break;
+    case DType::kFloat: keys_of_row(row_of<float>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
+    case DType::kHalf: keys_of_row(row_of<Half>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
+    case DType::kBFloat: keys_of_row(row_of<BFloat>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
   }
   for (int64_t col = n_cols; col < padded; ++col) keys[col] = wanda::kPaddingKey;
 }

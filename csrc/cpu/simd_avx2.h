@@ -21,12 +21,21 @@ struct Simd {
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm256_fmadd_ps(x, x, sum); }
+  static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
   static Int bits(Float a) { return _mm256_castps_si256(a); }
+  static Float as_float(Int a) { return _mm256_castsi256_ps(a); }
+  static Float broadcast(float v) { return _mm256_set1_ps(v); }
 
   static Int broadcast(int32_t v) { return _mm256_set1_epi32(v); }
   static Int load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static void store(int32_t* p, Int v) { _mm256_storeu_si256((__m256i*)p, v); }
+  static Int load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+  static void store_bytes(uint8_t* p, Int v) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+  }
   static Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }
   static Int min(Int a, Int b) { return _mm256_min_epi32(a, b); }
   static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
@@ -63,6 +72,28 @@ struct Simd {
   static Int add_where(Mask mask, Int a, Int b) { return _mm256_add_epi32(a, _mm256_and_si256(mask, b)); }
   static Int increment_where(Mask mask, Int a) { return _mm256_sub_epi32(a, mask); }
   static uint32_t to_bits(Mask mask) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
+  static Float zero_unless(Mask mask, Float a) { return _mm256_and_ps(as_float(mask), a); }
+  static Float zero_if(Mask mask, Float a) { return _mm256_andnot_ps(as_float(mask), a); }
+
+  // Lane i of v[j] becomes lane j of v[i].
+  static void transpose(Float* v) {
+    Float pairs[kWidth], fours[kWidth];
+    for (int i = 0; i < kWidth; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    // fours[4 i + j]: of rows 4 i to 4 i + 3, the columns j and j + 4, a half each.
+    for (int i = 0; i < kWidth; i += 4) {
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      v[j] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x20);
+      v[j + 4] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x31);
+    }
+  }
 
   // p[lane] = 0 where the lane's bit is set; the others keep their bits.
   static void zero_where(uint32_t bits, float* p) {

@@ -21,12 +21,18 @@ struct Simd {
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm512_fmadd_ps(x, x, sum); }
+  static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
   static Int bits(Float a) { return _mm512_castps_si512(a); }
+  static Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+  static Float broadcast(float v) { return _mm512_set1_ps(v); }
 
   static Int broadcast(int32_t v) { return _mm512_set1_epi32(v); }
   static Int load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+  static Int load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static void store_bytes(uint8_t* p, Int v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
   static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
   static Int min(Int a, Int b) { return _mm512_min_epi32(a, b); }
   static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
@@ -45,12 +51,46 @@ struct Simd {
   static Int add_where(Mask mask, Int a, Int b) { return _mm512_mask_add_epi32(a, mask, a, b); }
   static Int increment_where(Mask mask, Int a) { return add_where(mask, a, broadcast(1)); }
   static uint32_t to_bits(Mask mask) { return mask; }
+  static Float zero_unless(Mask mask, Float a) { return _mm512_maskz_mov_ps(mask, a); }
+  static Float zero_if(Mask mask, Float a) { return _mm512_maskz_mov_ps(_knot_mask16(mask), a); }
+
+  // Lane i of v[j] becomes lane j of v[i].
+  static void transpose(Float* v) {
+    Float pairs[kWidth], fours[kWidth];
+    for (int i = 0; i < kWidth; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    // fours[4 i + j]: of rows 4 i to 4 i + 3, the columns j, j + 4, j + 8 and j + 12, a quarter each.
+    for (int i = 0; i < kWidth; i += 4) {
+      fours[i] = unpack_low(pairs[i], pairs[i + 2]);
+      fours[i + 1] = unpack_high(pairs[i], pairs[i + 2]);
+      fours[i + 2] = unpack_low(pairs[i + 1], pairs[i + 3]);
+      fours[i + 3] = unpack_high(pairs[i + 1], pairs[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      const Float a = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88), b = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
+      const Float c = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88), d = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
+      v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+      v[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      v[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      v[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
 
   // p[lane] = 0 where the lane's bit is set; the others keep their bits.
   static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, _mm512_setzero_ps()); }
   template <typename T>  // Half, BFloat
   static void zero_where(uint32_t bits, T* p) {
     _mm256_storeu_si256((__m256i*)p, _mm256_maskz_loadu_epi16((__mmask16)~bits, p));
+  }
+
+ private:
+  static Float unpack_low(Float a, Float b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Float unpack_high(Float a, Float b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   }
 };
 

@@ -31,8 +31,12 @@ struct Simd {
   static void store(float* p, Float v) { memcpy(p, &v, sizeof v); }
   static Float multiply(Float x, Float y) { return {x.a * y.a, x.b * y.b}; }
   static Float add_square(Float sum, Float x) { return {sum.a + x.a * x.a, sum.b + x.b * x.b}; }
+  static Float subtract(Float x, Float y) { return {x.a - y.a, x.b - y.b}; }
+  static Float divide(Float x, Float y) { return {x.a / y.a, x.b / y.b}; }
   static Float sqrt(Float x) { return {sqrt(x.a), sqrt(x.b)}; }
   static Int bits(Float x) { return {(Int4)x.a, (Int4)x.b}; }
+  static Float as_float(Int x) { return {(Float4)x.a, (Float4)x.b}; }
+  static Float broadcast(float v) { return {Float4{v, v, v, v}, Float4{v, v, v, v}}; }
 
   static Int broadcast(int32_t v) { return {Int4{v, v, v, v}, Int4{v, v, v, v}}; }
   static Int load(const int32_t* p) {
@@ -41,6 +45,12 @@ struct Simd {
     return v;
   }
   static void store(int32_t* p, Int v) { memcpy(p, &v, sizeof v); }
+  static Int load_bytes(const uint8_t* p) { return {Int4{p[0], p[1], p[2], p[3]}, Int4{p[4], p[5], p[6], p[7]}}; }
+  static void store_bytes(uint8_t* p, Int v) {
+    int32_t lane[kWidth];
+    store(lane, v);
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(lane[i]);
+  }
   static Int bit_and(Int x, Int y) { return {x.a & y.a, x.b & y.b}; }
   static Int min(Int x, Int y) { return select(less(x, y), x, y); }
   static Int max(Int x, Int y) { return select(less(x, y), y, x); }
@@ -82,6 +92,18 @@ struct Simd {
     const Int4 place = {1, 2, 4, 8};
     const Int4 low = mask.a & place, high = mask.b & place;
     return (uint32_t)(low[0] | low[1] | low[2] | low[3] | (high[0] | high[1] | high[2] | high[3]) << 4);
+  }
+  static Float zero_unless(Mask mask, Float x) { return as_float(bit_and(mask, bits(x))); }
+  static Float zero_if(Mask mask, Float x) { return {(Float4)(~mask.a & (Int4)x.a), (Float4)(~mask.b & (Int4)x.b)}; }
+
+  // Lane i of v[j] becomes lane j of v[i].
+  static void transpose(Float* v) {
+    float lanes[kWidth][kWidth], turned[kWidth][kWidth];
+    for (int i = 0; i < kWidth; ++i) store(lanes[i], v[i]);
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = 0; j < kWidth; ++j) turned[i][j] = lanes[j][i];
+    }
+    for (int i = 0; i < kWidth; ++i) v[i] = load(turned[i]);
   }
 
   // p[lane] = 0 where the lane's bit is set; the others keep their bits.

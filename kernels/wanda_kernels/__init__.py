@@ -5,25 +5,35 @@ A leaf: it knows tensors, not models.
 
 from wanda_kernels.backends import BackendError
 from wanda_kernels.checks import require_finite
+from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.operations import (
     add_coactivation_,
+    add_gated_coactivation_,
+    add_hessian_,
     add_sq_norm_,
     prune_matrix_,
     prune_nm_,
     prune_rows_,
     prune_variant_,
+    sparsegpt_,
 )
 from wanda_kernels.reference import pack_bits, unpack_bits
 
 __all__ = [
     "BackendError",
+    "Factor",
+    "NotPositiveDefiniteError",
     "add_coactivation_",
+    "add_hessian_",
+    "add_gated_coactivation_",
     "add_sq_norm_",
+    "factor_hessian",
     "pack_bits",
     "prune_matrix_",
     "prune_nm_",
     "prune_rows_",
     "prune_variant_",
     "require_finite",
+    "sparsegpt_",
     "unpack_bits",
 ]

@@ -30,6 +30,13 @@ TABLE = {
         "triton": "add_coactivation:add_coactivation_",
         "cpu": "native:add_coactivation_",
     },
+    "add_hessian_": {
+        "torch": "reference:add_hessian_",
+    },
+    "add_gated_coactivation_": {
+        "torch": "reference:add_gated_coactivation_",
+        "cpu": "native:add_gated_coactivation_",
+    },
     "prune_rows_": {
         "torch": "reference:prune_rows_",
         "triton": "prune_rows:prune_rows_",
@@ -52,6 +59,10 @@ TABLE = {
         "torch": "reference:prune_variant_",
         "triton": "prune_variant:prune_variant_",
         "cpu": "native:prune_variant_",
+    },
+    "sparsegpt_": {
+        "torch": "reference_sparsegpt:sparsegpt_",
+        "cpu": "native:sparsegpt_",
     },
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import native
+from wanda_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,6 +52,12 @@ def require_activations(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must be [..., features] in float32, float16 or bfloat16, got {got}")
 
 
+def require_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        known = ", ".join(str(name) for name in ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: choose {known}")
+
+
 def require_count(num_pruned: int, in_features: int) -> None:
     if not 0 <= num_pruned <= in_features:
         raise ValueError(f"num_pruned must be from 0 to in_features = {in_features}, got {num_pruned}")
@@ -61,6 +68,25 @@ def require_nm(n: int, m: int, in_features: int) -> None:
         raise ValueError(f"n:m needs 1 <= n < m <= 32, got {n}:{m}")
     if in_features % m:
         raise ValueError(f"in_features = {in_features} is not a multiple of m = {m}")
+
+
+def require_factor(upper: Tensor, dead: Tensor, weight: Tensor) -> None:
+    n_cols = weight.shape[1]
+    if upper.dtype != torch.float32 or list(upper.shape) != [n_cols, n_cols] or not upper.is_contiguous():
+        got = f"{upper.dtype} {list(upper.shape)}"
+        raise ValueError(f"factor.upper must be contiguous float32 [{n_cols}, {n_cols}], got {got}")
+    if dead.dtype != torch.bool or list(dead.shape) != [n_cols]:
+        raise ValueError(f"factor.dead must be bool [{n_cols}], got {dead.dtype} {list(dead.shape)}")
+    if upper.device != weight.device or dead.device != weight.device:
+        raise ValueError(f"factor is on {upper.device}, weight on {weight.device}")
+
+
+def require_pruned(pruned: Tensor, weight: Tensor) -> None:
+    if pruned.dtype != torch.bool or pruned.shape != weight.shape or pruned.device != weight.device:
+        got = f"{pruned.dtype} {list(pruned.shape)} on {pruned.device}"
+        raise ValueError(f"pruned must be bool {list(weight.shape)} on {weight.device}, got {got}")
+    if pruned.shape[1] > 1 and pruned.stride(1) != 1:
+        raise ValueError(f"pruned's rows must be contiguous, got strides {list(pruned.stride())}")
 
 
 def require_finite(tensors: Mapping[str, Tensor | None]) -> None:

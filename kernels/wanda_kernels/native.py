@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanda_kernels.sparsegpt import prune_in_blocks_
+
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
@@ -28,7 +30,11 @@ SCHEMAS = (
     f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
+    "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
+    "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
+    " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
+    "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
@@ -99,6 +105,28 @@ def add_coactivation_(
         acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
 
 
+def add_gated_coactivation_(
+    acc_gate: Tensor,
+    acc_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    activation: str | None,
+    sq_norm: Tensor | None,
+) -> None:
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
+    if sq_norm is not None:
+        _op("native_add_sq_norm_")(sq_norm, x)
+    n_out = gate.shape[1]
+    for blocks in zip(*(each.split(BLOCK_TOKENS) for each in (gate, up, x)), strict=True):
+        operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
+        _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
+        x_squared = _activated(blocks[2], None, 2)
+        acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
+        acc_up.addmm_(operands[:, n_out:].t(), x_squared)
+
+
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
     _op("native_prune_rows_")(weight, *_root_or_scale(scale), num_pruned, mask)
 
@@ -114,6 +142,25 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
     alpha = _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, mask)
     return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+
+
+def sparsegpt_(weight: Tensor, *rest) -> None:
+    prune_in_blocks_(mark_lowest, prune_and_update_block, weight, *rest)
+
+
+def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, rank: int) -> None:
+    _op("native_mark_lowest_")(w, root, _divisor(u, selector), rank, pruned)
+
+
+def prune_and_update_block(
+    w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
+) -> None:
+    _op("native_prune_and_update_")(w, root, _divisor(u, selector), u, pruned, n, m, errors)
+
+
+def _divisor(u: Tensor, selector: str) -> Tensor | None:
+    """What the squares of weights are divided by, where that is the score."""
+    return u.diagonal().square() if selector == "obs" else None
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:

@@ -5,6 +5,7 @@ NaN sorts last, as in torch. Pruned weights become +0.0; kept weights keep their
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,14 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
     "relu": F.relu,
+}
+# (up, gate) -> up * act'(gate)
+GATE_EFFECTS = {
+    None: lambda up, gate: up,
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
 }
 
 
@@ -36,6 +45,29 @@ def add_coactivation_(
     x = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
     gate = ACTIVATIONS[activation](gate.reshape(-1, gate.shape[-1]).float())  # [tokens, out]
     acc.addmm_(gate.abs().pow(power).t(), x.abs().pow(power))
+    if sq_norm is not None:
+        add_sq_norm_(sq_norm, x)
+
+
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    x = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
+    product = x.t() @ x
+    acc += (product + product.t()) / 2  # a matmul's rounding need not be symmetric
+
+
+def add_gated_coactivation_(
+    acc_gate: Tensor,
+    acc_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    activation: str | None,
+    sq_norm: Tensor | None,
+) -> None:
+    x = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
+    gate, up = (each.reshape(-1, each.shape[-1]).float() for each in (gate, up))  # [tokens, out]
+    acc_gate.addmm_(GATE_EFFECTS[activation](up, gate).square().t(), x.square())
+    acc_up.addmm_(ACTIVATIONS[activation](gate).square().t(), x.square())
     if sq_norm is not None:
         add_sq_norm_(sq_norm, x)
 

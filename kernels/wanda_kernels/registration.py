@@ -18,10 +18,15 @@ SCHEMAS = {
     "add_sq_norm_": "(Tensor(a!) acc, Tensor x, str backend) -> ()",
     "add_coactivation_": "(Tensor(a!) acc, Tensor gate, Tensor x, str? activation, int power,"
     " Tensor(b!)? sq_norm, str backend) -> ()",
+    "add_hessian_": "(Tensor(a!) acc, Tensor x, str backend) -> ()",
+    "add_gated_coactivation_": "(Tensor(a!) acc_gate, Tensor(b!) acc_up, Tensor gate, Tensor up, Tensor x,"
+    " str? activation, Tensor(c!)? sq_norm, str backend) -> ()",
     "prune_rows_": f"({SELECTION.format(rule='int num_pruned')}) -> ()",
     "prune_nm_": f"({SELECTION.format(rule='int n, int m')}) -> ()",
     "prune_matrix_": f"({SELECTION.format(rule='int rank')}) -> ()",
     "prune_variant_": f"({SELECTION.format(rule='float ratio')}) -> Tensor",
+    "sparsegpt_": "(Tensor(a!) weight, Tensor upper, Tensor dead, float? ratio, int n, int m, str selector,"
+    " Tensor? scale, Tensor? pruned, Tensor(b!)? mask, str backend) -> ()",
 }
 
 

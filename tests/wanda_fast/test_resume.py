@@ -65,9 +65,9 @@ def unbroken(llama, tmp_path_factory):
 @pytest.fixture
 def pruned(monkeypatch):
     """Names of the blocks whose weights were selected, in order."""
-    names, prune_block = [], pipeline._prune_block
+    names, prune_block = [], pipeline.prune_block
     monkeypatch.setattr(
-        pipeline, "_prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
+        pipeline, "prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
     )
     return names
 

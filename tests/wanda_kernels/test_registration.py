@@ -10,13 +10,16 @@ def arguments(operation: str, backend: str) -> tuple:
     weight, scale = random_weight(3, 16, torch.float32), torch.rand(16)
     mask = torch.zeros(3, 2, dtype=torch.uint8)
     x, gate = torch.rand(5, 16), torch.rand(5, 3)
+    factor = torch.rand(16, 16).triu() + torch.eye(16), scale < 0.1
     return {
         "add_sq_norm_": (scale, x, backend),
         "add_coactivation_": (weight, gate, x, "silu", 1, scale, backend),
+        "add_hessian_": (torch.zeros(16, 16), x, backend),
         "prune_rows_": (weight, scale, 7, mask, backend),
         "prune_nm_": (weight, scale, 2, 4, mask, backend),
         "prune_matrix_": (weight, None, 20, None, backend),
         "prune_variant_": (weight, scale, 0.5, mask, backend),
+        "sparsegpt_": (weight, *factor, 0.5, 0, 0, "wanda", scale, None, mask, backend),
     }[operation]
 
 

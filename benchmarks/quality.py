@@ -1,0 +1,114 @@
+"""What pruning costs in perplexity: methods x patterns x calibration sizes x seeds on one model.
+
+    python -m benchmarks.quality run --model DIR --methods wanda,connect --patterns 0.5,2:4 --seeds 3
+    python -m benchmarks.quality costs --model DIR --methods wanda,connect --patterns 2:4
+    python -m benchmarks.quality pages
+
+A cell that the results file holds already is not run again, so a table grows by further calls. `costs` runs
+each job in a process of its own and notes its seconds and peak memory; `pages` writes the tables into the
+README and docs/.
+"""
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import wanda_fast
+from benchmarks import machine, quality_pages
+from benchmarks.quality_results import Cell, Cost, Results
+from wanda_fast import checkpoint
+from wanda_fast.architecture import find_blocks
+from wanda_fast.calibration import calibration_tokens
+from wanda_fast.evaluation import evaluation_set
+
+app = typer.Typer(add_completion=False)
+
+Model = Annotated[str, typer.Option(help="Folder, GGUF file or hub id.")]
+Label = Annotated[str | None, typer.Option(help="Name of the results file. Default: the model's folder.")]
+Methods = Annotated[str, typer.Option(help="Comma-separated; METHOD+obs adds SparseGPT's weight update.")]
+Patterns = Annotated[str, typer.Option(help="Comma-separated ratios and N:M.")]
+
+
+@app.command()
+def run(
+    model: Model,
+    label: Label = None,
+    methods: Methods = "magnitude,wanda,connect",
+    patterns: Patterns = "0.5,4:8,2:4",
+    nsamples: Annotated[str, typer.Option(help="Comma-separated numbers of calibration windows.")] = "16",
+    seqlen: int = 512,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to SEEDS - 1 of the calibration windows.")] = 3,
+    dataset: Annotated[str, typer.Option(help="Calibration text.")] = "wikitext2",
+    eval_dataset: Annotated[str, typer.Option(help="Text of the perplexity.")] = "wikitext2",
+    eval_windows: int = 32,
+    dtype: str = "bfloat16",
+) -> None:
+    """Prune and measure each combination once; the dense weights are put back before each."""
+    loaded = checkpoint.load(model, dtype)
+    evaluation = evaluation_set(eval_dataset, loaded.tokenizer, seqlen, eval_windows)
+    results = Results.open(label or Path(model).name)
+    measured_on = evaluation.protocol.replace(evaluation.label, Path(evaluation.label).name)
+    protocol = f"{dtype}; calibration {Path(dataset).name}, windows of {seqlen}; perplexity on {measured_on}"
+    results.require_protocol(protocol, lambda: wanda_fast.perplexity(loaded.model, evaluation))
+    weights = [linear.module.weight.data for block in find_blocks(loaded.model) for linear in block.linears]
+    originals = [weight.clone() for weight in weights]
+    combinations = product(range(seeds), patterns.split(","), map(int, nsamples.split(",")))
+    for seed, pattern, size in combinations:
+        for method in methods.split(","):
+            key = (method, pattern, *((0, 0) if method == "magnitude" else (size, seed)))  # no calibration
+            if results.has(*key):
+                continue
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
+            tokens = calibration_tokens(dataset, loaded.tokenizer, size, seqlen, seed)
+            report = wanda_fast.prune(loaded.model, dataset=tokens, **options(method, pattern))
+            perplexity = wanda_fast.perplexity(loaded.model, evaluation)
+            results.add(Cell(*key, perplexity, report.sparsity, machine.describe("cpu")["commit"]))
+            typer.echo(f"{method} {pattern} {size} x {seqlen} seed {seed}: {perplexity:.3f}")
+
+
+@app.command()
+def costs(
+    model: Model,
+    label: Label = None,
+    methods: Methods = "magnitude,wanda,connect",
+    patterns: Patterns = "0.5,4:8,2:4",
+    nsamples: int = 16,
+    seqlen: int = 512,
+    dataset: str = "wikitext2",
+    dtype: str = "auto",
+    repeats: int = 2,
+) -> None:
+    """Seconds (the least of `repeats`) and peak memory of each whole job, streamed and saved, alone."""
+    results = Results.open(label or Path(model).name)
+    for method, pattern in product(methods.split(","), patterns.split(",")):
+        job = {"model": model, "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "dtype": dtype}
+        words = [sys.executable, "-m", "benchmarks.quality_job", json.dumps(job | options(method, pattern))]
+        runs = [json.loads(subprocess.check_output(words).splitlines()[-1]) for _ in range(repeats)]
+        seconds, peak = min(r["seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
+        results.add_cost(Cost(method, pattern, nsamples, seconds, peak), machine.describe("cpu"))
+        typer.echo(f"{method} {pattern}: {seconds:.1f} s, {peak / 2**20:.0f} MiB")
+
+
+@app.command()
+def pages() -> None:
+    """Write the tables into README.md and docs/gated.md."""
+    quality_pages.write(Results.every())
+
+
+def options(method: str, pattern: str) -> dict:
+    """Keywords of `wanda_fast.prune`."""
+    name, _, update = method.partition("+")
+    chosen = {"prune_method": name} | ({"update": update} if update else {})
+    if ":" in pattern:
+        return chosen | {"sparsity_type": pattern}
+    return chosen | {"sparsity_type": "unstructured", "sparsity_ratio": float(pattern)}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,163 @@
+// A block of SparseGPT's columns: prune from left to right, and take each error off the columns on the right.
+//
+// Rows do not meet, so each lane of a vector holds one: kWidth rows are turned into columns of vectors, which stay in
+// L1. Columns go in chunks of whole groups, about 8: a chunk's errors are then held in registers while every column to
+// its right is read and written once. The order of the subtractions is the reference's.
+#pragma once
+
+#include "rows.h"
+
+namespace WANDA_ISA {
+
+using wanda::UpdateBlock;
+
+constexpr int kTileColumns = wanda::cpu::kMaxBlock;
+constexpr int64_t kChunkColumns = 8;  // errors at once: with a column and its products, what 16 registers hold
+
+// kWidth rows, column by column.
+struct Tile {
+  alignas(64) float w[kTileColumns * kWidth];
+  alignas(64) float errors[kTileColumns * kWidth];
+  alignas(64) int32_t pruned[kTileColumns * kWidth];  // 0 or 1
+};
+
+inline Simd::Float load_part(const float* p, int64_t n) {
+  if (n >= kWidth) return Simd::load(p);
+  float padded[kWidth] = {};
+  memcpy(padded, p, n * sizeof(float));
+  return Simd::load(padded);
+}
+
+inline Simd::Float load_part(const uint8_t* p, int64_t n) {
+  if (n >= kWidth) return Simd::as_float(Simd::load_bytes(p));
+  uint8_t padded[kWidth] = {};
+  memcpy(padded, p, n);
+  return Simd::as_float(Simd::load_bytes(padded));
+}
+
+inline void store_part(float* p, Simd::Float v, int64_t n) {
+  if (n >= kWidth) return Simd::store(p, v);
+  float padded[kWidth];
+  Simd::store(padded, v);
+  memcpy(p, padded, n * sizeof(float));
+}
+
+inline void store_part(uint8_t* p, Simd::Float v, int64_t n) {
+  if (n >= kWidth) return Simd::store_bytes(p, Simd::bits(v));
+  uint8_t padded[kWidth];
+  Simd::store_bytes(padded, Simd::bits(v));
+  memcpy(p, padded, n);
+}
+
+// Rows of [n_rows, n_cols], n_rows at most kWidth, to columns of vectors; missing rows are zeros.
+template <typename T>
+void rows_to_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, float* columns) {
+  for (int64_t col = 0; col < n_cols; col += kWidth) {
+    Simd::Float v[kWidth];
+    for (int row = 0; row < kWidth; ++row) {
+      v[row] = row < n_rows ? load_part(rows + row * stride + col, n_cols - col) : Simd::broadcast(0.0f);
+    }
+    Simd::transpose(v);
+    for (int i = 0; i < kWidth; ++i) Simd::store(columns + (col + i) * kWidth, v[i]);
+  }
+}
+
+template <typename T>
+void columns_to_rows(const float* columns, int64_t n_rows, int64_t n_cols, T* rows, int64_t stride) {
+  for (int64_t col = 0; col < n_cols; col += kWidth) {
+    Simd::Float v[kWidth];
+    for (int i = 0; i < kWidth; ++i) v[i] = Simd::load(columns + (col + i) * kWidth);
+    Simd::transpose(v);
+    for (int64_t row = 0; row < n_rows; ++row) store_part(rows + row * stride + col, v[row], n_cols - col);
+  }
+}
+
+inline Simd::Int column_key(const Selection& s, Simd::Float w, int64_t col) {
+  if (s.divisor != nullptr) return key_of(Simd::divide(Simd::multiply(w, w), Simd::broadcast(s.divisor[col])));
+  if (s.root != nullptr) return key_of(Simd::multiply(w, Simd::broadcast(s.root[col])));
+  return key_of(w);
+}
+
+// Pruned in columns [first, first + m): what fewer than m - n of the group precede in (key, column).
+inline void choose_group(const UpdateBlock& block, int64_t first, Tile& tile) {
+  const int n = block.n, m = block.m;
+  Simd::Int key[wanda::cpu::kMaxGroup], rank[wanda::cpu::kMaxGroup];
+  for (int i = 0; i < m; ++i) {
+    key[i] = column_key(block.columns, Simd::load(tile.w + (first + i) * kWidth), first + i);
+    rank[i] = Simd::broadcast(i);  // all earlier columns, until they turn out to be larger
+  }
+  const Simd::Int minus_one = Simd::broadcast(-1);
+  for (int i = 0; i < m; ++i) {
+    for (int j = i + 1; j < m; ++j) {
+      const auto later_is_less = Simd::less(key[j], key[i]);
+      rank[i] = Simd::increment_where(later_is_less, rank[i]);
+      rank[j] = Simd::add_where(later_is_less, rank[j], minus_one);
+    }
+  }
+  const Simd::Int num_pruned = Simd::broadcast(m - n), zero = Simd::broadcast(0);
+  for (int i = 0; i < m; ++i) {
+    Simd::store(tile.pruned + (first + i) * kWidth, Simd::increment_where(Simd::less(rank[i], num_pruned), zero));
+  }
+}
+
+// w[:, j] -= errors[:, i + k] * u[i + k, j] for k = 0 .. kErrors - 1 in turn, and j in [begin, end).
+template <int kErrors>
+void take_off(const UpdateBlock& block, int64_t i, int64_t begin, int64_t end, Tile& tile) {
+  const float* u = block.u + i * block.u_stride;
+  Simd::Float error[kErrors];
+  for (int k = 0; k < kErrors; ++k) error[k] = Simd::load(tile.errors + (i + k) * kWidth);
+  for (int64_t j = begin; j < end; ++j) {
+    Simd::Float w = Simd::load(tile.w + j * kWidth);
+    for (int k = 0; k < kErrors; ++k) {
+      w = Simd::subtract(w, Simd::multiply(error[k], Simd::broadcast(u[k * block.u_stride + j])));
+    }
+    Simd::store(tile.w + j * kWidth, w);
+  }
+}
+
+inline void prune_column(const UpdateBlock& block, int64_t i, Tile& tile) {
+  const Simd::Float w = Simd::load(tile.w + i * kWidth);
+  const auto pruned = Simd::less(Simd::broadcast(0), Simd::load(tile.pruned + i * kWidth));
+  const Simd::Float quotient = Simd::divide(w, Simd::broadcast(block.u[i * block.u_stride + i]));
+  Simd::store(tile.errors + i * kWidth, Simd::zero_unless(pruned, quotient));
+  Simd::store(tile.w + i * kWidth, Simd::zero_if(pruned, w));
+}
+
+inline void update_tile(const UpdateBlock& block, Tile& tile) {
+  const int64_t width = block.columns.weight.n_cols;
+  const int64_t chunk = block.m == 0 ? kChunkColumns : round_up(kChunkColumns, block.m);
+  for (int64_t first = 0; first < width; first += chunk) {
+    const int64_t end = smaller(width, first + chunk);
+    for (int64_t i = first; i < end; ++i) {
+      if (block.m != 0 && i % block.m == 0) choose_group(block, i, tile);
+      prune_column(block, i, tile);
+      take_off<1>(block, i, i + 1, end, tile);
+    }
+    int64_t i = first;
+    for (; i + 8 <= end; i += 8) take_off<8>(block, i, end, width, tile);
+    for (; i + 4 <= end; i += 4) take_off<4>(block, i, end, width, tile);
+    for (; i < end; ++i) take_off<1>(block, i, end, width, tile);
+  }
+}
+
+inline void prune_and_update(const UpdateBlock& block, int64_t begin, int64_t end) {
+  const Matrix& weight = block.columns.weight;
+  const int64_t width = weight.n_cols;
+  Tile tile;
+  for (int64_t row = begin; row < end; row += kWidth) {
+    const int64_t n_rows = smaller<int64_t>(kWidth, end - row);
+    uint8_t* pruned = block.pruned + row * block.pruned_stride;
+    rows_to_columns(row_of<float>(weight, row), weight.stride, n_rows, width, tile.w);
+    if (block.m == 0) {
+      rows_to_columns(pruned, block.pruned_stride, n_rows, width, reinterpret_cast<float*>(tile.pruned));
+    }
+    update_tile(block, tile);
+    columns_to_rows(tile.w, n_rows, width, row_of<float>(weight, row), weight.stride);
+    columns_to_rows(tile.errors, n_rows, width, block.errors + row * width, width);
+    if (block.m != 0) {
+      columns_to_rows(reinterpret_cast<const float*>(tile.pruned), n_rows, width, pruned, block.pruned_stride);
+    }
+  }
+}
+
+}  // namespace WANDA_ISA

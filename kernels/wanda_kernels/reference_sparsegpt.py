@@ -1,0 +1,42 @@
+"""What is right for a block of SparseGPT's, in plain torch: one column at a time, all rows at once.
+
+Every product, quotient and difference is rounded on its own (no fused multiply-add); the other backends give
+the same bits. See `sparsegpt.py` for the arguments.
+Source: Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1, and its published code.
+"""
+
+import torch
+from torch import Tensor
+
+from wanda_kernels.sparsegpt import prune_in_blocks_
+
+
+def sparsegpt_(weight: Tensor, *rest) -> None:
+    prune_in_blocks_(mark_lowest, prune_and_update_block, weight, *rest)
+
+
+def block_scores(w: Tensor, u: Tensor, selector: str, root: Tensor | None, columns: slice) -> Tensor:
+    """Scores of some columns of a block: W^2 / U_jj^2, abs(W) * root or abs(W), fp32 `[out, columns]`."""
+    w = w[:, columns]
+    if selector == "obs":
+        return w.square() / u.diagonal()[columns].square()
+    return w.abs() * root[columns] if selector == "wanda" else w.abs()
+
+
+def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, rank: int) -> None:
+    scores = block_scores(w, u, selector, root, slice(None))
+    torch.le(scores, scores.flatten().sort().values[rank], out=pruned)
+
+
+def prune_and_update_block(
+    w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
+) -> None:
+    for i in range(w.shape[1]):
+        if m and i % m == 0:
+            group = slice(i, i + m)
+            lowest = block_scores(w, u, selector, root, group).sort(dim=1, stable=True).indices[:, : m - n]
+            pruned[:, group] = torch.zeros_like(pruned[:, group]).scatter_(1, lowest, True)
+        gone = pruned[:, i]
+        errors[:, i] = torch.where(gone, w[:, i] / u[i, i], 0.0)
+        w[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
+        w[:, i].masked_fill_(gone, 0.0)

@@ -1,0 +1,125 @@
+"""Peak memory as a formula: what a run holds at once, above Python and torch, before it begins.
+
+    kept    = activations (where they lie there) + masks
+    block   = block + ahead + max(statistics + hessians + forward, stored)
+    ends    = surroundings + logits
+    on a CPU: kept + max(block, ends)
+
+On a GPU the same of its memory, but for `ahead` and `stored`, which are on the host, `ahead` twice: as it is
+read and as it is pinned.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.architecture import Block, Linear
+from wanda_fast.evaluation import batch_of
+from wanda_fast.job import Job
+from wanda_fast.methods import Method
+from wanda_fast.placement import LEAVING
+
+FP32 = 4
+
+
+@dataclass
+class Footprint:
+    """Bytes, by what holds them.
+
+    Attributes:
+        block: the largest block, in the dtype of the computation.
+        ahead: the next block, being read.
+        stored: the block as it is written, where that is a copy.
+        activations: hidden states of all sequences, for calibration and evaluation.
+        statistics: of one block; hessians: of one block, where the method has them.
+        masks: packed, of all blocks, where they are saved.
+        surroundings: all but the blocks: embeddings, final norm, head.
+        forward: what a block's forward takes, on `tokens` tokens at once.
+        logits: of a batch of evaluation windows, with one window's in fp32, twice.
+    """
+
+    block: int
+    ahead: int
+    stored: int
+    activations: int
+    statistics: int
+    hessians: int
+    masks: int
+    surroundings: int
+    forward: int
+    logits: int
+
+    def peak(self, device: torch.device, kind: str) -> dict[str, int]:
+        """Bytes on the host, and on the GPU where `device` is one, with activations kept in `kind`."""
+        work = self.statistics + self.hessians + self.forward
+        on_host = self.activations if kind == "host" else 0
+        if device.type == "cpu":
+            kept = self.masks + (self.activations if kind != "disk" else 0)
+            passing = max(self.block + self.ahead + max(work, self.stored), self.surroundings + self.logits)
+            return {"host": kept + passing}
+        on_device = self.activations if kind == "device" else 0
+        return {
+            "host": self.masks + on_host + max(2 * self.ahead + self.stored, 2 * self.surroundings),
+            str(device): on_device + max(self.block + work, self.surroundings + self.logits),
+        }
+
+
+def footprint(
+    job: Job, model: nn.Module, blocks: list[Block], stored: torch.dtype | None, batch_size: int
+) -> Footprint:
+    """The formula's terms for a job whose forwards take `batch_size` sequences.
+
+    Args:
+        stored: dtype of a streamed checkpoint; None for a live model, whose own weights are not counted, nor
+            its perplexities, which are its own forwards.
+    """
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    calibration, windows = job.token_ids, None
+    weights = surroundings = 0
+    if stored is not None:
+        each = [_weights(block.module) for block in blocks]
+        weights, surroundings = max(each), _weights(model) - sum(each)
+        windows = job.evaluation and job.evaluation.windows
+    tokens = 0 if calibration is None else calibration.numel()
+    one_pass = job.sequential == "linear"  # all sequences are inside the block at once
+    inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
+    evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
+    return Footprint(
+        block=weights * size,
+        ahead=weights * size,
+        stored=weights * stored.itemsize if stored not in (None, model.dtype) else 0,
+        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * config.hidden_size * size,
+        statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
+        hessians=0,
+        masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
+        surroundings=surroundings * size,
+        forward=max(inside, evaluated) * _forward_per_token(blocks, config.hidden_size, size),
+        logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
+    )
+
+
+def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
+    """Bytes a token: a gated MLP's activated gate, up and product beside residual, norm and batches on their
+    way, and a norm's two fp32 copies."""
+    widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
+    return size * (3 * widest + (3 + LEAVING) * hidden_size) + 2 * FP32 * hidden_size
+
+
+def _statistics(block: Block, method: Method) -> int:
+    """What the method gathers, made on the meta device; linears that share a statistic count one each."""
+    gathered = [method.statistic(replace(linear, module=_on_meta(linear))) for linear in block.linears]
+    held = [value for stat in gathered if stat is not None for value in vars(stat).values()]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+def _on_meta(linear: Linear) -> nn.Linear:
+    return nn.Linear(linear.module.in_features, linear.module.out_features, bias=False, device="meta")
+
+
+def _mask_bytes(block: Block) -> int:
+    return sum(linear.module.out_features * -(-linear.module.in_features // 8) for linear in block.linears)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
