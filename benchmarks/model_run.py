@@ -21,6 +21,8 @@ from benchmarks.published_pipeline import Stopwatch, prune_as_published
 
 PHASES = ("read", "block inputs", "dense pass", "one pass", "statistics", "selection", "pruned pass", "write")
 
+ALIASES = {"load": "read", "factor": "selection", "error": "selection"}
+
 
 def run(settings: dict) -> dict:
     """The job of `settings["pipeline"]`: "published", "wanda_fast", or "gemm" for the rate of matmuls."""
@@ -90,7 +92,7 @@ def _phases(seconds: dict[str, float], wall: float) -> dict[str, float]:
     """By the names of `PHASES`; what is left of the wall time is "other"."""
     found = dict.fromkeys(PHASES, 0.0)
     for name, value in seconds.items():
-        name = "read" if name == "load" else name
+        name = ALIASES.get(name, name)
         if name in found:
             found[name] += value
     return found | {"other": wall - sum(found.values())}

@@ -27,9 +27,10 @@ def dense_pass(
         for batch, call in inputs.batches(index):
             with _ending_at(block, last_linear.get(make)):
                 call.run(block.module, inputs.hidden[batch])
-            called_once = sorted(statistics.calls) == sorted(linear.name for linear in block.linears)
-            if block.linears and called_once and not statistics.reads_output_of(statistics.calls[-1]):
-                last_linear[make] = statistics.calls[-1].removeprefix(block.name)
+            calls = statistics.calls
+            once = calls and sorted(calls) == sorted(linear.name for linear in block.linears)
+            if once and not statistics.reads_output_of(calls[-1]):
+                last_linear[make] = calls[-1].removeprefix(block.name)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def run_identity(
         **{option: recipe[option] for option in OPTIONS},
         "batch_size": batch_size,
         "device": source.device.type,
-        "hessians_on_host": sorted(hessians_on_host),  # by in_features; on a CPU they are nowhere else
         "forward": described(source.device),
+        "hessians_on_host": sorted(hessians_on_host),  # by in_features; on a CPU they are nowhere else
         "save_mask": recipe["save_mask"] is not None,
         "model": _model_digest(source),
         "calibration": None if token_ids is None else digest(token_ids),

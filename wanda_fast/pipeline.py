@@ -113,11 +113,11 @@ class _TwoPasses:
         if calibration is not None:
             tell("dense pass")
             with self.clock.phase("dense pass"):
-                statistics = self.gather(block)
+                statistics = self.statistics(block)
                 dense_pass(block, statistics, calibration, index, self.last_linear)
         return self.select(block, statistics, tell)
 
-    def gather(self, block: Block, before_call: bool = False) -> BlockStatistics:
+    def statistics(self, block: Block, before_call: bool = False) -> BlockStatistics:
         timed = partial(self.clock.part, "statistics")
         return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
 
@@ -134,7 +134,7 @@ class _OnePass(_TwoPasses):
     def __call__(
         self, index: int, block: Block, calibration: BlockInputs, tell: Callable[..., None]
     ) -> dict[str, LinearReport]:
-        statistics = self.gather(block, before_call=True)
+        statistics = self.statistics(block, before_call=True)
         reports: dict[str, LinearReport] = {}
         forwards = [
             partial(_advance_batch, block, calibration, batch, call)
