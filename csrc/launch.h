@@ -29,6 +29,7 @@ void prune_matrix(const Context&, const Selection&, int64_t rank);
 double prune_variant(const Context&, const Selection&, double ratio);  // returns alpha
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
+void add_bf16_product(const Context&, const Matrix& a, const Matrix& b, float* acc);  // acc += a^T b; fp32 operands
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 
 // GPU alone: bytes of scratch for an operation on this operand.
