@@ -87,7 +87,7 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def products() -> str:
-    """In what `add_gated_coactivation_` multiplies a bf16 model's operands: bf16 where the CPU can, or fp32."""
+    """What a bf16 model's operands are rounded to in `add_gated_coactivation_`: bf16, or fp32."""
     return _cpu_string("wanda_cpu_products")
 
 
