@@ -169,7 +169,7 @@ wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const O
   columns.divisor = vector_of(divisor, columns.weight, "divisor");
   const bool fits = pruned.scalar_type() == ScalarType::Bool && pruned.dim() == 2 && pruned.size(0) == w.size(0) &&
                     pruned.size(1) == w.size(1) && (w.size(1) <= 1 || pruned.stride(1) == 1);
-  STD_TORCH_CHECK(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor not given");
+  STD_TORCH_CHECK(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor null");
   return columns;
 }
 

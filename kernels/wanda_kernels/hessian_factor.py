@@ -3,7 +3,7 @@
 Published: Cholesky, inverse, Cholesky again. Here one Cholesky of the flipped matrix and one triangular
 inverse, n^3 / 3 and 2 n^3 / 3 FLOP: with J the exchange matrix, J H J = L L^T gives H = R R^T for the upper
 R = J L J, and U = R^-1 = J L^-1 J.
-Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.3; the flip stands in many GPTQ ports.
+Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.3.
 """
 
 from dataclasses import dataclass
