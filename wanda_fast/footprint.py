@@ -75,6 +75,8 @@ def footprint(
             its perplexities, which are its own forwards.
     """
     config, size = model.config.get_text_config(), model.dtype.itemsize
+    widths = [linear.module.in_features for block in blocks for linear in block.linears]
+    hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
     calibration, windows = job.token_ids, None
     weights = surroundings = 0
     if stored is not None:
@@ -90,12 +92,12 @@ def footprint(
         block=weights * size,
         ahead=weights * (size + widened),
         stored=weights * widened,
-        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * config.hidden_size * size,
+        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * size,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
-        forward=max(inside, evaluated) * _forward_per_token(blocks, config.hidden_size, size),
+        forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
         logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
     )
 

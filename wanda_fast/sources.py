@@ -96,6 +96,8 @@ class StreamedModel:
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Give the model these tensors, by their names on disk, under all of their names in the model."""
         for name, tensor in tensors.items():
+            # On the stream that computes, so in order with it. The tensor may be freed before it is copied:
+            # torch's allocator of pinned memory gives it to nobody until that stream has passed the copy.
             moved = tensor.to(self.device, non_blocking=True)
             if tensor.is_floating_point():
                 moved = moved.to(self.dtype)
