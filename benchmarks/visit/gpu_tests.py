@@ -7,6 +7,7 @@ from benchmarks.machine import ROOT
 from benchmarks.visit.commands import Command, Ended
 from benchmarks.visit.proof import Check, check, read_lines
 
+ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever plugins the machine has, none is needed
 GRACE_S = 30  # beyond which a share is ended, test and all
 
 
@@ -25,7 +26,7 @@ def _command(name: str, library: str, share: str, files: list[Path], seconds: fl
     argv += ["-p", "no:cacheprovider", "-p", "benchmarks.visit.pytest_outcomes", "--rootdir", str(ROOT)]
     argv += ["--outcomes", str(folder / f"{stem}.jsonl"), "--share", share, "--library", library]
     argv += ["--seconds", f"{seconds:.0f}", *map(str, files)]
-    return Command(name, argv, seconds + GRACE_S, folder / f"{stem}.log")
+    return Command(name, argv, seconds + GRACE_S, folder / f"{stem}.log", ENVIRONMENT)
 
 
 def checks(shares: list[tuple[Path, Ended]]) -> list[Check]:
