@@ -67,6 +67,7 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
         "launch": [],
+        "bf16_product": KERNEL_FLAGS,  # its functions say what they need of the CPU
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
         "attention_avx512": ["-Wno-maybe-uninitialized"],
     }

@@ -234,6 +234,15 @@ bool native_attends(Tensor q) {
   return wanda::attends(dtype_of(q), q.size(-1));
 }
 
+void native_add_bf16_product_(Tensor acc, Tensor a, Tensor b) {
+  require_floats(a, "a");
+  require_floats(b, "b");
+  const wanda::Matrix left = matrix_of(a, "a"), right = matrix_of(b, "b");
+  STD_TORCH_CHECK(left.n_rows == right.n_rows, "a and b must have as many rows");
+  float* sums = accumulator_of(acc, left.n_cols * right.n_cols);
+  wanda::add_bf16_product(Surroundings(acc).context(), left, right, sums);
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
@@ -251,6 +260,7 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
+  library.impl("native_add_bf16_product_", TORCH_BOX(&native_add_bf16_product_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));

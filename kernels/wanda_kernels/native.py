@@ -35,6 +35,7 @@ SCHEMAS = (
     " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
+    "native_add_bf16_product_(Tensor(a!) acc, Tensor a, Tensor b) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
@@ -85,6 +86,11 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(_cpu_string("wanda_cpu_isas").split(","))
 
 
+def products() -> str:
+    """What a bf16 model's operands are rounded to in `add_gated_coactivation_`: bf16, or fp32."""
+    return _cpu_string("wanda_cpu_products")
+
+
 def _cpu_string(function: str) -> str:
     call = getattr(ctypes.CDLL(str(library_path("cpu"))), function)
     call.restype = ctypes.c_char_p
@@ -115,7 +121,13 @@ def add_gated_coactivation_(
     activation: str | None,
     sq_norm: Tensor | None,
 ) -> None:
-    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands.
+
+    Where the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16; sums stay fp32.
+    """
+    add_product_ = _add_product_
+    if x.dtype == torch.bfloat16 and products() == "bf16":
+        add_product_ = _op("native_add_bf16_product_")
     gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
@@ -124,8 +136,12 @@ def add_gated_coactivation_(
         operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
         _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
         x_squared = _activated(blocks[2], None, 2)
-        acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
-        acc_up.addmm_(operands[:, n_out:].t(), x_squared)
+        add_product_(acc_gate, operands[:, :n_out], x_squared)
+        add_product_(acc_up, operands[:, n_out:], x_squared)
+
+
+def _add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    acc.addmm_(a.t(), b)
 
 
 def add_hessian_(acc: Tensor, x: Tensor) -> None:
