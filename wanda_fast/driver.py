@@ -152,7 +152,8 @@ def prune(
     blocks = find_blocks(model, tuple(ignore))
     survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
     if method.hessians is not None:
-        place_hessians(blocks, target, hessian_device, method.hessians)
+        before = chosen_before(Path(save_model), "hessians_on_host") if resume else None
+        place_hessians(blocks, target, hessian_device, method.hessians, before)
         method.hessians.stored = None if live and save_model is None else loaded.dtype
     seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
     with clock.phase("calibration text"):

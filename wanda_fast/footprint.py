@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.evaluation import batch_of
+from wanda_fast.hessian_memory import block_bytes
 from wanda_fast.job import Job
 from wanda_fast.methods import Method
 from wanda_fast.placement import LEAVING
@@ -94,7 +95,7 @@ def footprint(
         stored=weights * widened,
         activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * size,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
-        hessians=0,
+        hessians=block_bytes(blocks, job.method.hessians) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
         forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
@@ -111,13 +112,18 @@ def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
 
 def _statistics(block: Block, method: Method) -> int:
     """What the method gathers, made on the meta device; linears that share a statistic count one each."""
-    gathered = [method.statistic(replace(linear, module=_on_meta(linear))) for linear in block.linears]
+    gathered = [method.statistic(_on_meta(linear)) for linear in block.linears]
     held = [value for stat in gathered if stat is not None for value in vars(stat).values()]
     return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def _on_meta(linear: Linear) -> nn.Linear:
-    return nn.Linear(linear.module.in_features, linear.module.out_features, bias=False, device="meta")
+def _on_meta(linear: Linear) -> Linear:
+    out_features, in_features = linear.module.weight.shape
+    module, mlp = nn.Linear(in_features, out_features, bias=False, device="meta"), linear.gated
+    if mlp is not None:
+        own = [name for name in ("gate", "up") if getattr(mlp, name) is linear.module]
+        mlp = replace(mlp, **dict.fromkeys(own, module))
+    return replace(linear, module=module, gated=mlp)
 
 
 def _mask_bytes(block: Block) -> int:

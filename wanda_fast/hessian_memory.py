@@ -44,18 +44,26 @@ def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
     return [width for width in widths if (width in use.on_host) is on_host]
 
 
-def place_hessians(blocks: list[Block], device: torch.device, where: str, use: HessianUse) -> None:
+def place_hessians(
+    blocks: list[Block],
+    device: torch.device,
+    where: str,
+    use: HessianUse,
+    before: list[int] | None = None,
+) -> None:
     """Decide `use.on_host`, and refuse a Hessian that does not fit into the memory that is free.
 
     Args:
         where: "device", "host", or "auto": the device, but for the widest linears while the rest of a block's
             could take more than half of its free memory. Each linear counts with a Hessian of its own.
+        before: what "auto" chose in the run that this one resumes.
     Raises: `OutOfMemoryError` with the numbers, `UnknownMethodError`.
     """
     if where not in ("auto", "device", "host"):
         raise UnknownMethodError(f"hessian_device must be 'auto', 'device' or 'host', got {where!r}")
     if device.type != "cpu":
-        use.on_host = _too_wide(blocks, free_memory(device), where, use)
+        again = where == "auto" and before is not None
+        use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
     for place, on_host in ((device, False), (torch.device("cpu"), True)):
         widths = (_widths(block, use, on_host) for block in blocks)
         _require_fit(max(widths, key=lambda widths: peak_bytes(widths, use)), place, use)

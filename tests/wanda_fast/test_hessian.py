@@ -1,7 +1,6 @@
 """Hessians in the driver: shared, freed, and refused where no dampening helps."""
 
 import copy
-import gc
 import weakref
 
 import pytest
@@ -28,7 +27,6 @@ def alive(monkeypatch):
     init, factor, update = hessian.Hessian.__init__, wanda_kernels.factor_hessian, wanda_kernels.sparsegpt_
 
     def count(of):
-        gc.collect()
         counts[of].append(sum(reference() is not None for reference in made))
 
     def noted(self, *args):

@@ -81,9 +81,9 @@ def test_auto_places_the_widest_on_the_host(monkeypatch):
     free = {"cuda": 0, "cpu": 10 * MIB}
     monkeypatch.setattr(hessian_memory, "free_memory", lambda device: free[device.type])
 
-    def on_host(device_memory, where="auto", device="cuda"):
+    def on_host(device_memory, where="auto", device="cuda", before=None):
         free["cuda"], use = device_memory, HessianUse(True, True)
-        place_hessians(blocks, torch.device(device), where, use)
+        place_hessians(blocks, torch.device(device), where, use, before)
         return set(use.on_host)
 
     whole = peak_bytes([160, *[64] * 6], HessianUse(True, True))
@@ -92,6 +92,8 @@ def test_auto_places_the_widest_on_the_host(monkeypatch):
     assert on_host(2 * peak_bytes([64] * 6, HessianUse(True, True)) - 2) == {64, 160}
     assert on_host(2 * whole - 2, "device") == set() and on_host(2 * whole, "host") == {64, 160}
     assert on_host(0, "host", "cpu") == set()  # the device is the host
+    assert on_host(2 * whole, before=[160]) == {160}  # a resumed run keeps to its first choice
+    assert on_host(2 * whole, "device", before=[160]) == set()
     with pytest.raises(errors.OutOfMemoryError, match="Hessian of 160 inputs takes 0 MiB .* and cuda"):
         on_host(1000, "device")
     free["cpu"] = 1000

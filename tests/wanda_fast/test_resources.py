@@ -88,6 +88,9 @@ def test_connect_and_linear_take_more(choose):
     plain = choose(batch_size=1)
     connect = choose(method="connect", batch_size=1)
     assert connect.parts["statistics"] - plain.parts["statistics"] == 4 * (WIDEST * 64 - 64)
+    sparsegpt = choose(method="sparsegpt", batch_size=1)
+    squares = 6 * 64**2 + WIDEST**2  # and their factors, and one matrix more while the last is factored
+    assert plain.parts["hessians"] == 0 and sparsegpt.parts["hessians"] == 4 * (2 * squares + 64**2)
     linear = choose(sequential="linear", batch_size=1)
     assert linear.parts["forward"] == NSAMPLES * plain.parts["forward"] == NSAMPLES * SEQUENCE
 
