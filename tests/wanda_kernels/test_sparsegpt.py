@@ -145,7 +145,8 @@ def test_equals_reference_bit_for_bit(backend, device, dtype, selector):
     assert factor.dead.sum() == 3
     weight = edge_weight(5, width, dtype)
     scale = make_scale("vector", 5, width) if selector == "wanda" else None
-    for pattern in (0.0, 0.5, "2:4", "4:8"):
+    # interpreted Triton takes half a second a pattern
+    for pattern in (0.5, "4:8") if backend == "triton" else (0.0, 0.5, "2:4", "4:8"):
         options = {"selector": selector, "scale": scale}
         got, mask = assert_same_bits(backend, device, weight, factor, pattern, **options)
         assert (got[:, factor.dead] == 0).all()
