@@ -7,7 +7,7 @@ export TQDM_DISABLE := 1
 OUT := out/smollm2-connect-2of4
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
 
-.PHONY: prune test lint sanitize compile-report bench clean
+.PHONY: prune test lint sanitize compile-report bench bench-gpu clean
 
 prune: $(VENV)/installed $(GGUF)
 	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
@@ -35,6 +35,11 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.readme
+
+# A whole visit to a GPU with a bare machine's own python3: see benchmarks/gpu_visit.py. ARGS: --out, --only.
+# WANDA_BENCH_REHEARSE=1: the same path on a CPU.
+bench-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_visit $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info

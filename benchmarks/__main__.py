@@ -15,34 +15,12 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import (
-    bench_add_coactivation,
-    bench_add_sq_norm,
-    bench_dispatch,
-    bench_prune_matrix,
-    bench_prune_nm,
-    bench_prune_rows,
-    bench_prune_variant,
-    machine,
-    roofline,
-    roofs,
-    tables,
-)
-from benchmarks.rows import FAILED, Row, with_speed_ups
+from benchmarks import machine, roofline, roofs, tables
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.measure import BUDGET_S, measure
+from benchmarks.rows import FAILED
 from benchmarks.suite import Session
-
-MODULES = (  # in order of worth: a visit to a GPU may end early
-    bench_prune_nm,
-    bench_prune_rows,
-    bench_add_coactivation,
-    bench_add_sq_norm,
-    bench_prune_matrix,
-    bench_prune_variant,
-    bench_dispatch,
-)
-BENCHMARKS = {module.BENCHMARK.operation.rstrip("_"): module.BENCHMARK for module in MODULES}
-RESULTS = Path(__file__).parent / "results"
-BUDGET_S = {"cpu": 1.0, "cuda": 0.15}
+from benchmarks.tables import RESULTS
 
 app = typer.Typer(add_completion=False)
 console = Console(highlight=False, soft_wrap=True)
@@ -70,7 +48,10 @@ def run(
     budget = seconds if seconds is not None else 0.002 if quick else BUDGET_S[device]
     session = Session(device, quick, not (quick or no_compile), budget, measured)
     console.print(tables.conditions(facts, measured))
-    rows = [row for name in names for row in _run_one(BENCHMARKS[name], session, facts, folder)]
+    rows = []
+    for name in names:
+        console.print(f"\n[bold]{BENCHMARKS[name].operation}[/bold]")
+        rows += measure(BENCHMARKS[name], session, facts, folder, _say)
     measured_here = [path for path in sorted(folder.glob("*.json")) if path.stem in BENCHMARKS]
     plotted = [row for path in measured_here for row in tables.read(path)["rows"]]
     reason = roofline.plot(folder / "roofline.svg", plotted, measured, machine.sentence(facts))
@@ -99,20 +80,8 @@ def _device(device: str) -> str:
     return device
 
 
-@torch.inference_mode()
-def _run_one(benchmark, session: Session, facts: dict, folder: Path) -> list[Row]:
-    """One operation's rows, printed and written after each workload."""
-    console.print(f"\n[bold]{benchmark.operation}[/bold]")
-    line = benchmark.lineup(session)
-    rows = []
-    for found in benchmark.run(session, line):
-        rows = with_speed_ups(rows + found)
-        tables.write(folder, benchmark.operation, rows, facts, session.roofs, session.quick, line.not_run)
-        for row in rows[-len(found) :]:
-            console.print("  ".join(tables.cells(row)), markup=False)
-    for provider, reason in line.not_run.items():
-        console.print(f"Not run: {provider}: {reason}.", markup=False)
-    return rows
+def _say(line: str) -> None:
+    console.print(line, markup=False)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ WIDTH = 8
 PARAMS = {  # after the operands, as the public functions take them
     "add_sq_norm_": {},
     "add_coactivation_": {"activation": "silu", "power": 1},
+    "add_hessian_": {},
+    "add_gated_coactivation_": {"activation": "silu"},
     "prune_rows_": {"num_pruned": 4},
     "prune_nm_": {"n": 2, "m": 4},
     "prune_matrix_": {"rank": 4},
@@ -45,8 +47,14 @@ def _operands(operation: str, device: str) -> dict[str, Tensor]:
     row, matrix = torch.ones(WIDTH, device=device), torch.ones(1, WIDTH, device=device)
     if operation == "add_sq_norm_":
         return {"acc": row, "x": matrix}
+    if operation == "add_hessian_":
+        return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "x": matrix}
     if operation == "add_coactivation_":
         return {"acc": torch.zeros(WIDTH, WIDTH, device=device), "gate": matrix, "x": matrix.clone()}
+    if operation == "add_gated_coactivation_":
+        accs = torch.zeros(2, WIDTH, WIDTH, device=device)
+        outputs = {"gate": matrix, "up": matrix.clone(), "x": matrix.clone()}
+        return {"acc_gate": accs[0], "acc_up": accs[1], **outputs}
     return {"weight": matrix, "scale": row}
 
 
@@ -72,7 +80,7 @@ def _raw(operation: str, operands: dict[str, Tensor], params: dict) -> list[Prov
 
 
 def _measured(operation: str, operands: dict, params: dict, providers: list[Provider], session) -> list[Row]:
-    n_calls = 10 if session.quick else 500
+    n_calls = 1 if session.quick else 500
     arguments = (*operands.values(), *params.values())
     calls = {provider.name: _repeated(provider.call, arguments, n_calls) for provider in providers}
     ring = timing.Ring(tuple(operands.values()), 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+UNKNOWN = "unknown"
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a waiting thread spins by default
 GPU_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
@@ -32,6 +33,8 @@ def describe(device: str) -> dict[str, str | int | float]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+    if os.environ.get("WANDA_BENCH_REHEARSE") == "1":
+        facts["rehearsal"] = True
     return facts | (_gpu() if device == "cuda" else {})
 
 
@@ -61,15 +64,26 @@ def _cpu_name() -> str:
 
 
 def _gpu() -> dict[str, str]:
-    facts = {"gpu": torch.cuda.get_device_name(0), "cuda": str(torch.version.cuda)}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
+    facts = {"gpu": torch.cuda.get_device_name(0), "capability": capability, "cuda": str(torch.version.cuda)}
+    return facts | clocks()
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU now."""
     answer = _output("nvidia-smi", "--id=0", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader")
     names = GPU_QUERY.split(",")
     values = [value.strip() for value in answer.split(",")] if answer else ["unknown"] * len(names)
-    return facts | dict(zip(names, values, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def _commit() -> str:
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown"
+    """Of the checkout; of a tree without one, what WANDA_BENCH_COMMIT or a file COMMIT in it says."""
+    written = ROOT / "COMMIT"
+    told = os.environ.get("WANDA_BENCH_COMMIT") or (written.read_text().strip() if written.exists() else "")
+    if told:
+        return told
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or UNKNOWN
     code = ("--", ".", ":!benchmarks/results")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", *code)
     return f"{commit} with changes" if changed else commit

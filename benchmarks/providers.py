@@ -17,6 +17,7 @@ import wanda_kernels
 from wanda_kernels import backends
 
 PUBLISHED, TORCH, COMPILED = "published", "torch", "torch.compile"
+TOO_SLOW_INTERPRETED = ("prune_variant_",)  # left out of rehearsals
 OURS = tuple(name for name in backends.BACKENDS if name != TORCH)
 
 
@@ -61,7 +62,14 @@ def why_not(operation: str, device: str, backend: str) -> str:
     interpreted = backend == "triton" and device == "cpu"
     if interpreted and os.environ.get("WANDA_BENCH_REHEARSE") != "1":
         return "needs a GPU; interpreted, its time says nothing"
+    if interpreted and operation in TOO_SLOW_INTERPRETED:
+        return "interpreted, one call takes a quarter of a minute whatever the shape"
     return backends.why_not(operation, device, backend)
+
+
+def is_ours(provider: str) -> bool:
+    """A backend of ours, or a path that is forced within one: "triton", "triton, fused"."""
+    return provider.partition(",")[0] in OURS
 
 
 def ours(operation: str, backend: str) -> Callable[..., object]:

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from benchmarks import model_table, tables
-from benchmarks.__main__ import BENCHMARKS, RESULTS
+from benchmarks.catalogue import BENCHMARKS
 from benchmarks.machine import ROOT
 from benchmarks.providers import OURS, TORCH
 from benchmarks.rows import Row
+from benchmarks.tables import RESULTS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 COLUMNS = ("operation", *tables.COLUMNS)
@@ -51,13 +52,15 @@ def section(results: Path) -> str:
 
 def latest(results: Path, device: str) -> dict[str, Path]:
     """The newest file of each operation that was measured on such a device, smoke tests aside."""
-    found = {}
-    paths = [path for path in results.glob("*/*.json") if path.stem in BENCHMARKS]
-    for path in sorted(paths, key=lambda path: tables.read(path)["machine"]["date"]):
-        report = tables.read(path)
-        if report["machine"]["device"] == device and not report["quick"]:
-            found[path.stem] = path
-    return found
+    reports = {path: tables.read(path) for path in results.glob("*/*.json") if path.stem in BENCHMARKS}
+    for path, report in reports.items():
+        if report["machine"].get("rehearsal"):
+            raise typer.BadParameter(f"{path} is no measurement. {tables.REHEARSAL}")
+    return {
+        path.stem: path
+        for path, report in sorted(reports.items(), key=lambda item: item[1]["machine"]["date"])
+        if report["machine"]["device"] == device and not report["quick"]
+    }
 
 
 def _device(paths: dict[str, Path]) -> list[str]:

@@ -1,14 +1,14 @@
 """A row: one provider on one workload, right or FAILED, and what may be said of its speed."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from benchmarks.providers import PUBLISHED, TORCH
 from benchmarks.roofs import Roofs
 from benchmarks.timing import Timing
 from benchmarks.workloads import Workload
 
-FAILED = "FAILED"
+OK, FAILED, TEST_FAILED = "ok", "FAILED", "test failed"
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Row:
     setting: str
     provider: str
     headline: bool
-    status: str  # "ok" or FAILED
-    note: str = ""  # why it failed
+    status: str  # OK; FAILED: not what the reference gives here; TEST_FAILED: the operation's tests
+    note: str = ""  # why it is not OK
     error: float | None = None  # fraction of weights that differ, or largest relative error of a sum
     time_ms: float | None = None  # median
     fastest_ms: float | None = None
@@ -52,7 +52,7 @@ def judged(workload: Workload, provider: str, error: float, allowed: float, note
         setting=workload.setting,
         provider=provider,
         headline=workload.headline,
-        status="ok" if right else FAILED,
+        status=OK if right else FAILED,
         note="" if right else wrong,
         error=error if error != float("inf") else None,
     )
@@ -74,6 +74,12 @@ def timed(row: Row, timing: Timing, workload: Workload, roofs: Roofs) -> Row:
         roof=workload.bound,
         roof_pct=shares[workload.bound] * 100,
     )
+
+
+def refused(row: Row, note: str) -> Row:
+    """The row without any figure: a test of its operation failed, as the note says."""
+    figures = {field.name: None for field in fields(Row) if field.default is None}
+    return replace(row, status=TEST_FAILED, note=note, **figures)
 
 
 def with_speed_ups(rows: Iterable[Row]) -> list[Row]:

@@ -25,7 +25,12 @@ MODELS = (
     Model("Llama-3-70B", 8192, 28672, 1024),
     Model("Llama-3.2-1B", 2048, 8192, 512),
 )
+SMOLLM2 = Model("SmolLM2-135M", 576, 1536, 192)  # for what the published code takes long over
 
+EXTREMES = {  # the shortest and the longest rows
+    (1536, 576): "SmolLM2-135M up_proj",
+    (1024, 53248): "Llama-3.1-405B down_proj, 1024 of its rows",
+}
 HEADLINE = {
     "cuda": ((4096, 4096), (4096, 11008)),
     "cpu": ((1024, 4096),),
@@ -41,7 +46,7 @@ def names() -> dict[tuple[int, int], str]:
     for model in MODELS:
         for linear, shape in model.linears().items():
             found.setdefault(shape, f"{model.name} {linear}")
-    return found
+    return found | EXTREMES
 
 
 def weights(device: str, quick: bool) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.roofs import Roofs
-from benchmarks.rows import FAILED, Row
+from benchmarks.rows import OK, Row
 
 COLUMNS = (
     "shape",
@@ -24,6 +24,8 @@ COLUMNS = (
     "over published",
     "over torch",
 )
+REHEARSAL = "A rehearsal on a CPU, tiny shapes and interpreted kernels: its figures say nothing of speed."
+RESULTS = machine.ROOT / "benchmarks" / "results"
 
 
 def write(
@@ -46,24 +48,29 @@ def write(
         "not_run": dict(not_run),
         "rows": [asdict(row) for row in rows],
     }
-    _replace(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
-    _replace(folder / f"{name}.csv", _csv(rows, facts))
-    _replace(folder / f"{name}.md", _page(operation, rows, facts, roofs, quick, not_run))
+    replace_file(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    replace_file(folder / f"{name}.csv", as_csv(rows, facts))
+    replace_file(folder / f"{name}.md", _page(operation, rows, facts, roofs, quick, not_run))
 
 
 def read(path: Path) -> dict:
     """A JSON file written here, with its rows as `Row`."""
-    report = json.loads(path.read_text())
+    return from_json(json.loads(path.read_text()))
+
+
+def from_json(report: dict) -> dict:
     return report | {"rows": [Row(**row) for row in report["rows"]], "roofs": Roofs(**report["roofs"])}
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write the whole file or leave the old one: whoever is interrupted leaves no half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _csv(rows: Iterable[Row], facts: dict) -> str:
+def as_csv(rows: Iterable[Row], facts: dict) -> str:
+    """Every field of every row, and the machine beside it."""
     text = io.StringIO()
     names = [field.name for field in fields(Row)]
     where = {f"machine_{name}": value for name, value in facts.items()}
@@ -75,7 +82,9 @@ def _csv(rows: Iterable[Row], facts: dict) -> str:
 
 def _page(operation, rows, facts, roofs: Roofs, quick: bool, not_run: Mapping[str, str]) -> str:
     parts = [f"# {operation}", conditions(facts, roofs)]
-    if quick:
+    if facts.get("rehearsal"):
+        parts.append(f"**{REHEARSAL}**")
+    elif quick:
         parts.append("**A smoke test on tiny shapes: these figures say nothing about speed.**")
     if operation != "dispatch":
         parts.append(
@@ -97,8 +106,8 @@ def conditions(facts: dict, roofs: Roofs) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of `COLUMNS`; what is not known is a dash."""
-    if row.status == FAILED:
-        return row.shape, row.dtype, row.setting, row.provider, f"**FAILED**: {row.note}", *["-"] * 5
+    if row.status != OK:
+        return row.shape, row.dtype, row.setting, row.provider, f"**{row.status}**: {row.note}", *["-"] * 5
     return (
         row.shape,
         row.dtype,

@@ -31,6 +31,7 @@ void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned
 void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
+void add_bf16_product(const Context&, const Matrix& a, const Matrix& b, float* acc);  // acc += a^T b; fp32 operands
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 // Whether this machine has a kernel for causal attention of that dtype and head_dim, and torch has no better one.
 bool attends(DType dtype, int64_t head_dim);

@@ -202,6 +202,14 @@ void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
                   static_cast<int>(power), values);
 }
 
+void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
+  const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up");
+  STD_TORCH_CHECK(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
+  float* values = accumulator_of(out, 2 * gate.numel());
+  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
+}
+
 wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() && tensor.stride(3) == 1 &&
                       tensor.size(0) == q.size(0) && tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
@@ -226,12 +234,13 @@ bool native_attends(Tensor q) {
   return wanda::attends(dtype_of(q), q.size(-1));
 }
 
-void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
-  const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up");
-  STD_TORCH_CHECK(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
-  float* values = accumulator_of(out, 2 * gate.numel());
-  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
-  wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
+void native_add_bf16_product_(Tensor acc, Tensor a, Tensor b) {
+  require_floats(a, "a");
+  require_floats(b, "b");
+  const wanda::Matrix left = matrix_of(a, "a"), right = matrix_of(b, "b");
+  STD_TORCH_CHECK(left.n_rows == right.n_rows, "a and b must have as many rows");
+  float* sums = accumulator_of(acc, left.n_cols * right.n_cols);
+  wanda::add_bf16_product(Surroundings(acc).context(), left, right, sums);
 }
 
 bool native_all_finite(Tensor x, bool non_negative) {
@@ -251,6 +260,7 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
+  library.impl("native_add_bf16_product_", TORCH_BOX(&native_add_bf16_product_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));

@@ -1,8 +1,9 @@
 """The published algorithms, straight from their papers: slow, plain, and sharing no code with the library.
 
 One block at a time, one sequence at a time, one statistic a linear, full sorts.
-Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda); Wanda-CoNNect (connect);
-gated is this project's, as docs/gated.md derives it.
+Sources: Han et al. 2015 (magnitude); Sun et al. 2023, arXiv 2306.11695 (wanda, and SparseGPT's ablations);
+Wanda-CoNNect (connect); Frantar & Alistarh 2023, arXiv 2301.00774 (sparsegpt); gated is this project's, as
+docs/gated.md derives it.
 """
 
 import math
@@ -24,14 +25,16 @@ def prune_published(
     running_mean=True,
     gaps=None,
     follow=None,
+    updated=None,
 ):
     """Prune a live float32 model in place, and return which weights went.
 
     Args:
         model: a Hugging Face causal LM; every nn.Linear of its blocks is pruned.
         token_ids: LongTensor [nsamples, seqlen].
-        method: "magnitude", "wanda", "connect" (up_proj of a gated MLP; everything else as wanda) or "gated"
-            (its gate_proj, too).
+        method: "magnitude", "wanda", "connect" (up_proj of a gated MLP; everything else as wanda), "gated"
+            (its gate_proj, too); "sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter" or
+            "ablate_wanda_iter".
         pattern: "n:m" (n kept of m consecutive inputs) or a ratio as text, such as "0.5".
         use_variant: wanda's per-row cumulative-sum variant, for a ratio.
         connect_gate: "activated" (after the MLP's activation function) or "raw".
@@ -40,6 +43,7 @@ def prune_published(
         gaps: a list that gets each linear's nearest_tie: decisions with a gap do not hang on rounding.
         follow: a model pruned already; each block takes its weights from there after its masks are chosen,
             so that the next blocks see the inputs which they saw in that model.
+        updated: a dict that gets each linear's weight as the method leaves it.
 
     Returns: dict of linears' names, as in model.named_modules(), to bool masks [out, in], True where pruned.
     """
@@ -54,21 +58,36 @@ def prune_published(
         squares, coactivations = collect_statistics(
             block, linears, hidden, block_kwargs, method, connect_gate, running_mean
         )
+        hessians = collect_hessians(block, linears, hidden, block_kwargs) if method in UPDATING else {}
         for linear in linears:
-            scores = linear.weight.abs()
-            if linear in coactivations:
-                scores = scores * coactivations[linear].sqrt()
-            elif method != "magnitude":
-                scores = scores * squares[linear].sqrt().reshape(1, -1)
-            mask = select(scores, pattern, method, use_variant)
-            if gaps is not None and method != "magnitude":
-                gaps.append(nearest_tie(scores, mask, pattern, use_variant))
-            linear.weight[mask] = 0
+            if method in UPDATING:
+                root = squares[linear].sqrt()
+                mask = update(linear.weight, hessians.pop(linear), root, pattern, method)
+            else:
+                mask = score_and_select(
+                    linear, squares[linear], coactivations, pattern, method, use_variant, gaps
+                )
+                linear.weight[mask] = 0
             masks[names[linear]] = mask
+            if updated is not None:
+                updated[names[linear]] = linear.weight.clone()
             if follow is not None:
                 linear.weight.copy_(follow.get_submodule(names[linear]).weight)
         hidden = [run_block(block, x, kw) for x, kw in zip(hidden, block_kwargs, strict=True)]
     return masks
+
+
+def score_and_select(linear, squares, coactivations, pattern, method, use_variant, gaps):
+    """Which weights go, by their own scores alone."""
+    scores = linear.weight.abs()
+    if linear in coactivations:
+        scores = scores * coactivations[linear].sqrt()
+    elif method != "magnitude":
+        scores = scores * squares.sqrt().reshape(1, -1)
+    mask = select(scores, pattern, method, use_variant)
+    if gaps is not None and method != "magnitude":
+        gaps.append(nearest_tie(scores, mask, pattern, use_variant))
+    return mask
 
 
 def find_blocks(model):
@@ -163,6 +182,78 @@ def parts_of_mlp(module):
     if not isinstance(gate, nn.Linear):
         return None
     return gate, getattr(module, "up_proj", gate), getattr(module, "act_fn", None) or module.activation_fn
+
+
+UPDATING = ("sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter")
+
+
+def collect_hessians(block, linears, hidden, kwargs):
+    """The dense pass once more: each linear's own running mean over sequences of 2 x^T x."""
+    hessians = {linear: torch.zeros(linear.in_features, linear.in_features) for linear in linears}
+    seen, handles = dict.fromkeys(linears, 0), []
+
+    def add(linear, args, _):
+        x = args[0].reshape(-1, linear.in_features).float()
+        seen[linear] += 1
+        hessians[linear] *= (seen[linear] - 1) / seen[linear]
+        x = x * math.sqrt(2 / seen[linear])
+        hessians[linear] += x.T @ x
+
+    for linear in linears:
+        handles.append(linear.register_forward_hook(add))
+    for x, kw in zip(hidden, kwargs, strict=True):
+        run_block(block, x, kw)
+    for handle in handles:
+        handle.remove()
+    return hessians
+
+
+def update(weight, hessian, root, pattern, method, dampening=0.01, width=128):
+    """SparseGPT on one weight [out, in], in place, by the published column loop; returns what was pruned.
+
+    "seq": the mask is wanda's or magnitude's, of the weight as it was. "iter" and sparsegpt: chosen in each
+    block of columns (for a ratio: one threshold), or in each group as its first column comes (for n:m).
+    """
+    w = weight.clone()
+    kept, group = map(int, pattern.split(":")) if ":" in pattern else (0, 0)
+    given = None
+    if method.endswith("seq"):
+        scores = w.abs() * root if "wanda" in method else w.abs()
+        given = select(scores, pattern, "wanda" if "wanda" in method else "magnitude")
+    unused = hessian.diagonal() == 0
+    hessian.diagonal()[unused] = 1
+    w[:, unused] = 0
+    hessian.diagonal().add_(dampening * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    u = torch.linalg.cholesky(inverse, upper=True)
+
+    def importances(values, columns):
+        if "wanda" in method:
+            return values.abs() * root[columns]
+        return values.abs() if "mag" in method else values**2 / u.diagonal()[columns] ** 2
+
+    pruned = torch.zeros_like(w, dtype=torch.bool)
+    for first in range(0, w.shape[1], width):
+        last = min(first + width, w.shape[1])
+        values, u_block = w[:, first:last].clone(), u[first:last, first:last]
+        gone, errors = pruned[:, first:last], torch.zeros_like(values)
+        if given is not None:
+            gone |= given[:, first:last]
+        elif not group:
+            scores = importances(values, slice(first, last))
+            threshold = scores.flatten().sort().values[int(scores.numel() * float(pattern))]
+            gone |= scores <= threshold
+        for i in range(last - first):
+            if group and given is None and i % group == 0:
+                scores = importances(values[:, i : i + group], slice(first + i, first + i + group))
+                gone[:, i : i + group] = lowest_of_each_group(scores, kept, group)
+            error = values[:, i].masked_fill(~gone[:, i], 0) / u_block[i, i]
+            values[:, i:] -= error[:, None] @ u_block[i : i + 1, i:]
+            errors[:, i] = error
+        w[:, first:last] = values.masked_fill(gone, 0)
+        w[:, last:] -= errors @ u[first:last, last:]
+    weight.copy_(w)
+    return pruned
 
 
 def select(scores, pattern, method, use_variant=False):

@@ -68,7 +68,7 @@ def test_variant_by_hand():
 
 
 @pytest.mark.parametrize("family", PRUNABLE)
-@pytest.mark.parametrize("method", ["wanda", "connect"])
+@pytest.mark.parametrize("method", ["wanda", "connect", "gated"])
 def test_last_block_agrees_with_a_run_of_the_whole_model(family, method):
     """The last block's statistics again, taken from whole-model forwards rather than from replayed blocks."""
     dense = FAMILIES[family]()
@@ -84,12 +84,30 @@ def test_last_block_agrees_with_a_run_of_the_whole_model(family, method):
             continue
         x = inputs[linear].double()
         weighed = linear.weight.double().abs() * x.square().sum(0).sqrt()
-        if method == "connect" and name.endswith(".up_proj"):
-            mlp = dense.get_submodule(name.removesuffix(".up_proj"))
-            gate = mlp.act_fn(outputs[mlp.gate_proj]).double()
-            weighed = linear.weight.double().abs() * (gate.abs().T @ x.abs()).sqrt()
+        if method != "wanda" and name.endswith(("gate_proj", "up_proj")):
+            mlp = dense.get_submodule(name.rpartition(".")[0])
+            weighed = linear.weight.double().abs() * seen_through_mlp(mlp, linear, outputs, x, method).sqrt()
         cut = weighed.sort(dim=1).values[:, linear.in_features // 2]
         assert torch.equal(masks[name], weighed < cut[:, None]), name
+
+
+def seen_through_mlp(mlp, linear, outputs, x, method):
+    """The score's sum [out, in] of a gated MLP's projection."""
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = outputs[mlp.gate_up_proj].double().chunk(2, dim=1)
+        activation = mlp.activation_fn
+    else:
+        gate, up = outputs[mlp.gate_proj].double(), outputs[mlp.up_proj].double()
+        activation = mlp.act_fn
+    if method == "connect":
+        of_gate = torch.ones_like(gate).T @ x.square()
+        of_up = activation(gate).abs().T @ x.abs()
+    else:
+        slope = (activation(gate + 1e-6) - activation(gate - 1e-6)) / 2e-6
+        of_gate, of_up = (up * slope).square().T @ x.square(), activation(gate).square().T @ x.square()
+    if hasattr(mlp, "gate_up_proj"):
+        return torch.cat([of_gate, of_up])
+    return of_up if linear is mlp.up_proj else of_gate
 
 
 def record_whole_model(model, block, ids):
@@ -137,7 +155,7 @@ def test_tiny_models_tell_kinds_of_blocks_apart(family, monkeypatch):
     assert len(differing) > 3 and not any(".layers.0." in name for name in differing)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "connect"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "connect", "gated"])
 @pytest.mark.parametrize("pattern", ["0.3", "0.7", "2:4", "1:4", "4:8"])
 def test_counts(method, pattern):
     model = FAMILIES["llama3"]()

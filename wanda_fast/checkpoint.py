@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.errors import CheckpointError, OutputError, ResumeError
-from wanda_fast.journal import RUN, unfinished_run
+from wanda_fast.journal import RUN, partial_of, unfinished_run
 from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
 
 REPORT = "wanda_fast.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 UNLOADABLE = (OSError, ValueError, ImportError, KeyError)  # what transformers raises for what it cannot load
 
 
@@ -48,8 +49,11 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
+    readable = {} if gguf else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
+        )
     except UNLOADABLE as error:
         raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
     tokenizer = load_tokenizer(folder, **options)
@@ -85,7 +89,7 @@ def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
 def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
     """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten; `ResumeError`
     where an unfinished run would be lost."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     if (partial / RUN).is_file() and not (overwrite or resume):
         raise ResumeError(
             f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite"
@@ -100,7 +104,7 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
 
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
     """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -162,10 +166,7 @@ def locate(path: str) -> tuple[str, str | None]:
         raise CheckpointError(f"model folder {path} is empty")
     pickles = sorted(file.name for file in local.glob("*.bin"))
     if pickles and not any(local.glob("*.safetensors")) and not any(local.glob("*.gguf")):
-        raise CheckpointError(
-            f"model folder {path} holds its weights as pickles only ({pickles[0]}), which can run code when "
-            f"they are read: save it as safetensors"
-        )
+        raise _pickled(f"folder {path}", pickles[0])
     gguf = sorted(file.name for file in local.glob("*.gguf"))
     if (local / "config.json").is_file() or not gguf:
         return str(local), None
@@ -174,6 +175,26 @@ def locate(path: str) -> tuple[str, str | None]:
             f"model folder {path} holds {len(gguf)} GGUF files ({', '.join(gguf)}): name one of them"
         )
     return str(local), gguf[0]
+
+
+def refuse_pickles(repository: str, cache_dir: str | None) -> None:
+    """Raise `CheckpointError` where a hub repository without safetensors has pickles; fetches neither."""
+    from transformers.utils import has_file
+
+    for name in PICKLES:
+        try:
+            held = has_file(repository, name, cache_dir=cache_dir)
+        except UNLOADABLE:  # no such repository: whoever loads it says so
+            return
+        if held:
+            raise _pickled(repository, name)
+
+
+def _pickled(where: str, file: str) -> CheckpointError:
+    return CheckpointError(
+        f"model {where} holds its weights as pickles only ({file}), which can run code when they are read: "
+        f"save it as safetensors"
+    )
 
 
 def _forget_quantization(model: nn.Module) -> None:

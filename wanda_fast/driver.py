@@ -1,6 +1,7 @@
 """`prune`: the whole job behind one function, whose keywords are the command line's flags."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
 from wanda_fast.hessian_memory import place_hessians
 from wanda_fast.identity import run_identity, same_options
 from wanda_fast.job import Job, run_in_memory, run_streamed
-from wanda_fast.journal import chosen_before
+from wanda_fast.journal import chosen_before, partial_of
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
@@ -243,6 +244,7 @@ def _finished(folder: Path, recipe: dict) -> Report | None:
     report = Report.from_json(file.read_text(encoding="utf-8"))
     if not same_options(report.recipe, recipe):
         return None
+    shutil.rmtree(partial_of(folder), ignore_errors=True)  # killed after its last rename
     logger.info("%s is complete: nothing to resume", folder)
     return report
 

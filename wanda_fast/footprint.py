@@ -29,7 +29,7 @@ class Footprint:
 
     Attributes:
         block: the largest block, in the dtype of the computation.
-        ahead: the next block, being read.
+        ahead: the next block, being read, and widened where it is computed in another dtype.
         stored: the block as it is written, where that is a copy.
         activations: hidden states of all sequences, for calibration and evaluation.
         statistics: of one block; hessians: of one block, where the method has them.
@@ -81,14 +81,15 @@ def footprint(
         each = [_weights(block.module) for block in blocks]
         weights, surroundings = max(each), _weights(model) - sum(each)
         windows = job.evaluation and job.evaluation.windows
+    widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
     tokens = 0 if calibration is None else calibration.numel()
     one_pass = job.sequential == "linear"  # all sequences are inside the block at once
     inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
     evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
     return Footprint(
         block=weights * size,
-        ahead=weights * size,
-        stored=weights * stored.itemsize if stored not in (None, model.dtype) else 0,
+        ahead=weights * (size + widened),
+        stored=weights * widened,
         activations=(tokens + 2 * (0 if windows is None else windows.numel())) * config.hidden_size * size,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=0,

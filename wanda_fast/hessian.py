@@ -71,30 +71,39 @@ class Hessian:
 
 
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
-    """Factor each Hessian of the block's linears, or judge it where nothing is updated; the widest first.
+    """Judge the Hessians of the block's linears, and factor them where weights are updated; the widest first.
 
     Args:
         hessians: by linear name, shared by linears that read the same tensor.
     Raises: `NonFiniteError`, `HessianError`, naming block and linear.
     """
-    first = {hessians[name]: name for name in reversed(_names(block, hessians))}
-    for hessian in sorted(first, key=lambda hessian: -hessian.in_features):
-        where = f"block {block.name}: {first[hessian]}: input"
+    first: dict[Hessian, str] = {}
+    for linear in block.linears:
+        if linear.name in hessians:
+            first.setdefault(hessians[linear.name], linear.name)
+    _require_finite(block, first)
+    for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
         try:
-            if use.update:
-                hessian.make_factor(use)
-            else:
-                wanda_kernels.require_finite({"hessian": hessian.acc})
+            hessian.make_factor(use)
         except NotPositiveDefiniteError as error:
             raise HessianError(
-                f"{where} Hessian: {error}; more calibration tokens or a larger --dampening helps"
+                f"block {block.name}: {first[hessian]}: {error}; "
+                f"more calibration tokens or a larger --dampening helps"
             ) from error
-        except ValueError as error:
-            raise NonFiniteError(f"{where} {error}") from error
 
 
-def _names(block: Block, hessians: dict[str, Hessian]) -> list[str]:
-    return [linear.name for linear in block.linears if linear.name in hessians]
+def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:
+    """Of their diagonals: no element is larger than its row's or its column's on the diagonal."""
+    device = block.linears[0].module.weight.device if block.linears else None
+    diagonals = {
+        f"{name}: diagonal of the input Hessian": hessian.acc.diagonal().contiguous().to(device)
+        for hessian, name in hessians.items()
+        if hessian.acc is not None
+    }
+    try:
+        wanda_kernels.require_finite(diagonals)
+    except ValueError as error:
+        raise NonFiniteError(f"block {block.name}: {error}") from error
 
 
 def reconstruction_error(before: Tensor, after: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

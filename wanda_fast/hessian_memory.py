@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -12,24 +13,35 @@ from wanda_fast.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
-ADDING, FACTORING = 2, 2  # matrices beside a Hessian while a batch is added to it, while it is factored
+FACTORING = 2  # matrices beside a Hessian while it is factored
 SHARE_OF_DEVICE = 0.5  # of a GPU's free memory; weights, activations and the forward have the rest
 
 
 def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
     """Bytes of the Hessians and factors of one block at their highest, in_features of each being `widths`.
 
-    4 in^2 for each Hessian, and as much ADDING times for the widest as a batch comes, FACTORING times as it
-    is factored, first of all; then its factor takes its place, or joins it where errors are measured.
+    4 in^2 for each Hessian, and FACTORING times as much while it is factored, the widest first; then its
+    factor takes its place, or joins it where errors are measured.
     """
     squares = [4 * width**2 for width in sorted(widths, reverse=True)]
-    held = sum(squares)
-    peak = held + ADDING * max(squares, default=0)
+    held = peak = sum(squares)
     if use.update:
         for square in squares:
             peak = max(peak, held + FACTORING * square)
             held += square * use.measure_error
-    return peak
+    return max(peak, held)
+
+
+def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
+    """At most, on the device, of any of the blocks: each linear counts with a Hessian of its own."""
+    if use is None:
+        return 0
+    return max(peak_bytes(_widths(block, use, on_host=False), use) for block in blocks)
+
+
+def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
+    widths = (linear.module.in_features for linear in block.linears)
+    return [width for width in widths if (width in use.on_host) is on_host]
 
 
 def place_hessians(blocks: list[Block], device: torch.device, where: str, use: HessianUse) -> None:
@@ -42,22 +54,22 @@ def place_hessians(blocks: list[Block], device: torch.device, where: str, use: H
     """
     if where not in ("auto", "device", "host"):
         raise UnknownMethodError(f"hessian_device must be 'auto', 'device' or 'host', got {where!r}")
-    makes = {tuple(linear.module.in_features for linear in block.linears) for block in blocks}
     if device.type != "cpu":
-        use.on_host = _on_host(makes, free_memory(device), where, use)
-    for place, there in ((device, False), (torch.device("cpu"), True)):
-        kept = [[width for width in make if (width in use.on_host) is there] for make in makes]
-        _require_fit(max(kept, key=lambda widths: peak_bytes(widths, use)), place, use)
+        use.on_host = _too_wide(blocks, free_memory(device), where, use)
+    for place, on_host in ((device, False), (torch.device("cpu"), True)):
+        widths = (_widths(block, use, on_host) for block in blocks)
+        _require_fit(max(widths, key=lambda widths: peak_bytes(widths, use)), place, use)
 
 
-def _on_host(makes: set[tuple], free: int, where: str, use: HessianUse) -> frozenset[int]:
-    on_host = set()
-    for width in sorted({width for make in makes for width in make}, reverse=True):
-        left = [[other for other in make if other not in on_host] for make in makes]
-        crowded = max(peak_bytes(widths, use) for widths in left) > SHARE_OF_DEVICE * free
-        if where == "host" or (where == "auto" and crowded):
-            on_host.add(width)
-    return frozenset(on_host)
+def _too_wide(blocks: list[Block], free: int, where: str, use: HessianUse) -> frozenset[int]:
+    """Widths whose Hessians go to the host: all, none, or the widest while the rest is too much."""
+    if where == "device":
+        return frozenset()
+    left = replace(use, on_host=frozenset())
+    for width in sorted({width for block in blocks for width in _widths(block, left, False)}, reverse=True):
+        if where == "host" or block_bytes(blocks, left) > SHARE_OF_DEVICE * free:
+            left.on_host |= {width}
+    return left.on_host
 
 
 def _require_fit(widths: list[int], place: torch.device, use: HessianUse) -> None:

@@ -49,17 +49,21 @@ class Journal:
         return note["content"] if note is not None and note["run"] == self.run else None
 
 
+def partial_of(folder: Path) -> Path:
+    """Where a run grows what is to become `folder`."""
+    return folder.with_name(folder.name + ".partial")
+
+
 def unfinished_run(folder: Path) -> Path | None:
     """The unfinished run that `folder` is, is inside of, or is yet to become."""
-    partial = folder.with_name(folder.name + ".partial")
-    candidates = (folder, folder.parent) if folder.exists() else (partial,)
+    candidates = (folder, folder.parent) if folder.exists() else (partial_of(folder),)
     return next((found for found in candidates if (found / RUN).is_file()), None)
 
 
 def chosen_before(folder: Path, option: str) -> object:
     """What the unfinished run towards `folder` was begun with; None where there is none, or it cannot be
     read."""
-    note = _unsealed(folder.with_name(folder.name + ".partial") / RUN)
+    note = _unsealed(partial_of(folder) / RUN)
     return None if note is None else note["content"].get(option)
 
 

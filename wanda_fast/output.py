@@ -5,6 +5,7 @@ DIR.partial/                 until all is done
     block-00003.json         block 3 is finished: its shard's checksum, its linears' reports
     boundary-00004...        the inputs of block 4
     model/                   becomes DIR by one rename
+    replaced/                what was DIR, from that rename to the end
 """
 
 import os
@@ -22,13 +23,13 @@ from wanda_fast.boundary import Boundary
 from wanda_fast.checkpoint import REPORT, writing
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.interrupts import Interrupts
-from wanda_fast.journal import Journal
+from wanda_fast.journal import Journal, partial_of
 from wanda_fast.layout import save_surroundings
 from wanda_fast.report import LinearReport, Report
 from wanda_fast.shards import TensorFiles, sha256, sync_folder, write_tensors
 from wanda_fast.sources import StreamedModel
 
-MODEL = "model"
+MODEL, REPLACED = "model", "replaced"
 
 
 class StreamedOutput:
@@ -43,7 +44,7 @@ class StreamedOutput:
     def __init__(self, folder: Path, source: StreamedModel, identity: dict, resume: bool = False):
         self.folder, self.source, self.resume = folder, source, resume
         self.nblocks = len(source.blocks)
-        self.partial = folder.with_name(folder.name + ".partial")
+        self.partial = partial_of(folder)
         self.model = self.partial / MODEL
         self.journal = Journal(self.partial, identity)
         self.boundary = Boundary(self.journal)
@@ -51,6 +52,9 @@ class StreamedOutput:
         self.finished: dict[int, dict] = {}  # block -> its note
 
     def __enter__(self) -> "StreamedOutput":
+        replaced = self.partial / REPLACED
+        if replaced.exists() and not self.folder.exists():  # a run was killed between its last two renames
+            os.replace(replaced, self.folder)
         if self.resume and self.model.is_dir():
             self.journal.require_same_run()
             notes = {index: self._sound_note(index) for index in range(self.nblocks)}
@@ -119,14 +123,14 @@ class StreamedOutput:
             (self.model / REPORT).write_text(report.to_json(), encoding="utf-8")
             sync_folder(self.model, files=True)
             if self.folder.exists():
-                os.replace(self.folder, self.partial / "replaced")
+                os.replace(self.folder, self.partial / REPLACED)
             os.replace(self.model, self.folder)
             sync_folder(self.folder.parent)
 
     @staticmethod
     def is_under_way(folder: Path) -> bool:
         """Whether a run towards `folder` was left before its last rename."""
-        return (folder.with_name(folder.name + ".partial") / MODEL).is_dir()
+        return (partial_of(folder) / MODEL).is_dir()
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -90,6 +90,8 @@ class Variant(Unstructured):
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
+        if whole_matrix:  # magnitude, which has no variant
+            return super().prune_(weight, scale, whole_matrix=True, mask=mask)
         wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
         return "prune_variant_"
 

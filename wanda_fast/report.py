@@ -113,8 +113,14 @@ def update_warnings(linears: dict[str, LinearReport], dampening: float) -> list[
             found.setdefault(what, []).append(name)
         elif linear.dampening is not None and linear.dampening > dampening:
             what = f"had a Hessian that is not positive definite at a dampening of {dampening:g}"
-            found.setdefault(f"{what}, and was updated with {linear.dampening:g}", []).append(name)
-    return [f"{', '.join(names)} {what}" for what, names in found.items()]
+            found.setdefault(f"{what}; factored with {linear.dampening:g}", []).append(name)
+    return [f"{_listed(names)} {what}" for what, names in found.items()]
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more linears"
 
 
 def block_name(linear: str) -> str:

@@ -193,5 +193,5 @@ def _require_finite_still(block: Block, pruned: list[_Pruned]) -> None:
         linear = next(linear for linear, done in updated if not done.finite)
         raise NonFiniteError(
             f"block {block.name}: {linear.name}.weight ({linear.module.weight.dtype}) is not finite after "
-            f"its update: a larger --dampening or wider --dtype helps"
+            f"its update: a larger --dampening or a wider --dtype helps"
         )

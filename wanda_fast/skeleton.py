@@ -14,6 +14,7 @@ from wanda_fast.checkpoint import (
     first_line,
     load_tokenizer,
     locate,
+    refuse_pickles,
     require_dtype,
 )
 from wanda_fast.errors import NotStreamableError
@@ -73,16 +74,16 @@ def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
     from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
-    options = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
     try:
         if single := cached_file(folder, "model.safetensors", **options):
             return [Path(single)]
-        index = cached_file(folder, "model.safetensors.index.json", **options)
-        if index is None:
-            raise NotStreamableError("no model.safetensors")
-        return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
-    except UNLOADABLE as error:
-        raise NotStreamableError(first_line(error)) from error
+        if index := cached_file(folder, "model.safetensors.index.json", **options):
+            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
+    except UNLOADABLE as caught:
+        error = caught
+    refuse_pickles(folder, cache_dir)
+    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
 
 
 def _without_weights(config, dtype: torch.dtype) -> nn.Module:

@@ -131,7 +131,8 @@ class BlockStatistics:
         if module in self._now.added:
             self._now.added.remove(module)
             return
-        self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
+        with self.timed():
+            self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
         self._now.added.update(each for each in gated.reads if each is not module)
 
     def _keep_output(self, gated: _GatedStatistics, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -139,7 +140,8 @@ class BlockStatistics:
         overwrites = getattr(gated.mlp.activation, "inplace", False) and module is not gated.reads[-1]
         outputs[module] = output.clone() if overwrites else output
         if all(each in outputs for each in gated.reads):
-            self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
+            with self.timed():
+                self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
 
     def _add(self, gated: _GatedStatistics, outputs: list[Tensor], x: Tensor) -> None:
         self.by_name.update(gated.by_name)

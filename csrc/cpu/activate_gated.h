@@ -21,9 +21,8 @@ Activated activated_of(float x) {
     return {x * below, below + x * 0.39894228f * exponential(-0.5f * x * x)};
   }
   if (kActivation == Activation::kGeluTanh) {  // x * s(v), s the sigmoid
-    const float square = smaller(x * x, 1e30f);
-    const float s = 1.0f / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * square)));
-    return {x * s, s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * square)};
+    const float s = 1.0f / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+    return {x * s, s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x)};
   }
   if (kActivation == Activation::kRelu) return {x < 0 ? 0.0f : x, x > 0 ? 1.0f : 0.0f};
   return {x, 1.0f};

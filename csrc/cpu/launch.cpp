@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "bf16_product.h"
 #include "kernels_cpu.h"
 
 namespace wanda {
@@ -228,6 +229,25 @@ void activate_gated(const Context& context, const Matrix& gate, const Matrix& up
   });
 }
 
+void add_bf16_product(const Context& context, const Matrix& a, const Matrix& b, float* acc) {
+  using cpu::kPanel;
+  const int64_t n_pairs = (a.n_rows + 1) / 2, words = n_pairs * kPanel;
+  const int64_t n_panels = cpu::panels_of(b.n_cols);
+  const std::unique_ptr<uint32_t[]> packed(new uint32_t[n_panels * words]);
+  parallel_for(context, n_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) cpu::pack_panel(b, panel, packed.get() + panel * words);
+  });
+  parallel_for(context, cpu::panels_of(a.n_cols), 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint32_t[]> rows(new uint32_t[words]);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      cpu::pack_panel(a, panel, rows.get());
+      const int64_t first = panel * kPanel;
+      cpu::add_panel_product(rows.get(), packed.get(), n_pairs, acc + first * b.n_cols, b.n_cols,
+                             std::min(kPanel, a.n_cols - first), b.n_cols);
+    }
+  });
+}
+
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
@@ -240,7 +260,7 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
 
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (&kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  if (!cpu::kAttentionCompiled || &kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
   static const bool brain = __builtin_cpu_supports("avx512bf16");
   static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
     unsigned a, b, c, d = 0;
@@ -270,6 +290,11 @@ extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isa() {
   } catch (const std::exception&) {
     return "";
   }
+}
+
+// "bf16" where the instruction set in use goes with products of bf16 pairs, "fp32" elsewhere.
+extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_products() {
+  return std::strcmp(wanda_cpu_isa(), "avx512") == 0 && wanda::cpu::has_bf16() ? "bf16" : "fp32";
 }
 
 extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isas() {

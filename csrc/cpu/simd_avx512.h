@@ -69,8 +69,10 @@ struct Simd {
       fours[i + 3] = unpack_high(pairs[i + 1], pairs[i + 3]);
     }
     for (int j = 0; j < 4; ++j) {
-      const Float a = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88), b = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
-      const Float c = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88), d = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
+      const Float a = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88);
+      const Float b = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
+      const Float c = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88);
+      const Float d = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
       v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
       v[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
       v[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);

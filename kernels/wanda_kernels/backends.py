@@ -32,9 +32,12 @@ TABLE = {
     },
     "add_hessian_": {
         "torch": "reference:add_hessian_",
+        "triton": "add_hessian:add_hessian_",
+        "cpu": "native:add_hessian_",
     },
     "add_gated_coactivation_": {
         "torch": "reference:add_gated_coactivation_",
+        "triton": "add_gated_coactivation:add_gated_coactivation_",
         "cpu": "native:add_gated_coactivation_",
     },
     "prune_rows_": {
@@ -62,6 +65,7 @@ TABLE = {
     },
     "sparsegpt_": {
         "torch": "reference_sparsegpt:sparsegpt_",
+        "triton": "sparsegpt_block:sparsegpt_",
         "cpu": "native:sparsegpt_",
     },
 }

@@ -21,11 +21,31 @@ from pathlib import Path
 
 import torch
 
-from wanda_kernels import add_coactivation, add_sq_norm, prune_matrix, prune_nm, prune_rows, prune_variant
+from wanda_kernels import (
+    add_coactivation,
+    add_gated_coactivation,
+    add_hessian,
+    add_sq_norm,
+    prune_matrix,
+    prune_nm,
+    prune_rows,
+    prune_variant,
+    sparsegpt_block,
+)
 from wanda_kernels.reference import ACTIVATIONS
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have: A100; H100 and H200
-MODULES = (add_sq_norm, add_coactivation, prune_rows, prune_nm, prune_matrix, prune_variant)
+MODULES = (
+    add_sq_norm,
+    add_coactivation,
+    add_gated_coactivation,
+    add_hessian,
+    prune_rows,
+    prune_nm,
+    prune_matrix,
+    prune_variant,
+    sparsegpt_block,
+)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # dtype, and whether with a scale matrix and a mask (most registers); fp16 differs from bf16 only in its load
@@ -121,8 +141,14 @@ def variants() -> list[Variant]:
     for (module, name, _), recorder in zip(kernels, recorders, strict=True):
         setattr(module, name, recorder)
     try:
-        for launch in (_launch_sums, _launch_rows, _launch_nm, _launch_matrix, _launch_coactivation):
-            launch()
+        _launch_sums()
+        _launch_rows()
+        _launch_nm()
+        _launch_matrix()
+        _launch_coactivation()
+        _launch_gated_coactivation()
+        _launch_hessian()
+        _launch_sparsegpt()
     finally:
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
@@ -180,6 +206,30 @@ def _launch_coactivation() -> None:
     for size, (dtype, activation, power) in product((1024, 4096), FUSED):
         x = torch.empty(2048, size, dtype=dtype, device="meta")
         add_coactivation.add_fused_(torch.empty(size, size, device="meta"), x, x, activation, power)
+
+
+def _launch_gated_coactivation() -> None:
+    for dtype, activation in product(FLOATS, ACTIVATIONS):
+        if dtype != torch.bfloat16 and activation not in ("silu", "gelu"):
+            continue
+        x = torch.empty(2048, 4096, dtype=dtype, device="meta")
+        add_gated_coactivation.operands(x, x, x, activation, torch.empty(4096, device="meta"))
+
+
+def _launch_hessian() -> None:
+    acc, x = torch.empty(4096, 4096, device="meta"), torch.empty(2048, 4096, device="meta")
+    add_hessian.add_symmetric_(acc, x.bfloat16())  # fp16 takes the same instructions
+    add_hessian.mirror_(acc)
+
+
+def _launch_sparsegpt() -> None:
+    rules = product(((0.5, 0, 0), (None, 2, 4)), ("obs", "wanda", "magnitude"), (4096,))
+    # blocks of 120 columns, and rows that are not a multiple of 16 bytes apart
+    for (ratio, n, m), selector, size in (*rules, ((None, 12, 24), "obs", 3840), ((0.5, 0, 0), "obs", 4095)):
+        weight, upper = torch.empty(4096, size, device="meta"), torch.empty(size, size, device="meta")
+        dead, scale = torch.empty(size, dtype=torch.bool, device="meta"), torch.empty(size, device="meta")
+        scale = scale if selector == "wanda" else None
+        sparsegpt_block.sparsegpt_(weight, upper, dead, ratio, n, m, selector, scale, None, None)
 
 
 def compile_variant(variant: Variant, arch: int) -> Usage:

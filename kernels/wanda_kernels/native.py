@@ -35,12 +35,14 @@ SCHEMAS = (
     " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
+    "native_add_bf16_product_(Tensor(a!) acc, Tensor a, Tensor b) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
-BLOCK_TOKENS = 1024  # of the co-activation's fp32 copies: 1024 x 11008 is 45 MB
+BLOCK_TOKENS = 1024  # of fp32 copies: 1024 x 11008 is 45 MB
+HESSIAN_COLUMNS = 256  # of a band of the Hessian: wide enough for a matmul, little below the diagonal
 
 
 def library_path(backend: str) -> Path:
@@ -84,6 +86,11 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(_cpu_string("wanda_cpu_isas").split(","))
 
 
+def products() -> str:
+    """What a bf16 model's operands are rounded to in `add_gated_coactivation_`: bf16, or fp32."""
+    return _cpu_string("wanda_cpu_products")
+
+
 def _cpu_string(function: str) -> str:
     call = getattr(ctypes.CDLL(str(library_path("cpu"))), function)
     call.restype = ctypes.c_char_p
@@ -114,7 +121,13 @@ def add_gated_coactivation_(
     activation: str | None,
     sq_norm: Tensor | None,
 ) -> None:
-    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands.
+
+    Where the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16; sums stay fp32.
+    """
+    add_product_ = _add_product_
+    if x.dtype == torch.bfloat16 and products() == "bf16":
+        add_product_ = _op("native_add_bf16_product_")
     gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
@@ -123,8 +136,25 @@ def add_gated_coactivation_(
         operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
         _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
         x_squared = _activated(blocks[2], None, 2)
-        acc_gate.addmm_(operands[:, :n_out].t(), x_squared)
-        acc_up.addmm_(operands[:, n_out:].t(), x_squared)
+        add_product_(acc_gate, operands[:, :n_out], x_squared)
+        add_product_(acc_up, operands[:, n_out:], x_squared)
+
+
+def _add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    acc.addmm_(a.t(), b)
+
+
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    """Bands of rows from the diagonal on, by torch's fp32 matmul; then what is above is mirrored below."""
+    bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
+    for tokens in _as_rows(x).split(BLOCK_TOKENS):
+        tokens = tokens.float()
+        for band in bands:
+            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
+    for band in bands:
+        square = acc[band, band]
+        square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric
+        acc[band.stop :, band] = acc[band, band.stop :].t()
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:

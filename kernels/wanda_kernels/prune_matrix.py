@@ -22,17 +22,18 @@ def _count_digits_kernel(
     scale_ptr, stride_sm,
     state_ptr,  # int64 [2]: the digits known so far, the rank among the keys that begin with them
     counts_ptr,  # int64 [1 << BITS]
-    n_cols, tiles_per_row, n_tiles,
+    n_rows, n_cols, tiles_per_row, n_tiles,
     SHIFT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     counts = tl.zeros((1 << BITS,), tl.int32)
+    offs = tl.arange(0, BLOCK_M * BLOCK_N)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        row = (tile // tiles_per_row).to(tl.int64)
-        offs = tile % tiles_per_row * BLOCK + tl.arange(0, BLOCK)
-        inside = offs < n_cols
-        w_ptrs, scale_ptrs = w_ptr + row * stride_wm + offs, scale_ptr + row * stride_sm + offs
-        keys = load_keys(w_ptrs, scale_ptrs, inside, SCALE)  # [BLOCK]
+        rows = (tile // tiles_per_row).to(tl.int64) * BLOCK_M + offs // BLOCK_N
+        cols = tile % tiles_per_row * BLOCK_N + offs % BLOCK_N
+        inside = (rows < n_rows) & (cols < n_cols)
+        w_ptrs, scale_ptrs = w_ptr + rows * stride_wm + cols, scale_ptr + rows * stride_sm + cols
+        keys = load_keys(w_ptrs, scale_ptrs, inside, SCALE)  # [BLOCK_M * BLOCK_N]
         if not FIRST:
             inside &= (keys >> (SHIFT + BITS)) == tl.load(state_ptr).to(tl.int32)
         counts += tl.histogram((keys >> SHIFT) & ((1 << BITS) - 1), 1 << BITS, mask=inside)
@@ -85,16 +86,19 @@ def _prune_up_to_kernel(
 # bits of a key -> digits from the highest down; 256 bins are 8 counters a lane of a warp, 2048 are 64
 DIGITS = {15: (8, 7), 31: (10, 10, 11)}
 MOST_PROGRAMS = 1056  # 8 for each of an H200's 132 multiprocessors; each adds its counts to the total once
+TILE = 2048  # weights that a program counts at a time: of one row, or 128 of each of 16 short ones
 
 
-def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
+def ranked_key(weight: Tensor, scale: Tensor, stride_sm: int, kind: int, rank: int) -> Tensor:
+    """The key at sorted position `rank` of all of `weight`'s, int64, the first of a tensor of two.
+
+    scale, stride_sm, kind: as from `scale_arguments`.
+    """
     n_rows, n_cols = weight.shape
-    scale, stride_sm, kind = scale_arguments(weight, scale)
     digits = DIGITS[15 if kind == RAW_BITS.value else 31]
-    packed, stride_mm = mask_arguments(weight, mask)
-    operands = (weight, weight.stride(0), scale, stride_sm)
-    tiles_per_row = triton.cdiv(n_cols, 2048)
-    n_tiles = n_rows * tiles_per_row
+    block_n = TILE if n_cols >= TILE else 128
+    tiles_per_row = triton.cdiv(n_cols, block_n)
+    n_tiles = triton.cdiv(n_rows, TILE // block_n) * tiles_per_row
     state = torch.empty(2, dtype=torch.int64, device=weight.device)
     counts = torch.zeros(len(digits), 1 << max(digits), dtype=torch.int64, device=weight.device)
     shift = sum(digits)
@@ -102,11 +106,22 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
         shift -= bits
         flags = {"BITS": bits, "FIRST": place == 0}
         _count_digits_kernel[(min(n_tiles, MOST_PROGRAMS),)](
-            *operands, state, counts[place], n_cols, tiles_per_row, n_tiles,
-            **flags, SHIFT=shift, SCALE=kind, BLOCK=2048, num_warps=4, enable_fp_fusion=False,
+            weight, weight.stride(0), scale, stride_sm, state, counts[place],
+            n_rows, n_cols, tiles_per_row, n_tiles,
+            **flags, SHIFT=shift, SCALE=kind, BLOCK_M=TILE // block_n, BLOCK_N=block_n,
+            num_warps=4 if block_n == TILE else 8,  # rows apart: a pointer and a mask for each few weights
+            enable_fp_fusion=False,
         )  # fmt: skip
         _choose_digit_kernel[(1,)](state, counts[place], rank, **flags, num_warps=4)
+    return state
+
+
+def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
+    n_rows, n_cols = weight.shape
+    scale, stride_sm, kind = scale_arguments(weight, scale)
+    packed, stride_mm = mask_arguments(weight, mask)
+    threshold = ranked_key(weight, scale, stride_sm, kind, rank)
     _prune_up_to_kernel[(n_rows, triton.cdiv(n_cols, 1024))](
-        *operands, packed, stride_mm, state, n_cols,
+        weight, weight.stride(0), scale, stride_sm, packed, stride_mm, threshold, n_cols,
         SCALE=kind, HAS_MASK=mask is not None, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -13,6 +13,7 @@ NO_SCALE = tl.constexpr(0)
 ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale) of [in], taken by torch: a row's worth of roots, not a matrix's
 SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]
 RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight's own bits for keys: half the way to search
+SQUARE_OVER_VECTOR = tl.constexpr(4)  # W^2 / scale of [in], SparseGPT's score: squared and divided in fp32
 
 PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted, never pruned
 
@@ -35,6 +36,8 @@ def keys_of(w, scale, inside, SCALE: tl.constexpr):
         keys = tl.minimum(w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, nan_key)
     else:
         score = tl.abs(exact_float(w))
+        if SCALE == SQUARE_OVER_VECTOR:
+            score = tl.div_rn(score * score, scale)
         if SCALE == ROOT_VECTOR:
             score = score * scale
         if SCALE == SCALE_MATRIX:
@@ -47,8 +50,8 @@ def keys_of(w, scale, inside, SCALE: tl.constexpr):
 def load_keys(w_ptrs, scale_ptrs, inside, SCALE: tl.constexpr):
     w = tl.load(w_ptrs, mask=inside, other=0.0)
     scale = w
-    if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX:
-        scale = tl.load(scale_ptrs, mask=inside, other=0.0)
+    if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX or SCALE == SQUARE_OVER_VECTOR:
+        scale = tl.load(scale_ptrs, mask=inside, other=1.0)
     return keys_of(w, scale, inside, SCALE)
 
 

@@ -194,7 +194,10 @@ def test_targets_of_the_issues_have_workloads():
         ("prune_nm_", "1024x4096", "2:4"),
         ("prune_nm_", "1024x4096", "16:32"),
         ("add_sq_norm_", "2048x4096", "2048 tokens"),
+        ("sparsegpt_", "576x1536", "2:4"),
     }
+    of_gpu = {work.shape for work in suite_command.BENCHMARKS["sparsegpt"].workloads("cuda", False)}
+    assert {"4096x4096", "4096x11008", "4096x14336"} <= of_gpu
     assert {(4096, 4096), (11008, 4096), (8192, 28672), (512, 2048)} <= set(shapes.weights("cuda", False))
 
 
@@ -221,13 +224,13 @@ def test_readme_is_idempotent_and_says_what_was_not_measured(tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     cpu, gpu = text.split("### GPU")
     assert "| cpu | 2 ms | - | - | - | 4.00x | - |" in cpu and "77" not in cpu
-    assert gpu.count("not measured") == 7 and cpu.count("not measured") == 6
+    assert gpu.count("not measured") == 9 and cpu.count("not measured") == 8
 
 
 def test_readme_passes_smoke_tests_by_and_needs_its_comments(tmp_path, quick):
     path = page(tmp_path)
     assert write_readme(path, quick.parent).exit_code == 0
-    assert path.read_text().count("not measured") == 14
+    assert path.read_text().count("not measured") == 18
     path.write_text("no comments here\n")
     assert write_readme(path, quick.parent).exit_code == 2
     assert path.read_text() == "no comments here\n"

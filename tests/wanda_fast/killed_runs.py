@@ -1,4 +1,5 @@
-"""Runs that end in SIGKILL, each in a fork of this process: `python killed_runs.py MODEL OUT KILLS SEED`.
+"""Runs that end in SIGKILL, each in a fork of this process:
+`python killed_runs.py MODEL OUT METHOD KILLS SEED`.
 
 Every run resumes what the one before it left. When one reaches its end, its tensors' digest is noted and the
 next begins anew, until KILLS runs were killed and one more was finished. Prints JSON: the moments of the
@@ -23,9 +24,10 @@ import wanda_fast
 from wanda_fast import boundary, journal, shards
 
 MOMENTS = ("in a shard", "in a note", "after a shard, before its note", "before the last rename", "any")
+MOMENTS += ("between the renames of --overwrite", "after the last rename")
 
 
-def run(model, out):
+def run(model, out, method):
     wanda_fast.prune(
         model,
         dataset=f"{model}/text.txt",
@@ -34,10 +36,11 @@ def run(model, out):
         seqlen=24,
         eval_windows=2,
         device="cpu",
-        prune_method="connect",
+        prune_method=method,
         save_model=out,
         save_mask=str(out) + ".masks",
         resume=True,
+        overwrite=True,
     )
 
 
@@ -72,9 +75,12 @@ def arm(moment, chance):
             kill()
 
     def replace(source, target):
-        if Path(source).name == "model":
+        last = Path(source).name == "model"
+        if last and moment != "after the last rename":
             kill()
         os_replace(source, target)
+        if last:
+            kill()
 
     write_file, write, write_text, os_replace = (
         shards.write_file,
@@ -88,17 +94,17 @@ def arm(moment, chance):
         Path.write_text = write_half
     elif moment == "after a shard, before its note":
         journal.Journal.write = write_note
-    elif moment == "before the last rename":
+    elif "rename" in (moment or ""):
         os.replace = replace
 
 
-def child(model, out, moment, chance):
+def child(model, out, method, moment, chance):
     """Exit status of a run in a fork; killed from outside after a random time where the moment is any."""
     pid = os.fork()
     if not pid:
         arm(moment, chance)
         boundary.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))  # rarely, as always, after every block
-        run(model, out)
+        run(model, out, method)
         os._exit(0)
     if moment == "any":
         time.sleep(chance.uniform(0.02, 0.6))
@@ -115,26 +121,29 @@ def digest(folder):
     return found.hexdigest()
 
 
-def main(model, out, kills, seed):
+def main(model, out, method, kills, seed):
     torch.set_num_threads(1)
     chance, moments, out = random.Random(seed), [], Path(out)
-    run(model, out)  # unbroken; the forks start with all that it imported
+    run(model, out, method)  # unbroken; the forks start with all that it imported
     digests = [digest(out)]
     shutil.rmtree(out)
     while len(moments) < kills or len(digests) == 1:
         planned = None if len(moments) >= kills else MOMENTS[len(moments) % len(MOMENTS)]
-        status = child(model, out, planned, chance)
+        if planned == "between the renames of --overwrite":
+            out.mkdir(exist_ok=True)
+            (out / "old").touch()
+        status = child(model, out, method, planned, chance)
         if status == signal.SIGKILL:
             moments.append(planned)
-            assert (
-                not (out / "config.json").exists() or not out.with_name(out.name + ".partial/model").exists()
-            )
+            under_way = (out.with_name(out.name + ".partial") / "model").exists()
+            assert not (out / "config.json").exists() or not under_way
             continue
         assert status == 0, status
+        assert not (out / "old").exists() and not out.with_name(out.name + ".partial").exists()
         digests.append(digest(out))
         shutil.rmtree(out)
     print(json.dumps({"moments": moments, "digests": digests}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))

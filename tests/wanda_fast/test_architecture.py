@@ -43,15 +43,35 @@ def test_a_router_that_is_a_linear_is_left_alone():
     assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
 
 
-@pytest.mark.parametrize("family", ["opt", "phi", "gpt_neox"])
-def test_connect_without_a_gated_mlp_warns_once_and_prunes_as_wanda(family):
-    connect, wanda = FAMILIES[family](), FAMILIES[family]()
-    ids = token_ids(connect, 2, 32)
-    report = wanda_fast.prune(connect, dataset=ids, prune_method="connect")
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("opt", "connect"), ("phi", "connect"), ("gpt_neox", "connect"), ("opt", "gated"), ("mixtral", "gated")],
+)
+def test_without_a_gated_mlp_connect_and_gated_warn_once_and_prune_as_wanda(family, method):
+    model, wanda = FAMILIES[family](), FAMILIES[family]()
+    ids = token_ids(model, 2, 32)
+    report = wanda_fast.prune(model, dataset=ids, prune_method=method)
     wanda_fast.prune(wanda, dataset=ids)
-    assert sum("no gated MLP" in warning for warning in report.warnings) == 1
+    assert sum(f"no gated MLP: {method} prunes it as wanda" in w for w in report.warnings) == 1
     for name, weight in wanda.state_dict().items():
-        assert torch.equal(connect.state_dict()[name], weight), name
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma2", "phi3", "glm4", "qwen2"])
+def test_both_projections_of_a_gated_mlp_are_found(family):
+    for index, block in enumerate(find_blocks(FAMILIES[family]())):
+        found = {linear.name.rpartition(".mlp.")[2]: linear.gated for linear in block.linears if linear.gated}
+        fused = family in ("phi3", "glm4")
+        assert found.keys() == ({"gate_up_proj"} if fused else {"gate_proj", "up_proj"}), index
+        (mlp,) = set(found.values())  # one object, which the projections share
+        assert mlp.fused == fused and mlp.width == 160
+
+
+def test_a_fused_linear_of_another_shape_is_no_gated_mlp():
+    model = FAMILIES["phi3"]()
+    for layer in model.model.layers:
+        layer.mlp.gate_up_proj = nn.Linear(64, 2 * 160 + 2, bias=False)
+    assert not any(linear.gated for block in find_blocks(model) for linear in block.linears)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ SENTENCES = {
     "ratio below 0": (["--sparsity_ratio=-0.25"], ["[0, 1)", "-0.25"]),
     "ratio against N:M": (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], ["2:4", "0.5", "0.7"]),
     "in_features no multiple": (["--sparsity_type", "3:7"], ["model.layers.0", "64", "7"]),
+    "no such placement": (["--activations", "tape"], ["'tape'", "'disk'"]),
     "text too short": (["--dataset", "{short}", "--seqlen", "64"], ["short.txt", "64", "--seqlen"]),
     "no such dataset": (["--dataset", "wikitext3"], ["'wikitext3'", "wikitext2", ".txt"]),
     "ignore matches nothing": (["--ignore", "*.no_proj"], ["'*.no_proj'", "14 linears"]),

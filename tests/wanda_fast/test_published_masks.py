@@ -15,9 +15,11 @@ CLEAR_GAP = (
 
 RATIOS, PATTERNS = ("0.3", "0.5", "0.7"), ("2:4", "4:8", "1:4")
 CASES = [
-    (method, pattern, False) for method in ("magnitude", "wanda", "connect") for pattern in RATIOS + PATTERNS
+    (method, pattern, False)
+    for method in ("magnitude", "wanda", "connect", "gated")
+    for pattern in RATIOS + PATTERNS
 ]
-CASES += [("wanda", ratio, True) for ratio in RATIOS]
+CASES += [("wanda", ratio, True) for ratio in RATIOS] + [("gated", "0.5", True)]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,7 @@ def test_every_family(family, pattern):
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "gemma3", "opt", "mistral"])
-@pytest.mark.parametrize(("method", "pattern"), [("wanda", "0.5"), ("connect", "2:4")])
+@pytest.mark.parametrize(("method", "pattern"), [("wanda", "0.5"), ("connect", "2:4"), ("gated", "0.5")])
 def test_batch_size_does_not_matter(family, method, pattern):
     _, masks, ids = prune_clearly(family, method, pattern, nsamples=16)
     total = sum(mask.numel() for mask in masks.values())

@@ -157,6 +157,32 @@ def test_pickled_weights_are_refused(tmp_path, pydoc_text):
         wanda_fast.prune(str(tmp_path), dataset=token_ids(model, 2, 8))
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_on_the_hub_are_refused(file, tmp_path):
+    """A repository that the hub's cache holds, without safetensors; nothing of it is read."""
+    snapshot = tmp_path / "models--some--one" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--one" / "refs").mkdir()
+    (tmp_path / "models--some--one" / "refs" / "main").write_text("1")
+    FAMILIES["llama2"]().config.save_pretrained(snapshot)
+    (snapshot / file).write_bytes(b"not to be read")
+    tokens = torch.randint(3, 320, (2, 8))
+    with pytest.raises(errors.CheckpointError, match=rf"some/one holds .* pickles only \({file}\)"):
+        wanda_fast.prune("some/one", dataset=tokens, cache_dir=str(tmp_path))
+
+
+def test_weights_loaded_whole_are_no_pickles(tmp_path):
+    model = FAMILIES["mixtral"]()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with (
+        pytest.raises(errors.CheckpointError, match="cannot be loaded"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(checkpoint, "locate", lambda path: (path, None))
+        checkpoint.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [

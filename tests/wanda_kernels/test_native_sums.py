@@ -10,6 +10,7 @@ pytestmark = needs_cpu
 ISAS = () if native.why_not("cpu") else native.cpu_isas()
 SUM_TOLERANCE = 2e-5  # 256 fp32 additions of squares, each off by 2^-24 at most, then fp64
 PRODUCT_TOLERANCE = 2e-5  # fp32 matmul over tokens; the activations are good to 1e-6
+BF16_TOLERANCE = 2**-7  # two operands rounded to 8 bits
 
 
 @pytest.fixture(params=ISAS)
@@ -65,6 +66,64 @@ def test_coactivation(isa, activation, power, dtype):
     native.add_coactivation_(acc, gate, x, activation, power, sq_norm)
     torch.testing.assert_close(acc.double(), expected[0], rtol=PRODUCT_TOLERANCE, atol=0)
     torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_gated_coactivation(isa, activation, dtype):
+    gate, up, x = 3 * torch.randn(2, 601, 37), torch.randn(2, 601, 37), torch.randn(2, 601, 53)
+    gate, up, x = gate.to(dtype), up.to(dtype), x.to(dtype)
+    accs, sq_norm = torch.rand(2, 37, 53), torch.rand(53)
+    expected = accs.double(), sq_norm.double()
+    values = gate.double().flatten(0, 1).requires_grad_()
+    activated = reference.ACTIVATIONS[activation](values)
+    (effects,) = torch.autograd.grad(activated, values, up.double().flatten(0, 1))
+    squares = x.double().flatten(0, 1).square()
+    expected[0][0].addmm_(effects.square().t(), squares)
+    expected[0][1].addmm_(activated.detach().square().t(), squares)
+    expected[1].add_(squares.sum(0))
+    native.add_gated_coactivation_(*accs, gate, up, x, activation, sq_norm)
+    in_bf16 = dtype == torch.bfloat16 and native.products() == "bf16"
+    tolerance = BF16_TOLERANCE if in_bf16 else PRODUCT_TOLERANCE
+    torch.testing.assert_close(accs.double(), expected[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
+
+
+def test_only_the_widest_instruction_set_multiplies_in_bf16(isa):
+    assert native.products() == "fp32" or native.cpu_isa() == "avx512"
+
+
+@pytest.mark.skipif(not ISAS or native.products() != "bf16", reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 16), (7, 5, 97), (33, 16, 96), (513, 37, 53)])
+def test_bf16_product(shape):
+    """Exact but for fp32 sums, on operands that are rounded first, and for any number of threads."""
+    n_tokens, n_out, n_in = shape
+    a, b = torch.randn(n_tokens, 2 * n_out).square(), torch.randn(n_tokens, n_in + 3).square()[:, 1:-2]
+    a = a[:, n_out:]
+    a[0, 0], b[-1, -1] = 1e30, 1e-30
+    before = torch.rand(n_out, n_in)
+    expected = before + a.bfloat16().double().t() @ b.bfloat16().double()
+    around = torch.full((2, n_out * n_in + 8), -7.0)
+    threads = torch.get_num_threads()
+    try:
+        for n_threads, row in zip((1, 2), around, strict=True):
+            torch.set_num_threads(n_threads)
+            acc = row[4:-4].view(n_out, n_in).copy_(before)
+            native._op("native_add_bf16_product_")(acc, a, b)
+            torch.testing.assert_close(acc.double(), expected, rtol=PRODUCT_TOLERANCE, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*around) and (around[:, :4] == -7).all() and (around[:, -4:] == -7).all()
+
+
+@pytest.mark.skipif(not ISAS or native.products() != "bf16", reason="the CPU has no AVX512-BF16")
+def test_bf16_product_carries_infinity_and_nan():
+    a, b = torch.ones(5, 20), torch.ones(5, 40)
+    a[3, 18], b[4, 39] = float("inf"), float("nan")
+    acc = torch.zeros(20, 40)
+    native._op("native_add_bf16_product_")(acc, a, b)
+    assert (acc[18, :39] == float("inf")).all() and acc[:, 39].isnan().all()
+    assert (acc[:18, :39] == 5).all() and (acc[19, :39] == 5).all()
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])

@@ -78,6 +78,16 @@ def test_sums(dtype, backend):
         torch.testing.assert_close(sq_norm, exact, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh", "relu", None))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sums_of_a_gated_mlp(dtype, activation):
+    gate, up, x = (torch.randn(8192, n, device="cuda").to(dtype) for n in (11008, 11008, 4096))
+    accs, expected = torch.zeros(2, 2, 11008, 4096, device="cuda")
+    wanda_kernels.add_gated_coactivation_(*accs, gate, up, x, activation, backend="triton")
+    reference.add_gated_coactivation_(*expected, gate, up, x, activation, None)
+    torch.testing.assert_close(accs, expected, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("power", (1, 2))
 @pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh", "relu", None))
 def test_both_ways_to_the_coactivation_agree(activation, power):
@@ -88,3 +98,21 @@ def test_both_ways_to_the_coactivation_agree(activation, power):
     add_coactivation.add_fused_(sums[0], gate, x, activation, power)
     add_coactivation.add_addmm_(sums[1], gate, x, activation, power, None)
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", ((4096, 4096), (1024, 11008), (1000, 4095)))
+@pytest.mark.parametrize("pattern", (0.5, "2:4", "4:8", "12:24"))
+def test_sparsegpt_equals_reference_bit_for_bit(shape, pattern):
+    n_rows, n_cols = shape
+    m = int(pattern.split(":")[1]) if isinstance(pattern, str) else 1
+    n_cols = n_cols // m * m
+    x = torch.randn(2 * n_cols, n_cols, device="cuda").bfloat16()
+    hessian = torch.zeros(n_cols, n_cols, device="cuda")
+    wanda_kernels.add_hessian_(hessian, x)
+    factor = wanda_kernels.factor_hessian(hessian)
+    weights = torch.randn(n_rows, n_cols, device="cuda").mul_(0.02).expand(2, -1, -1).clone()
+    masks = torch.full((2, n_rows, -(-n_cols // 8)), 0xA5, dtype=torch.uint8, device="cuda")
+    for weight, mask, backend in zip(weights, masks, ("torch", "triton"), strict=True):
+        wanda_kernels.sparsegpt_(weight, factor, pattern, mask=mask, backend=backend)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(weights[0].view(torch.int32), weights[1].view(torch.int32))

@@ -15,6 +15,7 @@ def arguments(operation: str, backend: str) -> tuple:
         "add_sq_norm_": (scale, x, backend),
         "add_coactivation_": (weight, gate, x, "silu", 1, scale, backend),
         "add_hessian_": (torch.zeros(16, 16), x, backend),
+        "add_gated_coactivation_": (weight, weight.clone(), gate, gate + 1, x, "silu", scale, backend),
         "prune_rows_": (weight, scale, 7, mask, backend),
         "prune_nm_": (weight, scale, 2, 4, mask, backend),
         "prune_matrix_": (weight, None, 20, None, backend),

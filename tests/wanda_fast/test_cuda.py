@@ -1,0 +1,85 @@
+"""On a GPU: a streamed checkpoint and a live model give the same bytes, wherever activations lie."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast.placement import Placement, on_host
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pydoc_text):
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint(FAMILIES["llama2"]().bfloat16(), folder, pydoc_text[:20000])
+    return folder
+
+
+def prune(model, out, **options):
+    """The report, and the tensors of what was written."""
+    settings = dict(dataset=token_ids(FAMILIES["llama2"](), 6, 128), batch_size=2, seqlen=128, device="cuda")
+    settings |= dict(eval_dataset=token_ids(FAMILIES["llama2"](), 3, 128), save_model=out)
+    report = wanda_fast.prune(model, **settings | options)
+    return report, load_file(out / "model.safetensors")
+
+
+def assert_equal_bytes(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("method", ["wanda", "connect", "magnitude"])
+def test_streamed_equals_live(method, llama, tmp_path):
+    live = FAMILIES["llama2"]().bfloat16()
+    _, expected = prune(live, tmp_path / "live", prune_method=method)
+    report, streamed = prune(str(llama), tmp_path / "streamed", prune_method=method)
+    assert_equal_bytes(streamed, expected)
+    assert 0 < report.peak_memory["cuda:0"]
+
+
+@pytest.mark.parametrize("sequential", ["block", "linear"])
+def test_every_placement_gives_the_same(sequential, llama, tmp_path):
+    results = {
+        kind: prune(str(llama), tmp_path / kind, activations=kind, sequential=sequential)
+        for kind in ("device", "host", "disk")
+    }
+    expected, tensors = results.pop("device")
+    for report, other in results.values():
+        assert report.perplexity == expected.perplexity
+        assert_equal_bytes(other, tensors)
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_no_copy_overtakes_what_it_waits_for(kind, tmp_path):
+    """Long kernels before each result, large batches, three passes: a copy too early or memory reused too
+    early would show."""
+    placement = Placement(kind, torch.device("cuda", 0), tmp_path)
+    expected = torch.randint(-4, 5, (14, 1024, 1024)).bfloat16()
+    hidden = placement.empty(expected.shape, expected.dtype)
+    batches = [slice(start, start + 2) for start in range(0, 14, 2)]
+    for batch in batches:
+        hidden[batch] = expected[batch].cuda()
+    for _ in range(3):
+        for batch in batches:
+            seen = hidden[batch]
+            torch.cuda._sleep(10_000_000)  # cycles: some milliseconds
+            hidden[batch] = seen * 2 + 1
+            del seen
+            torch.full((2, 1024, 1024), 7.0, dtype=torch.bfloat16, device="cuda")  # takes freed memory
+    expected = expected.cuda()
+    for _ in range(3):
+        expected = expected * 2 + 1
+    assert torch.equal(torch.cat(list(on_host(hidden))), expected.cpu())
+    placement.close()
+
+
+def test_host_memory_is_pinned(tmp_path):
+    hidden = Placement("host", torch.device("cuda", 0)).empty((2, 8, 4), torch.bfloat16)
+    assert hidden._stored.is_pinned() and hidden[0:2].is_cuda
