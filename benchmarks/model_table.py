@@ -49,7 +49,7 @@ def rows(report: dict) -> list[dict]:
     for row in found:
         for name, dtype in (("over_same_dtype", row["dtype"]), ("over_float32", "float32")):
             wall = published.get((dtype, row["method"]))
-            row[name] = wall / row["wall_s"] if row["agrees"] and wall is not None else None
+            row[name] = wall / row["wall_s"] if row["agreement"] and wall is not None else None
     return found
 
 
@@ -65,7 +65,7 @@ def _medians(runs: list[dict], report: dict) -> dict:
     walls = [sum(seconds.values()) for seconds in scaled]
     seconds = {name: statistics.median(each[name] for each in scaled) for name in scaled[0]}
     passes = seconds["dense pass"] + seconds["one pass"] + seconds["pruned pass"]
-    flops = work["flops"]["published" if published else first["sequential"]]
+    flops = report["flops"]["published" if published else first["sequential"]]
     masks = [run["masks"] for run in runs if run["masks"]]
     lowest = {name: min(each[name] for each in masks) for name in masks[0]} if masks else None
     return {
@@ -75,7 +75,7 @@ def _medians(runs: list[dict], report: dict) -> dict:
         "peak_bytes": max(run["peak_bytes"] for run in runs),
         "gemm_share": flops / passes / gemm_rate(report, first["dtype"]) if passes else None,
         "masks": lowest,
-        "agrees": None if lowest is None else lowest["first linear"] >= LEAST_AGREEMENT,
+        "agreement": None if lowest is None else lowest["first linear"] >= LEAST_AGREEMENT,
     }
 
 
@@ -84,10 +84,10 @@ def gemm_rate(report: dict, dtype: str) -> float:
 
 
 def conditions(report: dict) -> str:
-    work, flops = report["workload"], report["workload"]["flops"]
+    work, flops = report["workload"], report["flops"]
     dtypes = dict.fromkeys(each["dtype"] for each in report["gemm"])
     rates = ", ".join(f"{gemm_rate(report, dtype) / 1e12:.3g} TFLOP/s in {dtype}" for dtype in dtypes)
-    least = min((len(row["walls_s"]) for row in rows(report)), default=0)
+    least = min((len(row["walls_s"]) for row in report["rows"]), default=0)
     part = ""
     if work["published_blocks"] < work["blocks"]:
         part = (
@@ -120,7 +120,7 @@ def agreement(report: dict) -> str:
     found = [
         f"{row['method']} {row['dtype']} {row['sequential']}: "
         + ", ".join(f"{name} {share:.2%}" for name, share in row["masks"].items())
-        for row in rows(report)
+        for row in report["rows"]
         if row["masks"]
     ]
     return "Masks in common with the published pipeline's: " + "; ".join(found) + "." if found else ""
@@ -128,7 +128,7 @@ def agreement(report: dict) -> str:
 
 def _sorted(report: dict) -> list[dict]:
     order = {"published": 0, "wanda_fast": 1}
-    return sorted(rows(report), key=lambda row: (row["method"], row["dtype"], order[row["pipeline"]]))
+    return sorted(report["rows"], key=lambda row: (row["method"], row["dtype"], order[row["pipeline"]]))
 
 
 def _name(row: dict) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _name(row: dict) -> tuple[str, ...]:
 
 def _cells(row: dict) -> tuple[str, ...]:
     factors = [times(row[key]) for key in ("over_same_dtype", "over_float32")]
-    if row["agrees"] is False:
+    if row["agreement"] is False:
         factors = ["**other masks**"] * 2
     low, high = min(row["walls_s"]), max(row["walls_s"])
     share = "-" if row["gemm_share"] is None else f"{row['gemm_share']:.0%}"

@@ -27,7 +27,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ATTENTION_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+BF16_FLAG = "-mavx512bf16"
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
@@ -63,15 +63,17 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     """Every object, then the library."""
     compiler, torch = _compiler("cpu"), _torch("cpu")
     extra = SANITIZE_FLAGS if sanitize else []
-    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS, "attention_avx512": ATTENTION_FLAGS}
+    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
         "launch": [],
         "bf16_product": KERNEL_FLAGS,  # its functions say what they need of the CPU
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
-        "attention_avx512": ["-Wno-maybe-uninitialized"],
+        "attention_avx512": ["-Wno-maybe-uninitialized"],  # GCC's own AVX-512 headers
     }
     if platform.machine() in ("x86_64", "AMD64"):
+        known = [BF16_FLAG] if _knows(compiler, BF16_FLAG) else []
+        of_isa["attention_avx512"] = [*AVX512_FLAGS, *known]
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []
     for name, each in flags.items():
@@ -83,6 +85,11 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     # --no-as-needed: the stable ABI's functions are found through these names alone.
     link = [*compiler, "-shared", *extra, *map(str, objects), "-o", str(library), "-Wl,--no-as-needed"]
     return [*steps, (library, objects, [*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"])]
+
+
+def _knows(compiler: list[str], flag: str) -> bool:
+    command = [*compiler, flag, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _cuda_steps(library: Path, report: bool) -> list[Step]:

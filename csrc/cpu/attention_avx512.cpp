@@ -6,14 +6,15 @@
 //
 // All operands are read in units of 32 bits: one fp32, or two bf16 that one instruction multiplies and adds.
 #if defined(__x86_64__)
+#include "attention.h"
+
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-
-#include "attention.h"
 
 namespace wanda::cpu {
 namespace {
@@ -267,6 +268,8 @@ void attend_heads(const Attention& a, int64_t begin, int64_t end, void* memory) 
 
 }  // namespace
 
+extern const bool kAttentionCompiled = true;
+
 size_t attention_scratch_bytes(const Attention& a) {
   if (a.dtype == DType::kFloat) return Workplace<Single>(a, nullptr).end - static_cast<char*>(nullptr);
   return Workplace<Brain>(a, nullptr).end - static_cast<char*>(nullptr);
@@ -278,4 +281,13 @@ void attend_avx512(const Attention& a, int64_t begin, int64_t end, void* memory)
 }
 
 }  // namespace wanda::cpu
+#else
+namespace wanda::cpu {
+
+extern const bool kAttentionCompiled = false;
+size_t attention_scratch_bytes(const Attention&) { return 0; }
+void attend_avx512(const Attention&, int64_t, int64_t, void*) {}
+
+}  // namespace wanda::cpu
+#endif
 #endif

@@ -260,7 +260,7 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
 
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (&kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  if (!cpu::kAttentionCompiled || &kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
   static const bool brain = __builtin_cpu_supports("avx512bf16");
   static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
     unsigned a, b, c, d = 0;

@@ -36,7 +36,7 @@ def test_both_pipelines_prune_the_same_weights(here, tmp_path, capsys):
     report = json.loads(out.read_text())
     assert report["not_run"] == {"nosuch": "wanda_fast does not know this method"}
     assert (report["workload"]["published_blocks"], report["workload"]["blocks"]) == (2, 3)
-    found = model_table.rows(report)
+    found = report["rows"]
     rows = {(row["method"], row["pipeline"], row["sequential"]): row for row in found}
     assert len(rows) == len(found) == 6 and len(report["runs"]) == 12
     for (_, pipeline, sequential), row in rows.items():
@@ -44,7 +44,7 @@ def test_both_pipelines_prune_the_same_weights(here, tmp_path, capsys):
         assert set(row["seconds"]) == {*model_run.PHASES, "other"} and row["seconds"]["statistics"] > 0
         assert (row["seconds"]["one pass"] > 0) == (sequential == "linear")
         if pipeline == "published":
-            assert row["masks"] is row["over_same_dtype"] is row["agrees"] is None
+            assert row["masks"] is row["over_same_dtype"] is row["agreement"] is None
             assert 1.4 < row["wall_s"] / median_wall(report, row) < 1.51  # three blocks for two
         else:
             published = rows[row["method"], "published", "block"]
@@ -72,7 +72,7 @@ def test_a_file_keeps_its_runs_and_refuses_other_work(here, tmp_path):
     assert bench_prune_model.main(words) == bench_prune_model.main(words) == 0
     report = json.loads(out.read_text())
     assert len(report["runs"]) == 4 and len(report["gemm"]) == 2
-    assert [len(row["walls_s"]) for row in model_table.rows(report)] == [2, 2]
+    assert [len(row["walls_s"]) for row in report["rows"]] == [2, 2]
     with pytest.raises(SystemExit, match="runs of other work"):
         bench_prune_model.main([*words, "--sparsity-type", "4:8"])
     assert json.loads(out.read_text()) == report
