@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks import model_table
 from benchmarks.rows import TEST_FAILED, Row
 from benchmarks.visit.choices import chosen
 
@@ -103,18 +104,19 @@ def _job(
 
 def _row(report: dict, pipeline: str, sequential: str = "block") -> dict | None:
     """A pipeline's row; none where it has pruned other weights than the published one."""
-    rows = [row for row in report["rows"] if (row["pipeline"], row["sequential"]) == (pipeline, sequential)]
-    return rows[0] if rows and rows[0].get("agreement") is not False else None
+    rows = model_table.rows(report)
+    found = [row for row in rows if (row["pipeline"], row["sequential"]) == (pipeline, sequential)]
+    return found[0] if found and found[0]["agrees"] is not False else None
 
 
 def _over_floor(report: dict, sequential: str, flops_per_s: float | None) -> float | None:
-    row = _row(report, "wanda_fast", sequential)
-    return row["wall_s"] / (report["flops"][sequential] / flops_per_s) if row and flops_per_s else None
+    row, flops = _row(report, "wanda_fast", sequential), report["workload"]["flops"][sequential]
+    return row["wall_s"] / (flops / flops_per_s) if row and flops_per_s else None
 
 
 def _over_published(report: dict) -> float | None:
-    ours, published = _row(report, "wanda_fast"), _row(report, "published")
-    return published["wall_s"] / ours["wall_s"] if ours and published else None
+    row = _row(report, "wanda_fast")
+    return row["over_same_dtype"] if row else None
 
 
 def _over_published_without_forwards(report: dict) -> float | None:

@@ -1,7 +1,6 @@
 """The whole job: `benchmarks.bench_prune_model` on shapes of real models, one method and pattern a call."""
 
 import json
-from importlib.util import find_spec
 from itertools import product
 
 from benchmarks.visit.commands import run
@@ -28,8 +27,6 @@ def names(rehearsal: bool) -> list[str]:
 
 def measure(visit: Visit, name: str) -> str:
     """The report of one job, into `data["jobs"]`; why there is none, empty where there is."""
-    if find_spec(MODULE) is None:
-        return f"{MODULE} is not in this tree"
     shape, pattern, method = name.split("/")
     out = visit.work / f"{name.replace('/', '-').replace(':', 'of')}.json"
     out.unlink(missing_ok=True)
@@ -43,20 +40,7 @@ def measure(visit: Visit, name: str) -> str:
     if not out.exists():
         return ended.why() or "no report was written"
     report = json.loads(out.read_text())
-    if report.get("not_run") and not report.get("rows"):
+    if not report["runs"]:
         return "; ".join(f"{what}: {reason}" for what, reason in report["not_run"].items())
     visit.data["jobs"][name] = report
     return ended.why()
-
-
-def merged(reports: dict[str, dict]) -> dict[str, dict]:
-    """SHAPE/PATTERN -> the report of all its methods."""
-    found: dict[str, dict] = {}
-    for name, report in reports.items():
-        setting = name.rpartition("/")[0]
-        old = found.get(setting, report | {"rows": [], "not_run": {}})
-        found[setting] = old | {
-            "rows": old["rows"] + report["rows"],
-            "not_run": old["not_run"] | report["not_run"],
-        }
-    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from benchmarks import machine, tables
+from benchmarks import machine, model_table, tables
 from benchmarks.roofs import Roofs
 from benchmarks.rows import Row
 from benchmarks.tables import duration, markdown, times
@@ -50,6 +50,17 @@ def truth(checks: Iterable[dict]) -> str:
 def goals(data: dict, rows: list[Row]) -> str:
     lines = [(each.goal, each.came, each.verdict) for each in outcomes(data, rows)]
     return markdown(("goal", "what came", "verdict"), lines)
+
+
+def merged_jobs(reports: dict[str, dict]) -> dict[str, dict]:
+    """SHAPE/PATTERN -> the report of all its methods' runs."""
+    found: dict[str, dict] = {}
+    for name, report in reports.items():
+        setting = name.rpartition("/")[0]
+        old = found.get(setting, report | {"runs": [], "gemm": [], "not_run": {}})
+        found[setting] = old | {part: old[part] + report[part] for part in ("runs", "gemm")}
+        found[setting]["not_run"] = old["not_run"] | report["not_run"]
+    return found
 
 
 def _verdict(check: dict) -> str:
@@ -110,17 +121,6 @@ def _choice_cells(choice) -> tuple[str, ...]:
     )
 
 
-def _jobs(jobs: dict[str, dict]) -> str:
-    lines = []
-    for name, report in jobs.items():
-        for row in report["rows"]:
-            pipeline = row["pipeline"] if row["pipeline"] == "published" else f"ours, {row['sequential']}"
-            seconds = ", ".join(f"{phase} {value:.2f}" for phase, value in row["seconds"].items() if value)
-            factor = "other masks" if row["agreement"] is False else times(row.get("over_same_dtype"))
-            share = f"{row['gemm_share']:.0%}" if row["gemm_share"] else "-"
-            peak = f"{row['peak_bytes'] / 2**30:.1f} GiB"
-            lines.append(
-                (name, pipeline, row["dtype"], f"{row['wall_s']:.2f} s", factor, share, peak, seconds)
-            )
-    header = ("job", "pipeline", "dtype", "wall", "over published", "of GEMM rate", "peak", "seconds")
-    return markdown(header, lines) if lines else NOTHING
+def _jobs(reports: dict[str, dict]) -> str:
+    pages = [model_table.page(report).strip() for report in merged_jobs(reports).values()]
+    return "\n\n".join(pages) if pages else NOTHING

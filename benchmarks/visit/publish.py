@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import machine, roofline, tables
 from benchmarks.roofs import Roofs
-from benchmarks.visit import jobs, page
+from benchmarks.visit import page
 from benchmarks.visit.state import trusted
 
 
@@ -29,7 +29,7 @@ def publish(paths: list[Path], results: Path) -> Path:
         where = report["machine"]
         tables.write(folder, report["operation"], rows, where, measured, report["quick"], report["not_run"])
         shown += rows
-    for index, (setting, report) in enumerate(jobs.merged(data["jobs"]).items()):
+    for index, (setting, report) in enumerate(page.merged_jobs(data["jobs"]).items()):
         name = setting.replace("/", "-").replace(":", "of")
         path = folder / "prune_model.json" if index == 0 else folder / "jobs" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
