@@ -195,3 +195,19 @@ def stopped_before_block(index):
         return prune_block(block, *rest)
 
     return prune
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma2"])
+def test_triton_finds_the_same_masks(family, monkeypatch):
+    """Interpreted where there is no GPU; the halves of a fused projection are strided there."""
+    ids, models = token_ids(FAMILIES[family](), 2, 20), {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("WANDA_KERNELS_BACKEND", backend)
+        models[backend] = FAMILIES[family]()
+        report = wanda_fast.prune(
+            models[backend], prune_method="gated", sparsity_type="2:4", dataset=ids, ignore=["*.self_attn.*"]
+        )
+        assert set(report.backends.values()) == {backend}
+    for name in report.linears:
+        one, other = (models[backend].get_submodule(name).weight == 0 for backend in models)
+        assert (one == other).float().mean() > 0.999, name

@@ -10,7 +10,6 @@ import wanda_fast
 
 RECIPES = {
     "connect 2:4": dict(prune_method="connect", sparsity_type="2:4"),
-    "gated 2:4": dict(prune_method="gated", sparsity_type="2:4", ignore=["*.self_attn.*", "*.down_proj"]),
     "wanda, attention": dict(prune_method="wanda", ignore=["*.mlp.*"]),  # rows are slow to interpret
 }
 EQUAL_MASKS = 0.9999  # selection is exact; the sums that it ranks by may differ in the last bit
