@@ -87,7 +87,7 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def products() -> str:
-    """What a bf16 model's operands are rounded to in `add_gated_coactivation_`: bf16, or fp32."""
+    """What a bf16 model's operands are rounded to in co-activations: bf16, or fp32."""
     return _cpu_string("wanda_cpu_products")
 
 
@@ -104,12 +104,16 @@ def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
 def add_coactivation_(
     acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None
 ) -> None:
-    """Blocks of tokens become fp32, activation, abs and power applied; torch's matmul sums them into acc."""
+    """Blocks of tokens become fp32, activation, abs and power applied; a matmul sums them into acc.
+
+    Where the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16; sums stay fp32.
+    """
+    add_product_ = _product_of(x.dtype)
     gate, x = _as_rows(gate), _as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
     for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
-        acc.addmm_(_activated(gate_block, activation, power).t(), _activated(x_block, None, power))
+        add_product_(acc, _activated(gate_block, activation, power), _activated(x_block, None, power))
 
 
 def add_gated_coactivation_(
@@ -121,13 +125,8 @@ def add_gated_coactivation_(
     activation: str | None,
     sq_norm: Tensor | None,
 ) -> None:
-    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands.
-
-    Where the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16; sums stay fp32.
-    """
-    add_product_ = _add_product_
-    if x.dtype == torch.bfloat16 and products() == "bf16":
-        add_product_ = _op("native_add_bf16_product_")
+    """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
+    add_product_ = _product_of(x.dtype)
     gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
@@ -140,8 +139,11 @@ def add_gated_coactivation_(
         add_product_(acc_up, operands[:, n_out:], x_squared)
 
 
-def _add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    acc.addmm_(a.t(), b)
+def _product_of(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """acc += a^T b of fp32 a and b, for a model of that dtype."""
+    if dtype == torch.bfloat16 and products() == "bf16":
+        return _op("native_add_bf16_product_")
+    return lambda acc, a, b: acc.addmm_(a.t(), b)
 
 
 def add_hessian_(acc: Tensor, x: Tensor) -> None:
