@@ -65,7 +65,7 @@ def test_coactivation(isa, activation, power, dtype):
     expected[1].add_(x64.square().sum(0))
     native.add_coactivation_(acc, gate, x, activation, power, sq_norm)
     in_bf16 = dtype == torch.bfloat16 and native.products() == "bf16"
-    tolerance = 2**-8 if in_bf16 else PRODUCT_TOLERANCE
+    tolerance = BF16_TOLERANCE if in_bf16 else PRODUCT_TOLERANCE
     torch.testing.assert_close(acc.double(), expected[0], rtol=tolerance, atol=0)
     torch.testing.assert_close(sq_norm.double(), expected[1], rtol=SUM_TOLERANCE, atol=0)
 
