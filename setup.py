@@ -95,6 +95,7 @@ setup(
         "transformers>=5.0",
         "datasets>=4.0",
         "safetensors>=0.5",
+        "psutil>=5.9",
         "accelerate>=1.1",
         "gguf>=0.10",
         "ninja",
