@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks import model_table
 from benchmarks.rows import TEST_FAILED, Row
 from benchmarks.visit.choices import chosen
 
@@ -104,13 +103,12 @@ def _job(
 
 def _row(report: dict, pipeline: str, sequential: str = "block") -> dict | None:
     """A pipeline's row; none where it has pruned other weights than the published one."""
-    rows = model_table.rows(report)
-    found = [row for row in rows if (row["pipeline"], row["sequential"]) == (pipeline, sequential)]
-    return found[0] if found and found[0]["agrees"] is not False else None
+    found = [row for row in report["rows"] if (row["pipeline"], row["sequential"]) == (pipeline, sequential)]
+    return found[0] if found and found[0]["agreement"] is not False else None
 
 
 def _over_floor(report: dict, sequential: str, flops_per_s: float | None) -> float | None:
-    row, flops = _row(report, "wanda_fast", sequential), report["workload"]["flops"][sequential]
+    row, flops = _row(report, "wanda_fast", sequential), report["flops"][sequential]
     return row["wall_s"] / (flops / flops_per_s) if row and flops_per_s else None
 
 

@@ -60,6 +60,7 @@ def merged_jobs(reports: dict[str, dict]) -> dict[str, dict]:
         old = found.get(setting, report | {"runs": [], "gemm": [], "not_run": {}})
         found[setting] = old | {part: old[part] + report[part] for part in ("runs", "gemm")}
         found[setting]["not_run"] = old["not_run"] | report["not_run"]
+        found[setting]["rows"] = model_table.rows(found[setting])
     return found
 
 
