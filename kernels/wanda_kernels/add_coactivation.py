@@ -5,7 +5,7 @@ is the matmul rate from about 2,000 tokens a call; acc is read and written once 
 Two paths. "addmm": an elementwise pass writes both operands in 16 bits (and sums x^2 on the way, so x is
 read once), then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as
 it loads. Operands are rounded to the input's dtype; squares to bf16, since fp16 overflows at 256^2. All
-terms are positive, so a sum's relative error stays below an operand pair's: 2^-8 in bf16, 2^-11 in fp16.
+terms are positive, so a sum's relative error stays below an operand pair's: 2^-7 in bf16, 2^-10 in fp16.
 Source: Wanda-CoNNect; the squares are this project's `gated` method.
 """
 
