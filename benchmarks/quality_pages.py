@@ -61,6 +61,8 @@ def _by_size(results: Results, methods: tuple, patterns: tuple, wins: bool = Fal
                 best = [min(found, key=lambda method, s=seed: found[method][s]) for seed in seeds]
                 row.append(f"{best.count(methods[-1])} of {len(seeds)}")
             rows.append(tuple(row))
+    if not rows:
+        return "Not measured yet."
     columns = ("pattern", "calibration windows", *methods, *([f"{methods[-1]} wins"] if wins else []))
     return tables.markdown(columns, rows)
 
