@@ -60,9 +60,11 @@ def prune_block(
         pruned.append(done)
     _require_finite_still(block, pruned)
     counts = torch.stack([done.zeros for done in pruned]).tolist() if pruned else []  # waits for the device
+    measured = [torch.stack(done.energies) for done in pruned if done.energies is not None]
+    energies = iter(torch.stack(measured).tolist() if measured else [])  # one copy a block, not two a linear
     seconds = watch.seconds() if watch else []
     return {
-        linear.name: _report(linear, done, zeros, lap, method, statistics)
+        linear.name: _report(linear, done, zeros, lap, method, statistics, energies)
         for linear, done, zeros, lap in zip(block.linears, pruned, counts, seconds, strict=True)
     }
 
@@ -105,10 +107,11 @@ def _report(
     seconds: float,
     method: Method,
     statistics: BlockStatistics | None,
+    energies: Iterator[list[float]],
 ) -> LinearReport:
     device, weights = linear.module.weight.device.type, linear.module.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
-    error, whole = [energy.item() for energy in done.energies] if done.energies else [None, None]
+    error, whole = next(energies) if done.energies is not None else (None, None)
     return LinearReport(
         sparsity=zeros / max(weights, 1),
         weights=weights,
