@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import model_shapes
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
+from wanda_fast.memory import prefer_huge_pages
 
 PHASES = ("read", "block inputs", "dense pass", "one pass", "statistics", "selection", "pruned pass", "write")
 
@@ -27,6 +28,8 @@ ALIASES = {"load": "read", "factor": "selection", "error": "selection"}
 def run(settings: dict) -> dict:
     """The job of `settings["pipeline"]`: "published", "wanda_fast", or "gemm" for the rate of matmuls."""
     torch.manual_seed(0)
+    if settings["pipeline"] == "wanda_fast":
+        prefer_huge_pages()  # as `wanda-fast prune` does
     if settings["pipeline"] == "gemm":
         return _gemm(settings)
     token_ids = torch.load(settings["tokens"])

@@ -27,7 +27,12 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-BF16_FLAG = "-mavx512bf16"
+WIDEST = (
+    "attention_avx512",
+    "sparse_linear_avx512",
+    "token_product_avx512",
+)
+WIDEST_FLAGS = ["-mavx512bf16", "-mavx512vbmi2"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
@@ -67,13 +72,12 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
         "launch": [],
-        "bf16_product": KERNEL_FLAGS,  # its functions say what they need of the CPU
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
-        "attention_avx512": ["-Wno-maybe-uninitialized"],  # GCC's own AVX-512 headers
+        **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }
     if platform.machine() in ("x86_64", "AMD64"):
-        known = [BF16_FLAG] if _knows(compiler, BF16_FLAG) else []
-        of_isa["attention_avx512"] = [*AVX512_FLAGS, *known]
+        known = [flag for flag in WIDEST_FLAGS if _knows(compiler, flag)]
+        of_isa |= dict.fromkeys(WIDEST, [*AVX512_FLAGS, *known])
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []
     for name, each in flags.items():

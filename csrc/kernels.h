@@ -53,6 +53,12 @@ struct Attention {
   float scale;
 };
 
+// out = x weight^T + bias; bias null or [weight.n_rows] of the same dtype, fp32 or bf16.
+struct SparseLinear {
+  Matrix x, weight, out;
+  const void* bias;
+};
+
 enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 }  // namespace wanda

@@ -31,11 +31,20 @@ void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned
 void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
-void add_bf16_product(const Context&, const Matrix& a, const Matrix& b, float* acc);  // acc += a^T b; fp32 operands
+// Whether this machine sums products over tokens itself: of bf16 pairs, or of fp32 where that beats torch's BLAS.
+bool adds_products(bool in_bf16);
+// acc += a^T b of fp32 operands, rounded to bf16 where asked; all three fp32.
+void add_product(const Context&, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
+void rms_norm(const Context&, const Matrix& x, const void* weight, float epsilon, const Matrix& out);
+void gated_product(const Context&, const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out);
 // Whether this machine has a kernel for causal attention of that dtype and head_dim, and torch has no better one.
 bool attends(DType dtype, int64_t head_dim);
 void attend(const Context&, const Attention&);
+// Whether this machine multiplies a pruned weight of that dtype faster than a dense one.
+bool multiplies_sparse(DType dtype);
+// False where more than half of 64 bytes of a row of the weight are left; `out` is then not whole.
+bool sparse_linear(const Context&, const SparseLinear&);
 
 // GPU alone: bytes of scratch for an operation on this operand.
 size_t sq_norm_scratch_bytes(const Matrix& x);

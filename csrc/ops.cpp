@@ -234,17 +234,61 @@ bool native_attends(Tensor q) {
   return wanda::attends(dtype_of(q), q.size(-1));
 }
 
-void native_add_bf16_product_(Tensor acc, Tensor a, Tensor b) {
+void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
+  require_floats(acc, "acc");
   require_floats(a, "a");
   require_floats(b, "b");
-  const wanda::Matrix left = matrix_of(a, "a"), right = matrix_of(b, "b");
+  const wanda::Matrix sums = matrix_of(acc, "acc"), left = matrix_of(a, "a"), right = matrix_of(b, "b");
   STD_TORCH_CHECK(left.n_rows == right.n_rows, "a and b must have as many rows");
-  float* sums = accumulator_of(acc, left.n_cols * right.n_cols);
-  wanda::add_bf16_product(Surroundings(acc).context(), left, right, sums);
+  STD_TORCH_CHECK(sums.n_rows == left.n_cols && sums.n_cols == right.n_cols, "acc must be [a's columns, b's columns]");
+  STD_TORCH_CHECK(wanda::adds_products(in_bf16), "no product of these operands here");
+  wanda::add_product(Surroundings(acc).context(), left, right, in_bf16, sums);
 }
 
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
+}
+
+// fp32 or bf16, all of one dtype and of x's shape.
+void require_like(const wanda::Matrix& x, const wanda::Matrix& other) {
+  STD_TORCH_CHECK(x.dtype != wanda::DType::kHalf && x.dtype == other.dtype && x.n_rows == other.n_rows &&
+                      x.n_cols == other.n_cols,
+                  "expected matrices of one shape and dtype, float32 or bfloat16");
+}
+
+void native_rms_norm_(Tensor out, Tensor x, Tensor weight, double epsilon) {
+  const wanda::Matrix rows = matrix_of(x, "x"), target = matrix_of(out, "out");
+  require_like(rows, target);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == rows.n_cols && dtype_of(weight) == rows.dtype,
+                  "weight must be contiguous, of x's dtype, with ", rows.n_cols, " elements");
+  wanda::rms_norm(Surroundings(x).context(), rows, weight.data_ptr(), static_cast<float>(epsilon), target);
+}
+
+void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
+  const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up"), target = matrix_of(out, "out");
+  require_like(g, u);
+  require_like(g, target);
+  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  wanda::gated_product(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), target);
+}
+
+bool native_multiplies_sparse(Tensor weight) {
+  const auto dtype = weight.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return false;
+  return wanda::multiplies_sparse(dtype_of(weight));
+}
+
+bool native_sparse_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias) {
+  const wanda::SparseLinear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
+                                 bias ? bias->data_ptr() : nullptr};
+  const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
+                    (!bias || (bias->is_contiguous() && bias->numel() == s.weight.n_rows));
+  STD_TORCH_CHECK(fits, "the shapes of x, weight, bias and out do not fit");
+  const bool alike = s.x.dtype == s.weight.dtype && s.out.dtype == s.weight.dtype &&
+                     (!bias || dtype_of(*bias) == s.weight.dtype);
+  STD_TORCH_CHECK(alike, "x, weight, bias and out must have one dtype");
+  STD_TORCH_CHECK(wanda::multiplies_sparse(s.weight.dtype), "no product with a pruned weight of this dtype here");
+  return wanda::sparse_linear(Surroundings(x).context(), s);
 }
 
 #endif
@@ -260,10 +304,14 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
-  library.impl("native_add_bf16_product_", TORCH_BOX(&native_add_bf16_product_));
+  library.impl("native_add_product_", TORCH_BOX(&native_add_product_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));
+  library.impl("native_rms_norm_", TORCH_BOX(&native_rms_norm_));
+  library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
+  library.impl("native_multiplies_sparse", TORCH_BOX(&native_multiplies_sparse));
+  library.impl("native_sparse_linear_", TORCH_BOX(&native_sparse_linear_));
 #endif
 }
 

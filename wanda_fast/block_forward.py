@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wanda_kernels import native
+from wanda_kernels import native, native_forward
 
 
 def faster_forward(device: torch.device):
@@ -25,13 +25,19 @@ def faster_forward(device: torch.device):
 
 def replacements() -> dict[Callable, Callable]:
     """torch's function -> what stands in for it here, and returns None where it leaves a call to torch."""
-    forced = os.environ.get("WANDA_KERNELS_BACKEND") or "cpu"
-    return _of_this_machine() if forced == "cpu" else {}
+    return _of_this_machine() if may_replace() else {}
+
+
+def may_replace() -> bool:
+    return (os.environ.get("WANDA_KERNELS_BACKEND") or "cpu") == "cpu"
 
 
 def described(device: torch.device) -> list[str]:
     """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
-    return sorted(function.__name__ for function in replacements()) if device.type == "cpu" else []
+    if device.type != "cpu" or not may_replace():
+        return []
+    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm"]
+    return sorted([*modules, *(function.__name__ for function in replacements())])
 
 
 class _Replacing(TorchFunctionMode):
@@ -49,7 +55,7 @@ def _of_this_machine() -> dict[Callable, Callable]:
     found = {}
     if not native.why_not("cpu"):
         found[F.scaled_dot_product_attention] = _causal_attention
-    if _made_by_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _made_by_amd():
         found[F.linear] = _linear
     return found
 
@@ -64,16 +70,24 @@ def _causal_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    if attn_mask is not None or not is_causal or dropout_p or not native.attends(query, key, value):
+    if attn_mask is not None or not is_causal or dropout_p or not native_forward.attends(query, key, value):
         return None
-    return native.causal_attention(query, key, value, scale)
+    return native_forward.causal_attention(query, key, value, scale)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """oneDNN's fp32 matmul: torch asks MKL, which takes its AVX2 path on AMD's processors."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
+    """A pruned weight's zeros are left out. fp32: oneDNN's matmul, for torch asks MKL, which takes its AVX2
+    path on AMD's processors."""
+    sparse = native_forward.multiplies_sparse(x, weight, bias)
+    if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
+        return output
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel() or not _has_onednn():
         return None
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _has_onednn() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _made_by_amd() -> bool:

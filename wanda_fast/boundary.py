@@ -1,7 +1,7 @@
 """The activations between two blocks, on disk: where an interrupted run goes on without replaying its blocks.
 
 They are a cache: without them, finished blocks are run again (not pruned again) to make them anew. So they
-are not written after every block where that would take more than a tenth of the time.
+are not written after every block where that would take more than 3% of the time.
 """
 
 import time
@@ -12,7 +12,8 @@ from wanda_fast.journal import Journal
 from wanda_fast.placement import on_host
 from wanda_fast.shards import sha256, write_tensors
 
-SHARE_OF_TIME = 0.1
+SHARE_OF_TIME = 0.03
+FIRST_COST = 0.3  # seconds, until one has been written: the first is due after ten
 NOTE = "boundary.json"
 
 
@@ -22,7 +23,7 @@ class Boundary:
     def __init__(self, journal: Journal):
         self.journal, self.block = journal, 0
         self._file: Path | None = None
-        self._written, self._cost = time.monotonic(), 0.0
+        self._written, self._cost = time.monotonic(), FIRST_COST
 
     def restore_(self, activations: Activations, first_unfinished: int) -> int:
         """Overwrite the first block's inputs with those of the block that is returned: where to go on."""

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wanda_fast.errors import InterruptedRunError, WandaFastError
+from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.tables import doctor_tables, error_table, inspection_tables, perplexity_line, summary_tables
 
 app = typer.Typer(
@@ -304,6 +305,7 @@ def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
 def main() -> None:
     """The console script: errors of ours are one sentence on standard error and exit code 2."""
     _quiet_libraries()
+    prefer_huge_pages()
     try:
         app(prog_name="wanda-fast")
     except InterruptedRunError as error:

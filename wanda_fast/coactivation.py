@@ -40,7 +40,7 @@ class Coactivation:
         self._norm = SquaredNorm(linear) if self.mlp.fused else None
         self.kernel_activation, self.activation = None, None
         if activated:
-            self.kernel_activation = _kernel_activation(self.mlp.activation)
+            self.kernel_activation = kernel_activation(self.mlp.activation)
             self.activation = None if self.kernel_activation else self.mlp.activation
 
     @property
@@ -73,7 +73,7 @@ class GatedCoactivation:
         self.module, self.mlp = linear.module, linear.gated
         self.reads = (self.mlp.gate,) if self.mlp.fused else (self.mlp.gate, self.mlp.up)
         self.acc = torch.zeros(self.module.weight.shape, device=self.module.weight.device)
-        self.kernel_activation = _kernel_activation(self.mlp.activation)
+        self.kernel_activation = kernel_activation(self.mlp.activation)
 
     def add(
         self,
@@ -108,7 +108,8 @@ def _effects(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -
     return activated.detach(), effect
 
 
-def _kernel_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
+def kernel_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The kernels' name of an activation; None where they do not know it."""
     stateless = not isinstance(activation, nn.Module) or not any(True for _ in activation.parameters())
     if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
         return "gelu_tanh"

@@ -13,6 +13,7 @@ from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_inputs import BlockCall, BlockInputs
 from wanda_fast.clock import Clock
 from wanda_fast.dense_pass import dense_pass
+from wanda_fast.fused_modules import fused_modules
 from wanda_fast.lockstep import run_in_lockstep
 from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
@@ -61,7 +62,7 @@ def prune_blocks(
         if index < start:
             continue
         tell = _teller(progress, index, len(source.blocks), block.name)
-        with source.block(index):
+        with source.block(index), fused_modules(block.module):
             if activations.dense is not None:
                 tell("evaluation")
                 with clock.phase("evaluation"):

@@ -145,8 +145,7 @@ class BlockStatistics:
 
     def _add(self, gated: _GatedStatistics, outputs: list[Tensor], x: Tensor) -> None:
         self.by_name.update(gated.by_name)
-        with self.timed():
-            gated.add(outputs, x, self._now.deferred.pop(gated.mlp.gate, None))
+        gated.add(outputs, x, self._now.deferred.pop(gated.mlp.gate, None))
 
     def _read_sq_norm(self, linear: Linear, x: Tensor) -> None:
         own = self._norms.to_add(linear, x)

@@ -17,8 +17,9 @@
 #include <vector>
 
 #include "attention.h"
-#include "bf16_product.h"
 #include "kernels_cpu.h"
+#include "sparse_linear.h"
+#include "token_product.h"
 
 namespace wanda {
 namespace {
@@ -29,6 +30,7 @@ using cpu::Kernels;
 constexpr int64_t kGrainElements = 1 << 15;  // less than this is not worth waking a thread
 constexpr int64_t kUpdateRows = 32;          // each row of SparseGPT's blocks is much work
 constexpr int64_t kColumnBlock = 64;         // columns are cut at multiples of this: whole cache lines
+constexpr size_t kPanelBytes = 1 << 22;      // of a pruned weight, compressed: what a shared L3 holds
 constexpr int64_t kMinStreamColumns = 256;   // and no thread's piece of a row is shorter
 
 std::vector<const Kernels*> runnable() {
@@ -229,23 +231,37 @@ void activate_gated(const Context& context, const Matrix& gate, const Matrix& up
   });
 }
 
-void add_bf16_product(const Context& context, const Matrix& a, const Matrix& b, float* acc) {
+bool adds_products(bool in_bf16) {
+#if defined(__x86_64__)
+  // MKL, torch's BLAS, takes its AVX2 path on AMD.
+  static const bool brain = cpu::kTokenProductCompiled && __builtin_cpu_supports("avx512bf16");
+  static const bool single = cpu::kTokenProductCompiled && __builtin_cpu_is("amd");
+  return &kernels() == &cpu::kAvx512 && (in_bf16 ? brain : single);
+#else
+  return false;
+#endif
+}
+
+void add_product(const Context& context, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc) {
+#if defined(__x86_64__)
   using cpu::kPanel;
-  const int64_t n_pairs = (a.n_rows + 1) / 2, words = n_pairs * kPanel;
+  const int64_t n_units = cpu::units_of(a.n_rows, in_bf16), words = n_units * kPanel;
   const int64_t n_panels = cpu::panels_of(b.n_cols);
   const std::unique_ptr<uint32_t[]> packed(new uint32_t[n_panels * words]);
   parallel_for(context, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) cpu::pack_panel(b, panel, packed.get() + panel * words);
+    for (int64_t panel = begin; panel < end; ++panel) cpu::pack_panel(b, panel, in_bf16, packed.get() + panel * words);
   });
   parallel_for(context, cpu::panels_of(a.n_cols), 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint32_t[]> rows(new uint32_t[words]);
     for (int64_t panel = begin; panel < end; ++panel) {
-      cpu::pack_panel(a, panel, rows.get());
+      cpu::pack_panel(a, panel, in_bf16, rows.get());
       const int64_t first = panel * kPanel;
-      cpu::add_panel_product(rows.get(), packed.get(), n_pairs, acc + first * b.n_cols, b.n_cols,
+      cpu::add_panel_product(rows.get(), packed.get(), n_units, in_bf16,
+                             static_cast<float*>(acc.data) + first * acc.stride, acc.stride,
                              std::min(kPanel, a.n_cols - first), b.n_cols);
     }
   });
+#endif
 }
 
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
@@ -256,6 +272,23 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
     if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
   });
   return finite;
+}
+
+void rms_norm(const Context& context, const Matrix& x, const void* weight, float epsilon, const Matrix& out) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) {
+    isa.rms_norm(x, weight, epsilon, out, begin, end);
+  });
+}
+
+void gated_product(const Context& context, const Matrix& gate, const Matrix& up, Activation activation,
+                   const Matrix& out) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / gate.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, gate.n_rows, grain, [&](int64_t begin, int64_t end) {
+    isa.gated_product(gate, up, activation, out, begin, end);
+  });
 }
 
 bool attends(DType dtype, int64_t head_dim) {
@@ -281,6 +314,45 @@ void attend(const Context& context, const Attention& attention) {
 #endif
 }
 
+bool multiplies_sparse(DType dtype) {
+#if defined(__x86_64__)
+  // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
+  static const bool pays = cpu::kSparseLinearCompiled && __builtin_cpu_is("amd") &&
+                           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  return pays && &kernels() == &cpu::kAvx512 && (dtype == DType::kFloat || dtype == DType::kBFloat);
+#else
+  return false;
+#endif
+}
+
+bool sparse_linear(const Context& context, const SparseLinear& s) {
+#if defined(__x86_64__)
+  const size_t group_bytes = cpu::compressed_bytes(s.weight);
+  const int64_t n_groups = (s.weight.n_rows + cpu::kSparseRows - 1) / cpu::kSparseRows;
+  const int64_t n_panel = std::clamp<int64_t>(kPanelBytes / group_bytes, 1, n_groups);
+  const ScratchMemory memory(n_panel * group_bytes);
+  char* const compressed = static_cast<char*>(memory.get());
+  for (int64_t first = 0; first < n_groups; first += n_panel) {
+    const int64_t last = std::min(n_groups, first + n_panel);
+    std::atomic<bool> fits{true};
+    parallel_for(context, last - first, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end && fits; ++i) {
+        if (!cpu::compress_rows(s.weight, (first + i) * cpu::kSparseRows, compressed + i * group_bytes)) fits = false;
+      }
+    });
+    if (!fits) return false;
+    const int64_t n_tiles = (s.x.n_rows + cpu::kSparseTokens - 1) / cpu::kSparseTokens;
+    parallel_for(context, n_tiles, 1, [&](int64_t begin, int64_t end) {
+      cpu::multiply_sparse(s, compressed, first * cpu::kSparseRows, std::min(last * cpu::kSparseRows, s.weight.n_rows),
+                           begin * cpu::kSparseTokens, std::min(end * cpu::kSparseTokens, s.x.n_rows));
+    });
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace wanda
 
 // For `wanda-fast doctor`: the instruction set in use, and all that this machine could run, comma-separated.
@@ -292,9 +364,14 @@ extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isa() {
   }
 }
 
-// "bf16" where the instruction set in use goes with products of bf16 pairs, "fp32" elsewhere.
+// The operands, bf16 and fp32, whose products over tokens the library sums itself, comma-separated.
 extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_products() {
-  return std::strcmp(wanda_cpu_isa(), "avx512") == 0 && wanda::cpu::has_bf16() ? "bf16" : "fp32";
+  try {
+    if (!wanda::adds_products(true)) return "";
+    return wanda::adds_products(false) ? "bf16,fp32" : "bf16";
+  } catch (const std::exception&) {
+    return "";
+  }
 }
 
 extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isas() {

@@ -35,10 +35,14 @@ SCHEMAS = (
     " int n, int m, Tensor(c!) errors) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
-    "native_add_bf16_product_(Tensor(a!) acc, Tensor a, Tensor b) -> ()",
+    "native_add_product_(Tensor(a!) acc, Tensor a, Tensor b, bool in_bf16) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
+    "native_rms_norm_(Tensor(a!) out, Tensor x, Tensor weight, float epsilon) -> ()",
+    "native_gated_product_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
+    "native_multiplies_sparse(Tensor weight) -> bool",
+    "native_sparse_linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias) -> bool",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
 BLOCK_TOKENS = 1024  # of fp32 copies: 1024 x 11008 is 45 MB
@@ -86,9 +90,10 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(_cpu_string("wanda_cpu_isas").split(","))
 
 
-def products() -> str:
-    """What a bf16 model's operands are rounded to in co-activations: bf16, or fp32."""
-    return _cpu_string("wanda_cpu_products")
+def products() -> tuple[str, ...]:
+    """The operands, bf16 and fp32, whose products over tokens the CPU library sums itself; torch sums others,
+    in fp32. Co-activations of a bf16 model have operands rounded to bf16 where that is one of them."""
+    return tuple(filter(None, _cpu_string("wanda_cpu_products").split(",")))
 
 
 def _cpu_string(function: str) -> str:
@@ -141,18 +146,20 @@ def add_gated_coactivation_(
 
 def _product_of(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
     """acc += a^T b of fp32 a and b, for a model of that dtype."""
-    if dtype == torch.bfloat16 and products() == "bf16":
-        return _op("native_add_bf16_product_")
+    own, in_bf16 = products(), dtype == torch.bfloat16 and "bf16" in products()
+    if in_bf16 or "fp32" in own:
+        return lambda acc, a, b: _op("native_add_product_")(acc, a, b, in_bf16)
     return lambda acc, a, b: acc.addmm_(a.t(), b)
 
 
 def add_hessian_(acc: Tensor, x: Tensor) -> None:
-    """Bands of rows from the diagonal on, by torch's fp32 matmul; then what is above is mirrored below."""
+    """Bands of rows from the diagonal on; then what is above is mirrored below. Sums are fp32."""
+    add_product_ = _product_of(x.dtype)
     bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
     for tokens in _as_rows(x).split(BLOCK_TOKENS):
         tokens = tokens.float()
         for band in bands:
-            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
+            add_product_(acc[band, band.start :], tokens[:, band], tokens[:, band.start :])
     for band in bands:
         square = acc[band, band]
         square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric
@@ -227,31 +234,3 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
     return _op("native_all_finite")(_as_rows(tensor), non_negative)
-
-
-def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `causal_attention` takes these operands, and is faster here than torch's own.
-
-    That is so for fp32 with AVX-512, and for bf16 with AVX-512-BF16 but without AMX, which torch's uses.
-    """
-    same = query.dim() == 4 and query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
-    cpu = all(each.device.type == "cpu" and each.dtype == query.dtype for each in (query, key, value))
-    even = all(stride % 2 == 0 for each in (query, key, value) for stride in each.stride()[:3])
-    rows = all(each.stride(-1) == 1 for each in (query, key, value)) and query.shape[-1] == key.shape[-1]
-    whole = same and query.numel() > 0 and query.shape[1] % key.shape[1] == 0
-    return whole and cpu and even and rows and not why_not("cpu") and _op("native_attends")(query)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale * query key^T, each token seeing itself and those before) value.
-
-    Args:
-        query: fp32 or bf16 `[batch, heads, tokens, head_dim]`, such that `attends`.
-        key, value: the same with as many heads or fewer, each shared by as many of the query's in a row.
-        scale: default 1 / sqrt(head_dim).
-    Returns: `[batch, heads, tokens, head_dim]`, a view of contiguous `[batch, tokens, heads, head_dim]`.
-    """
-    batch, heads, tokens, head_dim = query.shape
-    out = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
-    _op("native_attend_")(out, query, key, value, head_dim**-0.5 if scale is None else scale)
-    return out

@@ -8,7 +8,7 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from tests.wanda_fast.test_sequential_linear import zeros_in_common
 from wanda_fast import block_forward
-from wanda_kernels import native
+from wanda_kernels import native, native_forward
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,8 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
         assert torch.equal(F.silu(x), x + 1)
     assert calls == ["linear", "silu"]
     assert torch.allclose(F.silu(x), x * x.sigmoid())
-    assert block_forward.described(CPU) == ["linear", "silu"]
+    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm"]
+    assert block_forward.described(CPU) == sorted(["linear", "silu", *modules])
     monkeypatch.setenv("WANDA_KERNELS_BACKEND", "torch")
     with block_forward.faster_forward(CPU):
         assert torch.allclose(F.silu(x), x * x.sigmoid())
@@ -43,7 +44,7 @@ def test_onednns_linear(bias, shape):
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     transposed = torch.randn(7, 4).t()
     torch.testing.assert_close(block_forward._linear(transposed, weight), transposed @ weight.t())
-    assert block_forward._linear(x.bfloat16(), weight.bfloat16()) is None
+    assert block_forward._linear(x.bfloat16(), weight.bfloat16()) is None  # dense: torch asks oneDNN itself
     assert block_forward._linear(torch.randn(0, 7), weight) is None
 
 
@@ -52,7 +53,7 @@ def test_attention_of_another_kind_is_left_to_torch():
     assert block_forward._causal_attention(q, q, q) is None
     assert block_forward._causal_attention(q, q, q, attn_mask=torch.ones(8, 8).bool()) is None
     assert block_forward._causal_attention(q, q, q, dropout_p=0.1, is_causal=True) is None
-    if native.attends(q, q, q):
+    if native_forward.attends(q, q, q):
         found = block_forward._causal_attention(q, q, q, is_causal=True, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import needs_cpu
-from wanda_kernels import native
+from wanda_kernels import native_forward
 
 pytestmark = needs_cpu
 # the result is rounded to its dtype; bf16 numerators of the softmax are too, as in torch's own kernel
@@ -26,7 +26,7 @@ def operands(shape, dtype, size=1.0):
         torch.randn(batch, tokens, n, head_dim, generator=generator).mul(size).to(dtype).transpose(1, 2)
         for n in (heads, shared, shared)
     ]
-    if not native.attends(*made):
+    if not native_forward.attends(*made):
         pytest.skip("needs AVX-512; bf16: AVX-512-BF16 and no AMX")
     return made
 
@@ -44,7 +44,7 @@ def expected(query, key, value, scale):
 def test_equals_the_formula(shape, dtype):
     query, key, value = operands(shape, dtype)
     for scale in (None, 0.7):
-        found = native.causal_attention(query, key, value, scale)
+        found = native_forward.causal_attention(query, key, value, scale)
         assert found.dtype == dtype and found.transpose(1, 2).is_contiguous()
         wanted = expected(query, key, value, shape[-1] ** -0.5 if scale is None else scale)
         torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -54,26 +54,28 @@ def test_equals_the_formula(shape, dtype):
 def test_large_scores_and_equal_scores(dtype):
     query, key, value = operands((1, 2, 2, 600, 64), dtype, size=8.0)
     wanted = expected(query, key, value, 0.125)
-    found = native.causal_attention(query, key, value)
+    found = native_forward.causal_attention(query, key, value)
     torch.testing.assert_close(found.double(), wanted, atol=50 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    mean = native.causal_attention(torch.zeros_like(query), key, value)
+    mean = native_forward.causal_attention(torch.zeros_like(query), key, value)
     sums = value.double().cumsum(2) / torch.arange(1, 601).view(-1, 1)
     torch.testing.assert_close(mean.double(), sums, atol=50 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_a_later_token_changes_nothing_before_it():
     query, key, value = operands((1, 2, 1, 130, 64), torch.float32)
-    before = native.causal_attention(query, key, value)
+    before = native_forward.causal_attention(query, key, value)
     key[:, :, 100:], value[:, :, 100:] = float("inf"), float("nan")
-    assert torch.equal(native.causal_attention(query, key, value)[:, :, :64], before[:, :, :64])
+    assert torch.equal(native_forward.causal_attention(query, key, value)[:, :, :64], before[:, :, :64])
 
 
 def test_threads_and_batches_change_no_bit():
     query, key, value = operands((3, 4, 2, 150, 64), torch.float32)
-    whole = native.causal_attention(query, key, value)
+    whole = native_forward.causal_attention(query, key, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    parts = [native.causal_attention(*(each[i : i + 1] for each in (query, key, value))) for i in range(3)]
+    parts = [
+        native_forward.causal_attention(*(each[i : i + 1] for each in (query, key, value))) for i in range(3)
+    ]
     torch.set_num_threads(threads)
     assert torch.equal(torch.cat(parts), whole)
 
@@ -89,11 +91,11 @@ def test_what_it_leaves_to_torch():
         (query[:, :, :0], key[:, :, :0], value[:, :, :0]),
         (query, key.bfloat16(), value.bfloat16()),
     ]
-    assert not any(native.attends(*each) for each in refused)
+    assert not any(native_forward.attends(*each) for each in refused)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_only_avx512_has_it(monkeypatch, isa):
     query = operands((1, 1, 1, 8, 64), torch.float32)[0]
     monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", isa)
-    assert not native.attends(query, query, query)
+    assert not native_forward.attends(query, query, query)

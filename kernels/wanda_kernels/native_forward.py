@@ -1,0 +1,89 @@
+"""A block's forward on a CPU by kernels of ours: what torch's own operations give, but for rounding.
+
+Each has a question beside it: whether these operands are its, on this machine.
+"""
+
+import torch
+from torch import Tensor
+
+from wanda_kernels.native import ACTIVATION_CODES, _as_rows, _op, why_not
+
+SPARSE_TOKENS = 64  # from here on a pruned weight's compression is paid back
+
+
+def takes_rows(*tensors: Tensor) -> bool:
+    """Whether `rms_norm` and `gated_product` take these: fp32 or bf16 of one dtype, on the CPU."""
+    dtype = tensors[0].dtype
+    alike = all(each.dtype == dtype and each.device.type == "cpu" and each.numel() for each in tensors)
+    return alike and dtype in (torch.float32, torch.bfloat16) and not why_not("cpu")
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """weight * (x / sqrt(mean of x^2 over features + epsilon)) of `[..., features]`, computed in fp32; the
+    quotient is rounded to x's dtype before it meets the weight, as in Llama."""
+    rows = _as_rows(x)
+    out = torch.empty(rows.shape, dtype=x.dtype)
+    _op("native_rms_norm_")(out, rows, weight, epsilon)
+    return out.view(x.shape)
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
+    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _op("native_gated_product_")(_as_rows(out), _as_rows(gate), _as_rows(up), ACTIVATION_CODES[activation])
+    return out
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` takes these operands, and is faster here than torch's own.
+
+    That is so for fp32 with AVX-512, and for bf16 with AVX-512-BF16 but without AMX, which torch's uses.
+    """
+    same = query.dim() == 4 and query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
+    cpu = all(each.device.type == "cpu" and each.dtype == query.dtype for each in (query, key, value))
+    even = all(stride % 2 == 0 for each in (query, key, value) for stride in each.stride()[:3])
+    rows = all(each.stride(-1) == 1 for each in (query, key, value)) and query.shape[-1] == key.shape[-1]
+    whole = same and query.numel() > 0 and query.shape[1] % key.shape[1] == 0
+    return whole and cpu and even and rows and not why_not("cpu") and _op("native_attends")(query)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale * query key^T, each token seeing itself and those before) value.
+
+    Args:
+        query: fp32 or bf16 `[batch, heads, tokens, head_dim]`, such that `attends`.
+        key, value: the same with as many heads or fewer, each shared by as many of the query's in a row.
+        scale: default 1 / sqrt(head_dim).
+    Returns: `[batch, heads, tokens, head_dim]`, a view of contiguous `[batch, tokens, heads, head_dim]`.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    out = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
+    _op("native_attend_")(out, query, key, value, head_dim**-0.5 if scale is None else scale)
+    return out
+
+
+def multiplies_sparse(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `sparse_linear` takes these operands, and is faster here than a dense product can be.
+
+    That is so on AMD's cores with AVX-512-BF16 and VBMI2, for fp32 and bf16, from some tokens on.
+    """
+    operands = [each for each in (x, weight, bias) if each is not None]
+    alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
+    enough = x.numel() >= SPARSE_TOKENS * x.shape[-1] > 0
+    rows = weight.dim() == 2 and weight.numel() > 0 and weight.stride(1) == 1
+    return alike and enough and rows and not why_not("cpu") and _op("native_multiplies_sparse")(weight)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """x weight^T + bias, without the products of the weight's zeros; None where too few of them lie right.
+
+    Args:
+        x: fp32 or bf16 `[..., in]`, such that `multiplies_sparse`.
+        weight: `[out, in]`. In every 64 bytes of a row, counted from its begin, at most half of the elements
+            may be other than zero: so it is after 2:4, 4:8, 8:16, and in bf16 16:32.
+        bias: contiguous `[out]`, or None.
+    """
+    rows = _as_rows(x)
+    out = torch.empty(len(rows), len(weight), dtype=x.dtype)
+    fits = _op("native_sparse_linear_")(out, rows, weight, bias)
+    return out.view(*x.shape[:-1], len(weight)) if fits else None

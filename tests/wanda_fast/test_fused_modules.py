@@ -1,0 +1,53 @@
+"""Norms and MLPs by kernels: only where their code is Llama's, the same results, and undone afterwards."""
+
+import pytest
+import torch
+
+from tests.tiny_models import FAMILIES
+from wanda_fast.fused_modules import _fusion, fused_modules
+from wanda_kernels import native, native_forward
+
+
+def fused_names(model):
+    with fused_modules(model):
+        return sorted({type(module).__name__ for module in model.modules() if "forward" in vars(module)})
+
+
+def test_only_modules_whose_code_is_llamas():
+    assert fused_names(FAMILIES["llama3"]()) == ["LlamaMLP", "LlamaRMSNorm"]
+    assert [name for name in fused_names(FAMILIES["qwen2"]()) if "RMSNorm" in name] == ["Qwen2RMSNorm"]
+    assert fused_names(FAMILIES["opt"]()) == []
+    assert not any("RMSNorm" in name for name in fused_names(FAMILIES["gemma2"]()))  # (1 + weight) there
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2"])
+def test_the_models_own_results(name, monkeypatch):
+    model, ids = FAMILIES[name](), torch.arange(40).view(2, 20)
+    used = []
+    for kernel in ("rms_norm", "gated_product"):
+        own = getattr(native_forward, kernel)
+        monkeypatch.setattr(native_forward, kernel, lambda *a, k=kernel, own=own: used.append(k) or own(*a))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with fused_modules(model):
+            found = model(ids).logits
+            half = model.half()(ids).logits  # what the kernels do not take
+        assert "forward" not in {key for module in model.modules() for key in vars(module)}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert half.isfinite().all()
+    expected = {"gated_product", "rms_norm"} if name != "gemma2" else {"gated_product"}
+    assert set(used) == (set() if native.why_not("cpu") else expected)
+
+
+def test_a_forced_backend_leaves_them_alone(monkeypatch):
+    monkeypatch.setenv("WANDA_KERNELS_BACKEND", "torch")
+    assert fused_names(FAMILIES["llama3"]()) == []
+
+
+def test_a_forward_that_somebody_replaced_stays():
+    model = FAMILIES["llama3"]()
+    norm = model.model.norm
+    norm.forward = own = lambda x: x
+    with fused_modules(model):
+        assert norm.forward is own
+    assert norm.forward is own and _fusion(type(norm)) is not None

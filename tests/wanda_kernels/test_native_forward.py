@@ -1,0 +1,149 @@
+"""RMSNorm, the gated product and the product with a pruned weight in C++, against formulas in fp64 or
+torch's own operations; what they do not take, they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tests.wanda_kernels.native_cases import needs_cpu
+from wanda_kernels import native, native_forward, reference
+
+pytestmark = needs_cpu
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of bf16: two roundings of 2^-9
+SUM_TOLERANCE = 2e-4  # of fp32 sums of a thousand products that cancel
+SHAPES = ((1, 1), (3, 7), (2, 64), (5, 65), (2, 3, 576))
+
+
+@pytest.fixture(params=native.cpu_isas() if not native.why_not("cpu") else [])
+def isa(request, monkeypatch):
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
+
+
+def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
+    """The `kept` largest of every `group` neighbours in a row stay; a rest that fills no group is zero."""
+    whole = weight.shape[1] // group * group
+    groups = weight[:, :whole].reshape(len(weight), -1, group)
+    groups.scatter_(2, groups.abs().topk(group - kept, 2, largest=False).indices, 0)
+    return torch.cat([groups.flatten(1), torch.zeros_like(weight[:, whole:])], 1)
+
+
+def require_sparse(x, weight, bias=None):
+    if not native_forward.multiplies_sparse(x, weight, bias):
+        pytest.skip("needs an AMD with AVX-512-BF16 and VBMI2")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(isa, shape, dtype):
+    norm, x = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype), 3 * torch.randn(shape).to(dtype)
+    norm.weight.data.normal_()
+    found = native_forward.rms_norm(x, norm.weight.data, norm.variance_epsilon)
+    wanted = norm(x).detach()
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE[dtype], atol=0)
+    if dtype == torch.bfloat16:  # the last bit of an fp32 sum, not a rounding more or less
+        assert (found != wanted).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_zeros_and_of_what_overflows(isa, dtype):
+    x = torch.zeros(3, 40, dtype=dtype)
+    x[1], x[2, 3] = 3e38, float("nan")
+    found = native_forward.rms_norm(x, torch.ones(40, dtype=dtype), 1e-6)
+    assert (found[:2] == 0).all() and found[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gated_product(isa, activation, shape, dtype):
+    gate, up = 3 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    wanted = reference.ACTIVATIONS[activation](gate.double()) * up.double()
+    found = native_forward.gated_product(gate, up, activation)
+    torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=1e-6)
+    assert found.dtype == dtype and found.shape == gate.shape
+
+
+def test_gated_product_carries_infinity_and_nan(isa):
+    special = torch.tensor([[float("inf"), float("-inf"), float("nan"), 0.0, -200.0]])
+    for dtype in DTYPES:
+        gate, up = special.to(dtype), torch.full((1, 5), 2.0, dtype=dtype)
+        found, wanted = native_forward.gated_product(gate, up, "silu"), F.silu(gate) * up
+        finite = [0, 2, 3, 4]  # silu(-inf) is NaN in torch: -inf / (1 + inf)
+        torch.testing.assert_close(found[:, finite], wanted[:, finite], equal_nan=True)
+
+
+def test_rows_of_another_kind_are_left_alone():
+    x = torch.randn(2, 3)
+    assert native_forward.takes_rows(x, x)
+    assert not native_forward.takes_rows(x.half()) and not native_forward.takes_rows(x[:0])
+    assert not native_forward.takes_rows(x, x.bfloat16()) and not native_forward.takes_rows(x.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize("shape", [(1, 8, 64), (5, 64, 65), (33, 100, 70), (192, 576, 513), (17, 7, 100)])
+def test_sparse_linear(shape, pattern, dtype):
+    n_out, n_in, n_tokens = shape
+    x = torch.randn(n_tokens, 2 * n_in)[:, n_in:].to(dtype)
+    weight, bias = pruned(torch.randn(n_out, n_in), *pattern).to(dtype), torch.randn(n_out).to(dtype)
+    require_sparse(x, weight, bias)
+    for b in (None, bias):
+        found = native_forward.sparse_linear(x, weight, b)
+        wanted = x.double() @ weight.double().t() + (0 if b is None else b.double())
+        torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_linear_of_panels_of_rows(dtype):
+    """More rows than are compressed at once: 4 MiB."""
+    x, weight = torch.randn(2, 33, 1024).to(dtype), pruned(torch.randn(2600, 1024), 2, 4).to(dtype)
+    require_sparse(x, weight)
+    found = native_forward.sparse_linear(x, weight)
+    wanted = x.double() @ weight.double().t()
+    torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_weight_too_many_is_left_to_torch(dtype):
+    x, weight = torch.randn(64, 128).to(dtype), pruned(torch.randn(40, 128), 2, 4).to(dtype)
+    require_sparse(x, weight)
+    assert native_forward.sparse_linear(x, weight) is not None
+    weight[39, 96:128][(weight[39, 96:128] == 0).nonzero()[0]] = 1e-30
+    assert native_forward.sparse_linear(x, weight) is None
+    assert native_forward.sparse_linear(x, torch.randn(40, 128).to(dtype)) is None
+
+
+def test_negative_zeros_count_as_zeros_and_nan_does_not():
+    weight = torch.full((16, 32), -0.0)
+    weight[3, 5] = float("nan")
+    x = torch.randn(64, 32)
+    require_sparse(x, weight)
+    found = native_forward.sparse_linear(x, weight)
+    assert found[:, 3].isnan().all() and (found[:, :3] == 0).all() and (found[:, 4:] == 0).all()
+
+
+def test_threads_and_batches_change_no_bit_of_a_sparse_product():
+    x, weight = torch.randn(300, 96).bfloat16(), pruned(torch.randn(50, 96), 2, 4).bfloat16()
+    require_sparse(x, weight)
+    whole, threads = native_forward.sparse_linear(x, weight), torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts = [native_forward.sparse_linear(part, weight) for part in x.split(75)]
+    torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_what_no_sparse_product_takes():
+    x, weight = torch.randn(64, 32), torch.zeros(4, 32)
+    refused = (
+        (x.half(), weight.half()),
+        (x, weight.bfloat16()),
+        (x, weight, torch.zeros(4).bfloat16()),
+        (x[:63], weight),
+        (x[:0], weight),
+        (x, weight[:0]),
+        (x, torch.zeros(32, 4).t()),
+        (x.to("meta"), weight.to("meta")),
+    )
+    assert not any(native_forward.multiplies_sparse(*each) for each in refused)
