@@ -35,6 +35,8 @@ void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activa
 bool adds_products(bool in_bf16);
 // acc += a^T b of fp32 operands, rounded to bf16 where asked; all three fp32.
 void add_product(const Context&, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc);
+// acc += x^T x on and above the diagonal; some of what is below changes too.
+void add_square(const Context&, const Matrix& x, bool in_bf16, const Matrix& acc);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 void rms_norm(const Context&, const Matrix& x, const void* weight, float epsilon, const Matrix& out);
 void gated_product(const Context&, const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out);

@@ -245,6 +245,15 @@ void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
   wanda::add_product(Surroundings(acc).context(), left, right, in_bf16, sums);
 }
 
+void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
+  require_floats(acc, "acc");
+  require_floats(x, "x");
+  const wanda::Matrix sums = matrix_of(acc, "acc"), rows = matrix_of(x, "x");
+  STD_TORCH_CHECK(sums.n_rows == rows.n_cols && sums.n_cols == rows.n_cols, "acc must be square, as wide as x");
+  STD_TORCH_CHECK(wanda::adds_products(in_bf16), "no product of these operands here");
+  wanda::add_square(Surroundings(acc).context(), rows, in_bf16, sums);
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
@@ -305,6 +314,7 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_add_product_", TORCH_BOX(&native_add_product_));
+  library.impl("native_add_square_", TORCH_BOX(&native_add_square_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));

@@ -36,6 +36,7 @@ SCHEMAS = (
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_add_product_(Tensor(a!) acc, Tensor a, Tensor b, bool in_bf16) -> ()",
+    "native_add_square_(Tensor(a!) acc, Tensor x, bool in_bf16) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
@@ -146,20 +147,32 @@ def add_gated_coactivation_(
 
 def _product_of(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
     """acc += a^T b of fp32 a and b, for a model of that dtype."""
-    own, in_bf16 = products(), dtype == torch.bfloat16 and "bf16" in products()
-    if in_bf16 or "fp32" in own:
-        return lambda acc, a, b: _op("native_add_product_")(acc, a, b, in_bf16)
-    return lambda acc, a, b: acc.addmm_(a.t(), b)
+    in_bf16 = _in_bf16(dtype)
+    if in_bf16 is None:
+        return lambda acc, a, b: acc.addmm_(a.t(), b)
+    return lambda acc, a, b: _op("native_add_product_")(acc, a, b, in_bf16)
+
+
+def _in_bf16(dtype: torch.dtype) -> bool | None:
+    """Whether the library sums products for a model of that dtype in bf16, or in fp32; None: torch does."""
+    own = products()
+    if dtype == torch.bfloat16 and "bf16" in own:
+        return True
+    return False if "fp32" in own else None
 
 
 def add_hessian_(acc: Tensor, x: Tensor) -> None:
-    """Bands of rows from the diagonal on; then what is above is mirrored below. Sums are fp32."""
-    add_product_ = _product_of(x.dtype)
+    """Half of it, the diagonal and what is above, by the library's product or, in bands of rows, by torch's
+    fp32 matmul; then that is mirrored below."""
+    in_bf16 = _in_bf16(x.dtype)
     bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
     for tokens in _as_rows(x).split(BLOCK_TOKENS):
         tokens = tokens.float()
+        if in_bf16 is not None:
+            _op("native_add_square_")(acc, tokens, in_bf16)
+            continue
         for band in bands:
-            add_product_(acc[band, band.start :], tokens[:, band], tokens[:, band.start :])
+            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
     for band in bands:
         square = acc[band, band]
         square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric

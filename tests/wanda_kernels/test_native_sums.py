@@ -160,3 +160,24 @@ def test_verdict_on_finiteness(isa, dtype):
     assert native.all_finite(torch.tensor([0.0, -0.0, 1.0], dtype=dtype), True)
     smallest = torch.tensor([1], dtype=torch.int16 if dtype != torch.float32 else torch.int32).view(dtype)
     assert native.all_finite(-smallest, False) and not native.all_finite(-smallest, True)
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (33, 17), (70, 130)])
+def test_square_over_tokens(shape, operands):
+    """On and above the diagonal; any number of threads gives the same bits."""
+    require_product(operands)
+    x = torch.randn(shape)
+    before, sums = torch.rand(shape[1], shape[1]), []
+    rounded = x.bfloat16() if operands == "bf16" else x
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            sums.append(before.clone())
+            native._op("native_add_square_")(sums[-1], x, operands == "bf16")
+    finally:
+        torch.set_num_threads(threads)
+    expected = before + rounded.double().t() @ rounded.double()
+    torch.testing.assert_close(sums[0].double().triu(), expected.triu(), rtol=0, atol=1e-4)
+    assert torch.equal(*sums)
