@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -146,9 +147,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
     """`write` fills a file of another name, which then takes `path`'s place at once; returns its sha256."""
     partial = path.with_name(path.name + ".tmp")
     write(partial)
-    digest = sha256(partial)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
+    with ThreadPoolExecutor(1) as pool:  # the disk works while the checksum is computed
+        reached_disk = pool.submit(_sync, partial)
+        digest = sha256(partial)
+        reached_disk.result()
     os.replace(partial, path)
     sync_folder(path.parent)
     return digest
@@ -157,11 +159,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
 def sync_folder(folder: Path, files: bool = False) -> None:
     """Renames in a folder reach the disk with the folder; `files`: after all of its files."""
     for path in [*(folder.iterdir() if files else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,17 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as suite_command
-from benchmarks import bench_dispatch, bench_prune_rows, readme, rows, shapes, suite, tables, timing
+from benchmarks import (
+    bench_dispatch,
+    bench_prune_rows,
+    block_forward,
+    readme,
+    rows,
+    shapes,
+    suite,
+    tables,
+    timing,
+)
 from benchmarks.providers import PUBLISHED, TORCH, Provider
 from benchmarks.roofs import Roofs
 from benchmarks.rows import FAILED, Row
@@ -248,3 +258,14 @@ def test_a_reference_that_raises_fails_its_workload_and_no_other(monkeypatch):
     found = list(bench_prune_rows.BENCHMARK.run(SESSION, suite.Lineup([], {})))
     assert [one.status for one in found[0]] == [FAILED] and "no such kernel" in found[0][0].note
     assert len(found) > 1 and not any(found[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_of_a_blocks_forward_are_compared_on_equal_results(dtype):
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    with torch.no_grad():
+        for case in block_forward.cases(512, dtype):
+            wanted = case.torchs()
+            if case.taken:
+                scale = wanted.abs().max().item()
+                torch.testing.assert_close(case.ours(), wanted, rtol=tolerance, atol=tolerance * scale)
