@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cache, partial
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from wanda_fast.block_forward import may_replace
 from wanda_fast.coactivation import kernel_activation
@@ -45,12 +44,12 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
     return mlp.down_proj(native_forward.gated_product(gate, up, activation))
 
 
-_FUSIONS = ((LlamaRMSNorm, _rms_norm), (LlamaMLP, _gated_mlp))
-
-
 @cache
 def _fusion(kind: type[nn.Module]) -> Callable | None:
-    return next((fused for model, fused in _FUSIONS if _code(kind) == _code(model)), None)
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm  # seconds of start-up
+
+    fusions = {LlamaRMSNorm: _rms_norm, LlamaMLP: _gated_mlp}
+    return next((fused for model, fused in fusions.items() if _code(kind) == _code(model)), None)
 
 
 def _code(kind: type[nn.Module]) -> tuple:

@@ -12,6 +12,7 @@ namespace wanda::cpu {
 namespace {
 
 constexpr int kRows = 4, kVectors = 6;  // of a tile: 24 of the 32 registers hold its sums
+constexpr int64_t kUnits = 128;         // summed before they join acc: short chains of fp32 lose less
 
 struct Single {
   static constexpr int kTokens = 1;
@@ -36,10 +37,10 @@ struct Brain {
   }
 };
 
-// acc[kRows, 16 * kCount] += over the units; a: one panel at its row, b: neighbouring panels.
+// acc[kRows, 16 * kCount] += over the units; a: one panel at its row, b: neighbouring panels of b_units each.
 template <typename T, int kCount>
-void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, float* acc, int64_t stride, int64_t n_rows,
-              int64_t n_cols) {
+void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, int64_t b_units, float* acc, int64_t stride,
+              int64_t n_rows, int64_t n_cols) {
   __m512 sums[kRows][kCount];
   for (int row = 0; row < kRows; ++row) {
     for (int each = 0; each < kCount; ++each) sums[row][each] = _mm512_setzero_ps();
@@ -47,7 +48,7 @@ void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, float* acc,
   for (int64_t unit = 0; unit < n_units; ++unit) {
     __m512i columns[kCount];
     for (int each = 0; each < kCount; ++each) {
-      columns[each] = _mm512_loadu_si512(b + (each * n_units + unit) * kPanel);
+      columns[each] = _mm512_loadu_si512(b + (each * b_units + unit) * kPanel);
     }
     for (int row = 0; row < kRows; ++row) {
       const __m512i value = _mm512_set1_epi32(static_cast<int>(a[unit * kPanel + row]));
@@ -66,7 +67,7 @@ void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, float* acc,
   }
 }
 
-using AddTile = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, int64_t, int64_t);
+using AddTile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, int64_t, int64_t);
 template <typename T>
 constexpr AddTile kAddTile[] = {add_tile<T, 1>, add_tile<T, 2>, add_tile<T, 3>,
                                 add_tile<T, 4>, add_tile<T, 5>, add_tile<T, 6>};
@@ -97,8 +98,10 @@ void add_panel_product(const uint32_t* a, const uint32_t* b, int64_t n_units, bo
   for (int64_t col = 0; col < n_cols; col += kVectors * kPanel) {
     const int64_t n_panels = std::min<int64_t>(kVectors, panels_of(n_cols - col));
     for (int64_t row = 0; row < n_rows; row += kRows) {
-      tiles[n_panels - 1](a + row, b + col * n_units, n_units, acc + row * stride + col, stride, n_rows - row,
-                          n_cols - col);
+      for (int64_t unit = 0; unit < n_units; unit += kUnits) {
+        tiles[n_panels - 1](a + unit * kPanel + row, b + col * n_units + unit * kPanel, std::min(kUnits, n_units - unit),
+                            n_units, acc + row * stride + col, stride, n_rows - row, n_cols - col);
+      }
     }
   }
 }
