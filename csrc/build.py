@@ -71,7 +71,7 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
-        "launch": [],
+        **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
         **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }

@@ -1,36 +1,23 @@
-// Each operation on the CPU: pick the instruction set, cut the work into ranges, give every range its scratch.
-#include "../launch.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
+// Statistics and selections on the CPU: pick the instruction set, cut the work into ranges, give every range its
+// scratch. Forwards and products over tokens: launch_forward.cpp, launch_product.cpp.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "kernels_cpu.h"
-#include "sparse_linear.h"
-#include "token_product.h"
+#include "launching.h"
 
 namespace wanda {
 namespace {
 
 using cpu::Bracket;
-using cpu::Kernels;
 
-constexpr int64_t kGrainElements = 1 << 15;  // less than this is not worth waking a thread
 constexpr int64_t kUpdateRows = 32;          // each row of SparseGPT's blocks is much work
 constexpr int64_t kColumnBlock = 64;         // columns are cut at multiples of this: whole cache lines
-constexpr size_t kPanelBytes = 1 << 22;      // of a pruned weight, compressed: what a shared L3 holds
 constexpr int64_t kMinStreamColumns = 256;   // and no thread's piece of a row is shorter
 
 std::vector<const Kernels*> runnable() {
@@ -47,38 +34,6 @@ std::vector<const Kernels*> runnable() {
 #endif
   kernels.push_back(&cpu::kPortable);
   return kernels;
-}
-
-// The widest that this machine runs, or the one that WANDA_KERNELS_CPU_ISA names; read at every call, for tests.
-const Kernels& kernels() {
-  static const std::vector<const Kernels*> all = runnable();
-  const char* wanted = std::getenv("WANDA_KERNELS_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *all.front();
-  for (const Kernels* each : all) {
-    if (std::strcmp(each->name, wanted) == 0) return *each;
-  }
-  throw std::runtime_error(std::string("WANDA_KERNELS_CPU_ISA = ") + wanted + " is unknown or cannot run here");
-}
-
-class ScratchMemory {
- public:
-  explicit ScratchMemory(int64_t n_cols) : ScratchMemory(cpu::scratch_bytes(n_cols)) {}
-  explicit ScratchMemory(size_t n_bytes) : memory_(::operator new(n_bytes, kAlignment)) {}
-  ~ScratchMemory() { ::operator delete(memory_, kAlignment); }
-  ScratchMemory(const ScratchMemory&) = delete;
-  ScratchMemory& operator=(const ScratchMemory&) = delete;
-  void* get() const { return memory_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  void* memory_;
-};
-
-// Bodies take their Kernels from outside: an exception here, not in a thread, keeps its sentence.
-template <typename Body>
-void parallel_for(const Context& context, int64_t n, int64_t grain, const Body& body) {
-  auto call = [](int64_t begin, int64_t end, void* closure) { (*static_cast<const Body*>(closure))(begin, end); };
-  context.parallel_for(0, n, grain, call, const_cast<Body*>(&body));
 }
 
 // body(begin, end, scratch) over ranges of rows.
@@ -147,6 +102,16 @@ int64_t find_variant(const Context& context, const Selection& s, double alpha, c
 }
 
 }  // namespace
+
+const Kernels& kernels() {
+  static const std::vector<const Kernels*> all = runnable();
+  const char* wanted = std::getenv("WANDA_KERNELS_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *all.front();
+  for (const Kernels* each : all) {
+    if (std::strcmp(each->name, wanted) == 0) return *each;
+  }
+  throw std::runtime_error(std::string("WANDA_KERNELS_CPU_ISA = ") + wanted + " is unknown or cannot run here");
+}
 
 void add_sq_norm(const Context& context, const Matrix& x, float* acc) {
   const int64_t n_blocks = (x.n_cols + kColumnBlock - 1) / kColumnBlock;
@@ -231,73 +196,6 @@ void activate_gated(const Context& context, const Matrix& gate, const Matrix& up
   });
 }
 
-bool adds_products(bool in_bf16) {
-#if defined(__x86_64__)
-  // MKL, torch's BLAS, takes its AVX2 path on AMD.
-  static const bool brain = cpu::kTokenProductCompiled && __builtin_cpu_supports("avx512bf16");
-  static const bool single = cpu::kTokenProductCompiled && __builtin_cpu_is("amd");
-  return &kernels() == &cpu::kAvx512 && (in_bf16 ? brain : single);
-#else
-  return false;
-#endif
-}
-
-#if defined(__x86_64__)
-namespace {
-
-using cpu::kPanel;
-
-// All columns of an operand, packed; a panel's words lie together.
-class Packed {
- public:
-  Packed(const Context& context, const Matrix& x, bool in_bf16)
-      : n_units(cpu::units_of(x.n_rows, in_bf16)),
-        n_panels(cpu::panels_of(x.n_cols)),
-        words_(new uint32_t[n_panels * n_units * kPanel]) {
-    parallel_for(context, n_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) cpu::pack_panel(x, i, in_bf16, words_.get() + i * n_units * kPanel);
-    });
-  }
-  const uint32_t* panel(int64_t i) const { return words_.get() + i * n_units * kPanel; }
-  const int64_t n_units, n_panels;
-
- private:
-  std::unique_ptr<uint32_t[]> words_;
-};
-
-}  // namespace
-
-void add_product(const Context& context, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc) {
-  const Packed columns(context, b, in_bf16);
-  parallel_for(context, cpu::panels_of(a.n_cols), 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> rows(new uint32_t[columns.n_units * kPanel]);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      cpu::pack_panel(a, panel, in_bf16, rows.get());
-      const int64_t first = panel * kPanel;
-      cpu::add_panel_product(rows.get(), columns.panel(0), columns.n_units, in_bf16,
-                             static_cast<float*>(acc.data) + first * acc.stride, acc.stride,
-                             std::min(kPanel, a.n_cols - first), b.n_cols);
-    }
-  });
-}
-
-void add_square(const Context& context, const Matrix& x, bool in_bf16, const Matrix& acc) {
-  const Packed columns(context, x, in_bf16);
-  parallel_for(context, columns.n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {  // long rows and short ones in turn: every thread has its share of both
-      const int64_t panel = i % 2 == 0 ? i / 2 : columns.n_panels - 1 - i / 2;
-      const int64_t first = panel * kPanel;
-      cpu::add_panel_product(columns.panel(panel), columns.panel(panel), columns.n_units, in_bf16,
-                             static_cast<float*>(acc.data) + first * acc.stride + first, acc.stride,
-                             std::min(kPanel, x.n_cols - first), x.n_cols - first);
-    }
-  });
-}
-#else
-void add_product(const Context&, const Matrix&, const Matrix&, bool, const Matrix&) {}
-void add_square(const Context&, const Matrix&, bool, const Matrix&) {}
-#endif
-
 bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
@@ -306,85 +204,6 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
     if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
   });
   return finite;
-}
-
-void rms_norm(const Context& context, const Matrix& x, const void* weight, float epsilon, const Matrix& out) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
-  const Kernels& isa = kernels();
-  parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) {
-    isa.rms_norm(x, weight, epsilon, out, begin, end);
-  });
-}
-
-void gated_product(const Context& context, const Matrix& gate, const Matrix& up, Activation activation,
-                   const Matrix& out) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / gate.n_cols);
-  const Kernels& isa = kernels();
-  parallel_for(context, gate.n_rows, grain, [&](int64_t begin, int64_t end) {
-    isa.gated_product(gate, up, activation, out, begin, end);
-  });
-}
-
-bool attends(DType dtype, int64_t head_dim) {
-#if defined(__x86_64__)
-  if (!cpu::kAttentionCompiled || &kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
-  static const bool brain = __builtin_cpu_supports("avx512bf16");
-  static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
-    unsigned a, b, c, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-  }();
-  return dtype == DType::kFloat || (dtype == DType::kBFloat && brain && !tiles);
-#else
-  return false;
-#endif
-}
-
-void attend(const Context& context, const Attention& attention) {
-#if defined(__x86_64__)
-  parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
-    const ScratchMemory scratch(cpu::attention_scratch_bytes(attention));
-    cpu::attend_avx512(attention, begin, end, scratch.get());
-  });
-#endif
-}
-
-bool multiplies_sparse(DType dtype) {
-#if defined(__x86_64__)
-  // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
-  static const bool pays = cpu::kSparseLinearCompiled && __builtin_cpu_is("amd") &&
-                           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  return pays && &kernels() == &cpu::kAvx512 && (dtype == DType::kFloat || dtype == DType::kBFloat);
-#else
-  return false;
-#endif
-}
-
-bool sparse_linear(const Context& context, const SparseLinear& s) {
-#if defined(__x86_64__)
-  const size_t group_bytes = cpu::compressed_bytes(s.weight);
-  const int64_t n_groups = (s.weight.n_rows + cpu::kSparseRows - 1) / cpu::kSparseRows;
-  const int64_t n_panel = std::clamp<int64_t>(kPanelBytes / group_bytes, 1, n_groups);
-  const ScratchMemory memory(n_panel * group_bytes);
-  char* const compressed = static_cast<char*>(memory.get());
-  for (int64_t first = 0; first < n_groups; first += n_panel) {
-    const int64_t last = std::min(n_groups, first + n_panel);
-    std::atomic<bool> fits{true};
-    parallel_for(context, last - first, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end && fits; ++i) {
-        if (!cpu::compress_rows(s.weight, (first + i) * cpu::kSparseRows, compressed + i * group_bytes)) fits = false;
-      }
-    });
-    if (!fits) return false;
-    const int64_t n_tiles = (s.x.n_rows + cpu::kSparseTokens - 1) / cpu::kSparseTokens;
-    parallel_for(context, n_tiles, 1, [&](int64_t begin, int64_t end) {
-      cpu::multiply_sparse(s, compressed, first * cpu::kSparseRows, std::min(last * cpu::kSparseRows, s.weight.n_rows),
-                           begin * cpu::kSparseTokens, std::min(end * cpu::kSparseTokens, s.x.n_rows));
-    });
-  }
-  return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace wanda
