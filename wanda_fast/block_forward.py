@@ -55,7 +55,7 @@ def _of_this_machine() -> dict[Callable, Callable]:
     found = {}
     if not native.why_not("cpu"):
         found[F.scaled_dot_product_attention] = _causal_attention
-    if _made_by_amd():
+    if _made_by_amd() or not multiplies_bf16():
         found[F.linear] = _linear
     return found
 
@@ -70,26 +70,44 @@ def _causal_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    if attn_mask is not None or not is_causal or dropout_p or not native_forward.attends(query, key, value):
+    if attn_mask is not None or not is_causal or dropout_p:
         return None
-    return native_forward.causal_attention(query, key, value, scale)
+    if native_forward.attends(query, key, value):
+        return native_forward.causal_attention(query, key, value, scale)
+    if query.dtype != torch.bfloat16 or multiplies_bf16():
+        return None
+    q, k, v = query.float(), key.float(), value.float()
+    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+    return output.to(query.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """A pruned weight's zeros are left out. fp32: oneDNN's matmul, for torch asks MKL, which takes its AVX2
-    path on AMD's processors."""
+    """A pruned weight's zeros are left out. bf16 without instructions for it, which torch multiplies one by
+    one: in fp32, where its products are exact. fp32: oneDNN's matmul, for torch asks MKL, which takes its
+    AVX2 path on AMD's processors."""
     sparse = native_forward.multiplies_sparse(x, weight, bias)
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel() or not _has_onednn():
+    if x.dtype == weight.dtype == torch.bfloat16 and not multiplies_bf16():
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
+        return None
+    if not _made_by_amd() or not _has_onednn():
         return None
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _has_onednn() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@cache
 def _made_by_amd() -> bool:
     info = Path("/proc/cpuinfo")
     return info.exists() and "AuthenticAMD" in info.read_text()
