@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanda_fast.block_forward import faster_forward
 from wanda_fast.calibration import tokenize
 from wanda_fast.errors import CalibrationError, MissingDependencyError
+from wanda_fast.fused_modules import fused_modules
 from wanda_fast.text import evaluation_text
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -98,7 +100,8 @@ def mean_perplexity(losses: list[float]) -> float:
 @torch.no_grad()
 def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
     """The mean loss of each window `[seqlen]` of `windows` `[nwindows, seqlen]`."""
-    logits = model(windows, use_cache=False).logits
+    with faster_forward(windows.device), fused_modules(model):
+        logits = model(windows, use_cache=False).logits
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)
     ]  # fp32 of one window at a time
