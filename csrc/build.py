@@ -68,10 +68,13 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     """Every object, then the library."""
     compiler, torch = _compiler("cpu"), _torch("cpu")
     extra = SANITIZE_FLAGS if sanitize else []
-    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
+    of_isa = {
+        "kernels_avx512": AVX512_FLAGS,
+        **dict.fromkeys(("kernels_avx2", "sparse_linear_avx2"), AVX2_FLAGS),
+    }
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
-        **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
+        **dict.fromkeys(("launch", "launch_forward", "launch_product", "sparse_linear_avx2"), []),
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
         **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }

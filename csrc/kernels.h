@@ -54,7 +54,7 @@ struct Attention {
 };
 
 // out = x weight^T + bias; bias null or [weight.n_rows] of the same dtype, fp32 or bf16.
-struct SparseLinear {
+struct Linear {
   Matrix x, weight, out;
   const void* bias;
 };

@@ -45,8 +45,8 @@ bool attends(DType dtype, int64_t head_dim);
 void attend(const Context&, const Attention&);
 // Whether this machine multiplies a pruned weight of that dtype faster than a dense one.
 bool multiplies_sparse(DType dtype);
-// False where more than half of 64 bytes of a row of the weight are left; `out` is then not whole.
-bool sparse_linear(const Context&, const SparseLinear&);
+// False, and `out` is unfinished: the weight holds more than the format for pruned ones does.
+bool sparse_linear(const Context&, const Linear&);
 
 // GPU alone: bytes of scratch for an operation on this operand.
 size_t sq_norm_scratch_bytes(const Matrix& x);

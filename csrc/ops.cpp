@@ -288,8 +288,8 @@ bool native_multiplies_sparse(Tensor weight) {
 }
 
 bool native_sparse_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias) {
-  const wanda::SparseLinear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
-                                 bias ? bias->data_ptr() : nullptr};
+  const wanda::Linear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
+                           bias ? bias->data_ptr() : nullptr};
   const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
                     (!bias || (bias->is_contiguous() && bias->numel() == s.weight.n_rows));
   STD_TORCH_CHECK(fits, "the shapes of x, weight, bias and out do not fit");

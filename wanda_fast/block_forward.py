@@ -53,9 +53,9 @@ class _Replacing(TorchFunctionMode):
 @cache
 def _of_this_machine() -> dict[Callable, Callable]:
     found = {}
-    if not native.why_not("cpu"):
+    if not native.why_not("cpu") or not multiplies_bf16():
         found[F.scaled_dot_product_attention] = _causal_attention
-    if _made_by_amd() or not multiplies_bf16():
+    if not native.why_not("cpu") or not multiplies_bf16() or _onednn_is_faster():
         found[F.linear] = _linear
     return found
 
@@ -75,39 +75,43 @@ def _causal_attention(
     if native_forward.attends(query, key, value):
         return native_forward.causal_attention(query, key, value, scale)
     if query.dtype != torch.bfloat16 or multiplies_bf16():
-        return None
+        return None  # to torch
     q, k, v = query.float(), key.float(), value.float()
     output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
     return output.to(query.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """A pruned weight's zeros are left out. bf16 without instructions for it, which torch multiplies one by
-    one: in fp32, where its products are exact. fp32: oneDNN's matmul, for torch asks MKL, which takes its
-    AVX2 path on AMD's processors."""
+    """A pruned weight's zeros are left out. A dense one is torch's but where torch is slow."""
     sparse = native_forward.multiplies_sparse(x, weight, bias)
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
     if x.dtype == weight.dtype == torch.bfloat16 and not multiplies_bf16():
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
-        return None
-    if not _made_by_amd() or not _has_onednn():
-        return None
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if x.dtype == weight.dtype == torch.float32 and x.numel() and _onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return None
 
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def _has_onednn() -> bool:
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this processor has instructions for products of bf16. Without them torch multiplies them one
+    by one, many times slower than in fp32, where they are exact."""
+    return capable_of("avx512_bf16")
 
 
 @cache
+def _onednn_is_faster() -> bool:
+    """Than MKL, which torch asks for fp32: on AMD's processors MKL takes its AVX2 path, AVX-512 or not."""
+    return _made_by_amd() and capable_of("avx512_f") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def capable_of(feature: str) -> bool:
+    """Whether torch finds a feature of the processor, by its name; False where it cannot say."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get(feature))
+
+
 def _made_by_amd() -> bool:
     info = Path("/proc/cpuinfo")
     return info.exists() and "AuthenticAMD" in info.read_text()

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from wanda_fast.block_forward import multiplies_bf16
 from wanda_fast.errors import CheckpointError, OutputError, ResumeError
 from wanda_fast.journal import RUN, partial_of, unfinished_run
 from wanda_fast.report import Report
@@ -205,8 +206,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 
 def _fast_on_cpu(dtype: torch.dtype) -> bool:
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(capability.get("avx512_bf16")))
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())
 
 
 def first_line(error: BaseException) -> str:

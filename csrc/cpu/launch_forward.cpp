@@ -11,12 +11,6 @@
 #include "sparse_linear.h"
 
 namespace wanda {
-namespace {
-
-constexpr size_t kPanelBytes = 1 << 22;      // of a pruned weight, compressed: what a shared L3 holds
-
-}  // namespace
-
 void rms_norm(const Context& context, const Matrix& x, const void* weight, float epsilon, const Matrix& out) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
   const Kernels& isa = kernels();
@@ -57,43 +51,48 @@ void attend(const Context& context, const Attention& attention) {
 #endif
 }
 
-bool multiplies_sparse(DType dtype) {
+namespace {
+
+// The kernels for a weight of this dtype where they are faster here than torch's own product; else null.
+const cpu::SparseKernels* sparse_kernels(DType dtype) {
+  if (dtype == DType::kHalf) return nullptr;
 #if defined(__x86_64__)
   // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
-  static const bool pays = cpu::kSparseLinearCompiled && __builtin_cpu_is("amd") &&
-                           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  return pays && &kernels() == &cpu::kAvx512 && (dtype == DType::kFloat || dtype == DType::kBFloat);
-#else
-  return false;
+  static const bool permutes = cpu::kSparseAvx512.rows && __builtin_cpu_is("amd") &&
+                               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  if (&kernels() == &cpu::kAvx512 && permutes) return &cpu::kSparseAvx512;
+  if (&kernels() == &cpu::kAvx2) return &cpu::kSparseAvx2;
 #endif
+  return nullptr;
 }
 
-bool sparse_linear(const Context& context, const SparseLinear& s) {
-#if defined(__x86_64__)
-  const size_t group_bytes = cpu::compressed_bytes(s.weight);
-  const int64_t n_groups = (s.weight.n_rows + cpu::kSparseRows - 1) / cpu::kSparseRows;
-  const int64_t n_panel = std::clamp<int64_t>(kPanelBytes / group_bytes, 1, n_groups);
-  const ScratchMemory memory(n_panel * group_bytes);
-  char* const compressed = static_cast<char*>(memory.get());
-  for (int64_t first = 0; first < n_groups; first += n_panel) {
-    const int64_t last = std::min(n_groups, first + n_panel);
+}  // namespace
+
+bool multiplies_sparse(DType dtype) { return sparse_kernels(dtype) != nullptr; }
+
+bool sparse_linear(const Context& context, const Linear& s) {
+  const cpu::SparseKernels& way = *sparse_kernels(s.weight.dtype);
+  const size_t group_bytes = way.group_bytes(s.weight);
+  const int64_t n_groups = (s.weight.n_rows + way.rows - 1) / way.rows;
+  const int64_t n_cached = std::clamp<int64_t>(way.cache_bytes / group_bytes, 1, n_groups);
+  const ScratchMemory memory(n_cached * group_bytes);
+  char* const groups = static_cast<char*>(memory.get());
+  for (int64_t first = 0; first < n_groups; first += n_cached) {
+    const int64_t last = std::min(n_groups, first + n_cached);
     std::atomic<bool> fits{true};
     parallel_for(context, last - first, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && fits; ++i) {
-        if (!cpu::compress_rows(s.weight, (first + i) * cpu::kSparseRows, compressed + i * group_bytes)) fits = false;
+        if (!way.prepare(s.weight, (first + i) * way.rows, groups + i * group_bytes)) fits = false;
       }
     });
     if (!fits) return false;
-    const int64_t n_tiles = (s.x.n_rows + cpu::kSparseTokens - 1) / cpu::kSparseTokens;
+    const int64_t n_tiles = (s.x.n_rows + way.tokens - 1) / way.tokens;
     parallel_for(context, n_tiles, 1, [&](int64_t begin, int64_t end) {
-      cpu::multiply_sparse(s, compressed, first * cpu::kSparseRows, std::min(last * cpu::kSparseRows, s.weight.n_rows),
-                           begin * cpu::kSparseTokens, std::min(end * cpu::kSparseTokens, s.x.n_rows));
+      way.multiply(s, groups, first * way.rows, std::min(last * way.rows, s.weight.n_rows), begin * way.tokens,
+                   std::min(end * way.tokens, s.x.n_rows));
     });
   }
   return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace wanda

@@ -19,6 +19,15 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat* p, Float v) {  // to nearest, ties to even; a NaN stays one
+    const Int all = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(all, 16), _mm256_set1_epi32(1));
+    const Int nearest = _mm256_add_epi32(_mm256_add_epi32(all, _mm256_set1_epi32(0x7fff)), odd);
+    const Int quiet = _mm256_or_si256(all, _mm256_set1_epi32(0x400000));
+    const Int nan = bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const Int high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
+  }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm256_fmadd_ps(x, x, sum); }
   static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }

@@ -1,4 +1,4 @@
-// Products with a pruned weight on the CPU; see sparse_linear_avx512.cpp.
+// out = x weight^T + bias on the CPU for a pruned weight: how it is prepared, and the product of what was prepared.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,21 @@
 
 namespace wanda::cpu {
 
-#if defined(__x86_64__)
-constexpr int64_t kSparseRows = 16;    // rows of a weight that are compressed together
-constexpr int64_t kSparseTokens = 8;   // tokens of x that meet them at once
-extern const bool kSparseLinearCompiled;  // false where the compiler knows no AVX-512-BF16 or VBMI2
+// Of one instruction set, for fp32 and bf16.
+struct SparseKernels {
+  int64_t rows;        // of the weight that are prepared together, as one group
+  int64_t tokens;      // of x that meet a group at once
+  size_t cache_bytes;  // of prepared groups that all tokens meet before the next ones are prepared
+  size_t (*group_bytes)(const Matrix& weight);
+  // Rows from `row` on, `rows` or as many as there are. False: they hold more than the format does.
+  bool (*prepare)(const Matrix& weight, int64_t row, void* group);
+  // Output columns [first_row, end_row) of tokens [begin, end); `groups` holds those rows.
+  void (*multiply)(const Linear&, void* groups, int64_t first_row, int64_t end_row, int64_t begin, int64_t end);
+};
 
-size_t compressed_bytes(const Matrix& weight);  // of kSparseRows rows
-// Rows from `row` on, kSparseRows or as many as there are. False: they hold more than the format does.
-bool compress_rows(const Matrix& weight, int64_t row, void* compressed);
-// Output columns [first_row, end_row) of tokens [begin, end); `compressed` holds those rows.
-void multiply_sparse(const SparseLinear&, const void* compressed, int64_t first_row, int64_t end_row, int64_t begin,
-                     int64_t end);
+#if defined(__x86_64__)
+extern const SparseKernels kSparseAvx512;  // rows 0 where the compiler knows no AVX-512-BF16 or VBMI2
+extern const SparseKernels kSparseAvx2;
 #endif
 
 }  // namespace wanda::cpu

@@ -20,7 +20,9 @@ namespace {
 
 using WANDA_ISA::Simd;
 
-constexpr int kSteps = 8;  // of a chunk
+constexpr int64_t kSparseRows = 16;   // rows of a weight that are compressed together
+constexpr int64_t kSparseTokens = 8;  // tokens of x that meet them at once
+constexpr int kSteps = 8;             // of a chunk
 constexpr int64_t kTileBytes = 1 << 17;  // of x, which meets all rows before the next tile does: a quarter of L2
 
 struct Step {
@@ -98,7 +100,7 @@ bool compress(const Matrix& weight, int64_t row, Step* steps) {
 }
 
 template <typename T>
-void multiply_tile(const SparseLinear& s, const Step* steps, int64_t row, int64_t token, int64_t end) {
+void multiply_tile(const Linear& s, const Step* steps, int64_t row, int64_t token, int64_t end) {
   using Element = typename T::Element;
   const __mmask16 inside = (__mmask16)((1u << std::min(kSparseRows, s.weight.n_rows - row)) - 1);
   const __m512 bias = s.bias ? T::widen(static_cast<const Element*>(s.bias) + row, inside) : _mm512_setzero_ps();
@@ -128,7 +130,7 @@ void multiply_tile(const SparseLinear& s, const Step* steps, int64_t row, int64_
 }
 
 template <typename T>
-void multiply(const SparseLinear& s, const Step* steps, int64_t first_row, int64_t end_row, int64_t begin,
+void multiply(const Linear& s, const Step* steps, int64_t first_row, int64_t end_row, int64_t begin,
               int64_t end) {
   const int64_t n_steps = chunks_of(s.x.n_cols, T::kChunk) * kSteps;
   const int64_t token_bytes = s.x.n_cols * static_cast<int64_t>(sizeof(typename T::Element));
@@ -142,10 +144,6 @@ void multiply(const SparseLinear& s, const Step* steps, int64_t first_row, int64
   }
 }
 
-}  // namespace
-
-extern const bool kSparseLinearCompiled = true;
-
 size_t compressed_bytes(const Matrix& weight) {
   const int64_t chunk = weight.dtype == DType::kFloat ? Single::kChunk : Brain::kChunk;
   return chunks_of(weight.n_cols, chunk) * kSteps * sizeof(Step);
@@ -156,21 +154,24 @@ bool compress_rows(const Matrix& weight, int64_t row, void* compressed) {
   return weight.dtype == DType::kFloat ? compress<Single>(weight, row, steps) : compress<Brain>(weight, row, steps);
 }
 
-void multiply_sparse(const SparseLinear& s, const void* compressed, int64_t first_row, int64_t end_row, int64_t begin,
+void multiply_sparse(const Linear& s, void* compressed, int64_t first_row, int64_t end_row, int64_t begin,
                      int64_t end) {
   const Step* steps = static_cast<const Step*>(compressed);
   if (s.weight.dtype == DType::kFloat) multiply<Single>(s, steps, first_row, end_row, begin, end);
   else multiply<Brain>(s, steps, first_row, end_row, begin, end);
 }
 
+}  // namespace
+
+// 4 MiB, which a shared L3 holds.
+extern const SparseKernels kSparseAvx512 = {kSparseRows,      kSparseTokens, 1 << 22,
+                                            compressed_bytes, compress_rows, multiply_sparse};
+
 }  // namespace wanda::cpu
 #else
 namespace wanda::cpu {
 
-extern const bool kSparseLinearCompiled = false;
-size_t compressed_bytes(const Matrix&) { return 0; }
-bool compress_rows(const Matrix&, int64_t, void*) { return false; }
-void multiply_sparse(const SparseLinear&, const void*, int64_t, int64_t, int64_t, int64_t) {}
+extern const SparseKernels kSparseAvx512 = {};
 
 }  // namespace wanda::cpu
 #endif

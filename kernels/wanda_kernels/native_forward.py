@@ -65,7 +65,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 def multiplies_sparse(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `sparse_linear` takes these operands, and is faster here than a dense product can be.
 
-    That is so on AMD's cores with AVX-512-BF16 and VBMI2, for fp32 and bf16, from some tokens on.
+    That is so for fp32 and bf16, from some tokens on: with AVX2 and no AVX-512, and on AMD's cores with
+    AVX-512-BF16 and VBMI2.
     """
     operands = [each for each in (x, weight, bias) if each is not None]
     alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
@@ -79,8 +80,9 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     Args:
         x: fp32 or bf16 `[..., in]`, such that `multiplies_sparse`.
-        weight: `[out, in]`. In every 64 bytes of a row, counted from its begin, at most half of the elements
-            may be other than zero: so it is after 2:4, 4:8, 8:16, and in bf16 16:32.
+        weight: `[out, in]`. AVX2: of 96 rows, counted from the first, at most three quarters of the elements
+            may be other than zero. AVX-512: of every 64 bytes of a row, counted from its begin, at most half:
+            so it is after 2:4, 4:8, 8:16, and in bf16 16:32.
         bias: contiguous `[out]`, or None.
     """
     rows = _as_rows(x)

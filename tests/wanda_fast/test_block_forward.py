@@ -34,18 +34,37 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
-def test_onednns_linear(bias, shape):
-    """On every x86, though it is chosen on AMD's only."""
+def test_onednns_linear(monkeypatch, bias, shape):
+    """On every x86, though it is chosen on AMD's with AVX-512 only."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch is built without oneDNN")
+    monkeypatch.setattr(block_forward, "_onednn_is_faster", lambda: True)
     x, weight = torch.randn(shape), torch.randn(5, 7)
     found = block_forward._linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     transposed = torch.randn(7, 4).t()
     torch.testing.assert_close(block_forward._linear(transposed, weight), transposed @ weight.t())
-    assert block_forward._linear(x.bfloat16(), weight.bfloat16()) is None  # dense: torch asks oneDNN itself
     assert block_forward._linear(torch.randn(0, 7), weight) is None
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5).bfloat16()])
+def test_bf16_without_instructions_for_it(monkeypatch, bias):
+    """Products in fp32, one rounding at the end; with the instructions, torch's own."""
+    x, weight = torch.randn(2, 9, 7).bfloat16(), torch.randn(5, 7).bfloat16()
+    monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: True)
+    assert block_forward._linear(x, weight, bias) is None
+    monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: False)
+    found = block_forward._linear(x, weight, bias)
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
+    q = torch.randn(1, 2, 8, 40).bfloat16()  # a head that no kernel of ours takes
+    found = block_forward._causal_attention(q, q[:, :1], q[:, :1], is_causal=True, enable_gqa=True)
+    wanted = F.scaled_dot_product_attention(
+        q.double(), *[q[:, :1].double()] * 2, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
 
 
 def test_attention_of_another_kind_is_left_to_torch():

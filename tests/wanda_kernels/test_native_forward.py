@@ -19,6 +19,7 @@ SHAPES = ((1, 1), (3, 7), (2, 64), (5, 65), (2, 3, 576))
 @pytest.fixture(params=native.cpu_isas() if not native.why_not("cpu") else [])
 def isa(request, monkeypatch):
     monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
+    return request.param
 
 
 def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
@@ -31,7 +32,7 @@ def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
 
 def require_sparse(x, weight, bias=None):
     if not native_forward.multiplies_sparse(x, weight, bias):
-        pytest.skip("needs an AMD with AVX-512-BF16 and VBMI2")
+        pytest.skip("with AVX-512 it needs an AMD with BF16 and VBMI2; the portable kernels have none")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +85,7 @@ def test_rows_of_another_kind_are_left_alone():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (8, 16)])
 @pytest.mark.parametrize("shape", [(1, 8, 64), (5, 64, 65), (33, 100, 70), (192, 576, 513), (17, 7, 100)])
-def test_sparse_linear(shape, pattern, dtype):
+def test_sparse_linear(isa, shape, pattern, dtype):
     n_out, n_in, n_tokens = shape
     x = torch.randn(n_tokens, 2 * n_in)[:, n_in:].to(dtype)
     weight, bias = pruned(torch.randn(n_out, n_in), *pattern).to(dtype), torch.randn(n_out).to(dtype)
@@ -96,9 +97,9 @@ def test_sparse_linear(shape, pattern, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sparse_linear_of_panels_of_rows(dtype):
-    """More rows than are compressed at once: 4 MiB."""
-    x, weight = torch.randn(2, 33, 1024).to(dtype), pruned(torch.randn(2600, 1024), 2, 4).to(dtype)
+def test_sparse_linear_of_panels_of_rows(isa, dtype):
+    """More rows than are prepared at once: 16 MiB with AVX2, 4 MiB with AVX-512."""
+    x, weight = torch.randn(2, 33, 1024).to(dtype), pruned(torch.randn(2900, 1024), 2, 4).to(dtype)
     require_sparse(x, weight)
     found = native_forward.sparse_linear(x, weight)
     wanted = x.double() @ weight.double().t()
@@ -106,16 +107,33 @@ def test_sparse_linear_of_panels_of_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_weight_too_many_is_left_to_torch(dtype):
-    x, weight = torch.randn(64, 128).to(dtype), pruned(torch.randn(40, 128), 2, 4).to(dtype)
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9, 1.0])
+def test_sparse_linear_of_an_unstructured_weight(isa, ratio, dtype):
+    x, weight = torch.randn(100, 200).to(dtype), torch.randn(150, 200).to(dtype)
+    weight[torch.rand(150, 200) < ratio] = 0
+    require_sparse(x, weight)
+    found = native_forward.sparse_linear(x, weight)
+    if found is None:
+        assert isa == "avx512" and ratio < 1  # more than half of some 64 bytes
+        return
+    torch.testing.assert_close(
+        found.double(), x.double() @ weight.double().t(), rtol=TOLERANCE[dtype], atol=SUM_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", [40, 136])
+def test_one_weight_too_many_is_left_to_torch(isa, n_rows, dtype):
+    kept = {"avx2": 3, "avx512": 2}.get(isa, 0)  # of 4
+    x, weight = torch.randn(64, 128).to(dtype), pruned(torch.randn(n_rows, 128), kept, 4).to(dtype)
     require_sparse(x, weight)
     assert native_forward.sparse_linear(x, weight) is not None
-    weight[39, 96:128][(weight[39, 96:128] == 0).nonzero()[0]] = 1e-30
+    weight[-1, 96:128][(weight[-1, 96:128] == 0).nonzero()[0]] = 1e-30
     assert native_forward.sparse_linear(x, weight) is None
-    assert native_forward.sparse_linear(x, torch.randn(40, 128).to(dtype)) is None
+    assert native_forward.sparse_linear(x, torch.randn(n_rows, 128).to(dtype)) is None
 
 
-def test_negative_zeros_count_as_zeros_and_nan_does_not():
+def test_negative_zeros_count_as_zeros_and_nan_does_not(isa):
     weight = torch.full((16, 32), -0.0)
     weight[3, 5] = float("nan")
     x = torch.randn(64, 32)
@@ -124,7 +142,7 @@ def test_negative_zeros_count_as_zeros_and_nan_does_not():
     assert found[:, 3].isnan().all() and (found[:, :3] == 0).all() and (found[:, 4:] == 0).all()
 
 
-def test_threads_and_batches_change_no_bit_of_a_sparse_product():
+def test_threads_and_batches_change_no_bit_of_a_sparse_product(isa):
     x, weight = torch.randn(300, 96).bfloat16(), pruned(torch.randn(50, 96), 2, 4).bfloat16()
     require_sparse(x, weight)
     whole, threads = native_forward.sparse_linear(x, weight), torch.get_num_threads()
