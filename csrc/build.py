@@ -32,6 +32,9 @@ WIDEST = (
     "sparse_linear_avx512",
     "token_product_avx512",
 )
+WITH_AVX2 = (
+    "attention_avx2",
+)
 WIDEST_FLAGS = ["-mavx512bf16", "-mavx512vbmi2"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
@@ -73,10 +76,12 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
         **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
+        **dict.fromkeys(WITH_AVX2, []),
         **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }
     if platform.machine() in ("x86_64", "AMD64"):
         known = [flag for flag in WIDEST_FLAGS if _knows(compiler, flag)]
+        of_isa |= dict.fromkeys(WITH_AVX2, AVX2_FLAGS)
         of_isa |= dict.fromkeys(WIDEST, [*AVX512_FLAGS, *known])
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []

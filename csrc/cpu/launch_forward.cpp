@@ -15,6 +15,15 @@ namespace {
 
 constexpr size_t kPanelBytes = 1 << 22;      // of a pruned weight, compressed: what a shared L3 holds
 
+// Null: none for the instruction set in use.
+const cpu::AttentionKernels* attention_kernels() {
+#if defined(__x86_64__)
+  if (&kernels() == &cpu::kAvx512 && cpu::kAttentionAvx512.attend) return &cpu::kAttentionAvx512;
+  if (&kernels() == &cpu::kAvx2) return &cpu::kAttentionAvx2;
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
 void rms_norm(const Context& context, const Matrix& x, const void* weight, float epsilon, const Matrix& out) {
@@ -36,7 +45,8 @@ void gated_product(const Context& context, const Matrix& gate, const Matrix& up,
 
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (!cpu::kAttentionCompiled || &kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  if (attention_kernels() == nullptr || head_dim % 32 != 0) return false;
+  if (attention_kernels() == &cpu::kAttentionAvx2) return dtype != DType::kHalf;  // no Intel with AVX2 was measured
   static const bool brain = __builtin_cpu_supports("avx512bf16");
   static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
     unsigned a, b, c, d = 0;
@@ -49,12 +59,11 @@ bool attends(DType dtype, int64_t head_dim) {
 }
 
 void attend(const Context& context, const Attention& attention) {
-#if defined(__x86_64__)
+  const cpu::AttentionKernels& isa = *attention_kernels();
   parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
-    const ScratchMemory scratch(cpu::attention_scratch_bytes(attention));
-    cpu::attend_avx512(attention, begin, end, scratch.get());
+    const ScratchMemory scratch(isa.scratch_bytes(attention));
+    isa.attend(attention, begin, end, scratch.get());
   });
-#endif
 }
 
 bool multiplies_sparse(DType dtype) {
