@@ -34,6 +34,7 @@ WIDEST = (
 )
 WITH_AVX2 = (
     "attention_avx2",
+    "token_product_avx2",
 )
 WIDEST_FLAGS = ["-mavx512bf16", "-mavx512vbmi2"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
