@@ -27,11 +27,8 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-WIDEST = (
-    "attention_avx512",
-    "sparse_linear_avx512",
-    "token_product_avx512",
-)
+WIDEST = ("attention_avx512", "sparse_linear_avx512", "token_product_avx512")
+WITH_AVX2 = ("attention_avx2", "sparse_linear_avx2", "token_product_avx2")
 WIDEST_FLAGS = ["-mavx512bf16", "-mavx512vbmi2"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
@@ -68,18 +65,17 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     """Every object, then the library."""
     compiler, torch = _compiler("cpu"), _torch("cpu")
     extra = SANITIZE_FLAGS if sanitize else []
-    of_isa = {
-        "kernels_avx512": AVX512_FLAGS,
-        **dict.fromkeys(("kernels_avx2", "sparse_linear_avx2"), AVX2_FLAGS),
-    }
+    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
     flags = {
         "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
-        **dict.fromkeys(("launch", "launch_forward", "launch_product", "sparse_linear_avx2"), []),
+        **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
+        **dict.fromkeys(WITH_AVX2, []),
         **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }
     if platform.machine() in ("x86_64", "AMD64"):
         known = [flag for flag in WIDEST_FLAGS if _knows(compiler, flag)]
+        of_isa |= dict.fromkeys(WITH_AVX2, AVX2_FLAGS)
         of_isa |= dict.fromkeys(WIDEST, [*AVX512_FLAGS, *known])
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []

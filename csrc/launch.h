@@ -33,6 +33,7 @@ void activate(const Context&, const Matrix& x, Activation activation, int power,
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
 // Whether this machine sums products over tokens itself: of bf16 pairs, or of fp32 where that beats torch's BLAS.
 bool adds_products(bool in_bf16);
+bool adds_squares(bool in_bf16);  // the same for x^T x, of which torch sums more than half
 // acc += a^T b of fp32 operands, rounded to bf16 where asked; all three fp32.
 void add_product(const Context&, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc);
 // acc += x^T x on and above the diagonal; some of what is below changes too.

@@ -250,7 +250,7 @@ void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
   require_floats(x, "x");
   const wanda::Matrix sums = matrix_of(acc, "acc"), rows = matrix_of(x, "x");
   STD_TORCH_CHECK(sums.n_rows == rows.n_cols && sums.n_cols == rows.n_cols, "acc must be square, as wide as x");
-  STD_TORCH_CHECK(wanda::adds_products(in_bf16), "no product of these operands here");
+  STD_TORCH_CHECK(wanda::adds_squares(in_bf16), "no square of these operands here");
   wanda::add_square(Surroundings(acc).context(), rows, in_bf16, sums);
 }
 

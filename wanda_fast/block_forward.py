@@ -53,7 +53,7 @@ class _Replacing(TorchFunctionMode):
 @cache
 def _of_this_machine() -> dict[Callable, Callable]:
     found = {}
-    if not native.why_not("cpu") or not multiplies_bf16():
+    if not native.why_not("cpu"):
         found[F.scaled_dot_product_attention] = _causal_attention
     if not native.why_not("cpu") or not multiplies_bf16() or _onednn_is_faster():
         found[F.linear] = _linear
@@ -70,15 +70,9 @@ def _causal_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    if attn_mask is not None or not is_causal or dropout_p:
+    if attn_mask is not None or not is_causal or dropout_p or not native_forward.attends(query, key, value):
         return None
-    if native_forward.attends(query, key, value):
-        return native_forward.causal_attention(query, key, value, scale)
-    if query.dtype != torch.bfloat16 or multiplies_bf16():
-        return None  # to torch
-    q, k, v = query.float(), key.float(), value.float()
-    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-    return output.to(query.dtype)
+    return native_forward.causal_attention(query, key, value, scale)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:

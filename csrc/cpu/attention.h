@@ -1,4 +1,4 @@
-// Causal attention on the CPU; see attention_avx512.cpp.
+// Causal attention on the CPU, by instruction set; see attention_isa.h.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +7,15 @@
 
 namespace wanda::cpu {
 
+struct AttentionKernels {
+  size_t (*scratch_bytes)(const Attention&);
+  // Heads [begin, end) of all batches' heads, on the calling thread.
+  void (*attend)(const Attention&, int64_t begin, int64_t end, void* scratch);
+};
+
 #if defined(__x86_64__)
-extern const bool kAttentionCompiled;  // false where the compiler knows no AVX-512-BF16: GCC before 10
-size_t attention_scratch_bytes(const Attention&);
-// Heads [begin, end) of all batches' heads, on the calling thread.
-void attend_avx512(const Attention&, int64_t begin, int64_t end, void* scratch);
+extern const AttentionKernels kAttentionAvx512;  // empty where the compiler knows no AVX-512-BF16: GCC before 10
+extern const AttentionKernels kAttentionAvx2;
 #endif
 
 }  // namespace wanda::cpu

@@ -218,13 +218,22 @@ extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isa() {
 }
 
 // The operands, bf16 and fp32, whose products over tokens the library sums itself, comma-separated.
-extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_products() {
+static const char* operands_of(bool (*sums)(bool in_bf16)) {
   try {
-    if (!wanda::adds_products(true)) return "";
-    return wanda::adds_products(false) ? "bf16,fp32" : "bf16";
+    const bool single = sums(false);
+    if (!sums(true)) return single ? "fp32" : "";
+    return single ? "bf16,fp32" : "bf16";
   } catch (const std::exception&) {
     return "";
   }
+}
+
+extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_products() {
+  return operands_of(wanda::adds_products);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_squares() {
+  return operands_of(wanda::adds_squares);
 }
 
 extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_isas() {

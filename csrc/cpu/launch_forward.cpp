@@ -11,6 +11,32 @@
 #include "sparse_linear.h"
 
 namespace wanda {
+namespace {
+
+// Null: none for the instruction set in use.
+const cpu::AttentionKernels* attention_kernels() {
+#if defined(__x86_64__)
+  if (&kernels() == &cpu::kAvx512 && cpu::kAttentionAvx512.attend) return &cpu::kAttentionAvx512;
+  if (&kernels() == &cpu::kAvx2) return &cpu::kAttentionAvx2;
+#endif
+  return nullptr;
+}
+
+// The kernels for a weight of this dtype where they are faster here than torch's own product; else null.
+const cpu::SparseKernels* sparse_kernels(DType dtype) {
+  if (dtype == DType::kHalf) return nullptr;
+#if defined(__x86_64__)
+  // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
+  static const bool permutes = cpu::kSparseAvx512.rows && __builtin_cpu_is("amd") &&
+                               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  if (&kernels() == &cpu::kAvx512 && permutes) return &cpu::kSparseAvx512;
+  if (&kernels() == &cpu::kAvx2) return &cpu::kSparseAvx2;
+#endif
+  return nullptr;
+}
+
+}  // namespace
+
 void rms_norm(const Context& context, const Matrix& x, const void* weight, float epsilon, const Matrix& out) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
   const Kernels& isa = kernels();
@@ -30,7 +56,8 @@ void gated_product(const Context& context, const Matrix& gate, const Matrix& up,
 
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (!cpu::kAttentionCompiled || &kernels() != &cpu::kAvx512 || head_dim % 32 != 0) return false;
+  if (attention_kernels() == nullptr || head_dim % 32 != 0) return false;
+  if (attention_kernels() == &cpu::kAttentionAvx2) return dtype != DType::kHalf;  // no Intel with AVX2 was measured
   static const bool brain = __builtin_cpu_supports("avx512bf16");
   static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
     unsigned a, b, c, d = 0;
@@ -43,30 +70,12 @@ bool attends(DType dtype, int64_t head_dim) {
 }
 
 void attend(const Context& context, const Attention& attention) {
-#if defined(__x86_64__)
+  const cpu::AttentionKernels& isa = *attention_kernels();
   parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
-    const ScratchMemory scratch(cpu::attention_scratch_bytes(attention));
-    cpu::attend_avx512(attention, begin, end, scratch.get());
+    const ScratchMemory scratch(isa.scratch_bytes(attention));
+    isa.attend(attention, begin, end, scratch.get());
   });
-#endif
 }
-
-namespace {
-
-// The kernels for a weight of this dtype where they are faster here than torch's own product; else null.
-const cpu::SparseKernels* sparse_kernels(DType dtype) {
-  if (dtype == DType::kHalf) return nullptr;
-#if defined(__x86_64__)
-  // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
-  static const bool permutes = cpu::kSparseAvx512.rows && __builtin_cpu_is("amd") &&
-                               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  if (&kernels() == &cpu::kAvx512 && permutes) return &cpu::kSparseAvx512;
-  if (&kernels() == &cpu::kAvx2) return &cpu::kSparseAvx2;
-#endif
-  return nullptr;
-}
-
-}  // namespace
 
 bool multiplies_sparse(DType dtype) { return sparse_kernels(dtype) != nullptr; }
 

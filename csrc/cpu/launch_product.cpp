@@ -7,71 +7,90 @@
 
 namespace wanda {
 
-bool adds_products(bool in_bf16) {
+namespace {
+
+using cpu::TokenProduct;
+
+constexpr int64_t kBandsOfThread = 4;
+
+// Null: torch's products are better, or there are none of ours.
+const TokenProduct* token_product(bool in_bf16, bool square) {
 #if defined(__x86_64__)
-  // MKL, torch's BLAS, takes its AVX2 path on AMD.
-  static const bool brain = cpu::kTokenProductCompiled && __builtin_cpu_supports("avx512bf16");
-  static const bool single = cpu::kTokenProductCompiled && __builtin_cpu_is("amd");
-  return &kernels() == &cpu::kAvx512 && (in_bf16 ? brain : single);
+  // MKL, torch's BLAS, takes its AVX2 path on AMD. That beats our AVX2, but not by as much as a square's half saves.
+  static const bool amd = __builtin_cpu_is("amd"), brain = __builtin_cpu_supports("avx512bf16");
+  const TokenProduct* found = nullptr;
+  if (&kernels() == &cpu::kAvx512 && in_bf16 && brain) found = &cpu::kBrainProductAvx512;
+  if (&kernels() == &cpu::kAvx512 && !in_bf16 && amd) found = &cpu::kProductAvx512;
+  if (&kernels() == &cpu::kAvx2 && !in_bf16 && amd && square) found = &cpu::kProductAvx2;
+  return found && found->add_panels ? found : nullptr;
 #else
-  return false;
+  return nullptr;
 #endif
 }
 
-#if defined(__x86_64__)
-namespace {
-
-using cpu::kPanel;
-
-// All columns of an operand, packed; a panel's words lie together.
+// Some columns of an operand, packed; a panel's words lie together.
 class Packed {
  public:
-  Packed(const Context& context, const Matrix& x, bool in_bf16)
-      : n_units(cpu::units_of(x.n_rows, in_bf16)),
-        n_panels(cpu::panels_of(x.n_cols)),
-        words_(new uint32_t[n_panels * n_units * kPanel]) {
-    parallel_for(context, n_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) cpu::pack_panel(x, i, in_bf16, words_.get() + i * n_units * kPanel);
-    });
-  }
-  const uint32_t* panel(int64_t i) const { return words_.get() + i * n_units * kPanel; }
-  const int64_t n_units, n_panels;
+  Packed(const TokenProduct& product, int64_t n_tokens, int64_t n_panels)
+      : n_units(product.units_of(n_tokens)),
+        panel_words_(n_units * product.panel),
+        words_(new uint32_t[n_panels * panel_words_]) {}
+  uint32_t* panel(int64_t i) const { return words_.get() + i * panel_words_; }
+  const int64_t n_units;
 
  private:
+  const int64_t panel_words_;
   std::unique_ptr<uint32_t[]> words_;
 };
 
+Packed packed(const Context& context, const TokenProduct& product, const Matrix& x) {
+  const int64_t n_panels = product.panels_of(x.n_cols);
+  Packed columns(product, x.n_rows, n_panels);
+  parallel_for(context, n_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) product.pack_panel(x, i, columns.panel(i));
+  });
+  return columns;
+}
+
+// Rows of acc are cut into bands of so many panels: few enough that every thread has some, of each size.
+int64_t panels_of_band(const Context& context, const TokenProduct& product, int64_t n_rows) {
+  const int64_t share = product.panels_of(n_rows) / (kBandsOfThread * std::max(1, context.n_threads));
+  return std::clamp<int64_t>(share, 1, product.panels_at_once);
+}
+
 }  // namespace
 
+bool adds_products(bool in_bf16) { return token_product(in_bf16, false) != nullptr; }
+bool adds_squares(bool in_bf16) { return token_product(in_bf16, true) != nullptr; }
+
 void add_product(const Context& context, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc) {
-  const Packed columns(context, b, in_bf16);
-  parallel_for(context, cpu::panels_of(a.n_cols), 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> rows(new uint32_t[columns.n_units * kPanel]);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      cpu::pack_panel(a, panel, in_bf16, rows.get());
-      const int64_t first = panel * kPanel;
-      cpu::add_panel_product(rows.get(), columns.panel(0), columns.n_units, in_bf16,
-                             static_cast<float*>(acc.data) + first * acc.stride, acc.stride,
-                             std::min(kPanel, a.n_cols - first), b.n_cols);
+  const TokenProduct& product = *token_product(in_bf16, false);
+  const Packed columns = packed(context, product, b);
+  const int64_t band = panels_of_band(context, product, a.n_cols), n_panels = product.panels_of(a.n_cols);
+  parallel_for(context, (n_panels + band - 1) / band, 1, [&](int64_t begin, int64_t end) {
+    const Packed rows(product, a.n_rows, band);
+    for (int64_t panel = begin * band; panel < std::min(end * band, n_panels); panel += band) {
+      const int64_t first = panel * product.panel, n_rows = std::min(band * product.panel, a.n_cols - first);
+      for (int64_t i = 0; i < product.panels_of(n_rows); ++i) product.pack_panel(a, panel + i, rows.panel(i));
+      product.add_panels(rows.panel(0), columns.panel(0), rows.n_units,
+                         static_cast<float*>(acc.data) + first * acc.stride, acc.stride, n_rows, b.n_cols, false);
     }
   });
 }
 
 void add_square(const Context& context, const Matrix& x, bool in_bf16, const Matrix& acc) {
-  const Packed columns(context, x, in_bf16);
-  parallel_for(context, columns.n_panels, 1, [&](int64_t begin, int64_t end) {
+  const TokenProduct& product = *token_product(in_bf16, true);
+  const Packed columns = packed(context, product, x);
+  const int64_t band = panels_of_band(context, product, x.n_cols);
+  const int64_t n_bands = (product.panels_of(x.n_cols) + band - 1) / band;
+  parallel_for(context, n_bands, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {  // long rows and short ones in turn: every thread has its share of both
-      const int64_t panel = i % 2 == 0 ? i / 2 : columns.n_panels - 1 - i / 2;
-      const int64_t first = panel * kPanel;
-      cpu::add_panel_product(columns.panel(panel), columns.panel(panel), columns.n_units, in_bf16,
-                             static_cast<float*>(acc.data) + first * acc.stride + first, acc.stride,
-                             std::min(kPanel, x.n_cols - first), x.n_cols - first);
+      const int64_t panel = band * (i % 2 == 0 ? i / 2 : n_bands - 1 - i / 2), first = panel * product.panel;
+      product.add_panels(columns.panel(panel), columns.panel(panel), columns.n_units,
+                         static_cast<float*>(acc.data) + first * (acc.stride + 1), acc.stride,
+                         std::min(band * product.panel, x.n_cols - first), x.n_cols - first, true);
     }
   });
 }
-#else
-void add_product(const Context&, const Matrix&, const Matrix&, bool, const Matrix&) {}
-void add_square(const Context&, const Matrix&, bool, const Matrix&) {}
-#endif
 
 }  // namespace wanda

@@ -19,18 +19,30 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static void store(BFloat* p, Float v) {  // to nearest, ties to even; a NaN stays one
-    const Int all = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(all, 16), _mm256_set1_epi32(1));
-    const Int nearest = _mm256_add_epi32(_mm256_add_epi32(all, _mm256_set1_epi32(0x7fff)), odd);
-    const Int quiet = _mm256_or_si256(all, _mm256_set1_epi32(0x400000));
-    const Int nan = bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const Int high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
-    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(halves));
+  static void store(BFloat* p, Float v) {  // rounded to nearest, ties to even; a NaN stays one
+    const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits(v), 16), broadcast(1));
+    const Int nearest = add(bits(v), add(odd, broadcast(0x7fff)));
+    const Int quiet = _mm256_or_si256(bits(v), broadcast(0x400000));
+    const Float kept = select(bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)), as_float(quiet), as_float(nearest));
+    const Int words = _mm256_srli_epi32(bits(kept), 16);
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
   }
+  // Masked lanes are neither read nor written.
+  static Float load_where(Mask mask, const float* p) { return _mm256_maskload_ps(p, mask); }
+  static void store_where(Mask mask, float* p, Float v) { _mm256_maskstore_ps(p, mask, v); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm256_fmadd_ps(x, x, sum); }
+  static Float multiply_add(Float a, Float b, Float sum) { return _mm256_fmadd_ps(a, b, sum); }
+  static Float subtract_product(Float from, Float a, Float b) { return _mm256_fnmadd_ps(a, b, from); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float nearest_integer(Float a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a * 2^n; n is whole, and 2^n a normal number.
+  static Float times_two_to(Float n, Float a) {
+    return multiply(a, as_float(_mm256_slli_epi32(add(_mm256_cvtps_epi32(n), broadcast(127)), 23)));
+  }
   static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
   static Int bits(Float a) { return _mm256_castps_si256(a); }
@@ -74,6 +86,23 @@ struct Simd {
     return result;
   }
 
+  static float sum(Float v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static float highest(Float v) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  static float first_lane(Float v) { return _mm256_cvtss_f32(v); }
+
+  // The lowest n lanes.
+  static Mask first(int64_t n) {
+    return _mm256_cmpgt_epi32(broadcast((int32_t)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Mask less(Float a, Float b) { return bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   static Mask less(Int a, Int b) { return _mm256_cmpgt_epi32(b, a); }
   static Mask equal(Int a, Int b) { return _mm256_cmpeq_epi32(a, b); }
   static Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
@@ -81,6 +110,7 @@ struct Simd {
   static Int add_where(Mask mask, Int a, Int b) { return _mm256_add_epi32(a, _mm256_and_si256(mask, b)); }
   static Int increment_where(Mask mask, Int a) { return _mm256_sub_epi32(a, mask); }
   static uint32_t to_bits(Mask mask) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
+  static Float select(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, as_float(mask)); }
   static Float zero_unless(Mask mask, Float a) { return _mm256_and_ps(as_float(mask), a); }
   static Float zero_if(Mask mask, Float a) { return _mm256_andnot_ps(as_float(mask), a); }
 

@@ -19,9 +19,19 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  // Masked lanes are neither read nor written.
+  static Float load_where(Mask mask, const float* p) { return _mm512_maskz_loadu_ps(mask, p); }
+  static void store_where(Mask mask, float* p, Float v) { _mm512_mask_storeu_ps(p, mask, v); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add_square(Float sum, Float x) { return _mm512_fmadd_ps(x, x, sum); }
+  static Float multiply_add(Float a, Float b, Float sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static Float subtract_product(Float from, Float a, Float b) { return _mm512_fnmadd_ps(a, b, from); }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float nearest_integer(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+  // a * 2^n; n is whole.
+  static Float times_two_to(Float n, Float a) { return _mm512_scalef_ps(a, n); }
   static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
   static Int bits(Float a) { return _mm512_castps_si512(a); }
@@ -44,6 +54,13 @@ struct Simd {
   static int32_t lowest(Int v) { return _mm512_reduce_min_epi32(v); }
   static int32_t highest(Int v) { return _mm512_reduce_max_epi32(v); }
 
+  static float sum(Float v) { return _mm512_reduce_add_ps(v); }
+  static float highest(Float v) { return _mm512_reduce_max_ps(v); }
+  static float first_lane(Float v) { return _mm512_cvtss_f32(v); }
+
+  // The lowest n lanes.
+  static Mask first(int64_t n) { return (__mmask16)((1u << n) - 1); }
+  static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask less(Int a, Int b) { return _mm512_cmplt_epi32_mask(a, b); }
   static Mask equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
   static Mask both(Mask a, Mask b) { return a & b; }
@@ -51,6 +68,7 @@ struct Simd {
   static Int add_where(Mask mask, Int a, Int b) { return _mm512_mask_add_epi32(a, mask, a, b); }
   static Int increment_where(Mask mask, Int a) { return add_where(mask, a, broadcast(1)); }
   static uint32_t to_bits(Mask mask) { return mask; }
+  static Float select(Mask mask, Float a, Float b) { return _mm512_mask_blend_ps(mask, b, a); }
   static Float zero_unless(Mask mask, Float a) { return _mm512_maskz_mov_ps(mask, a); }
   static Float zero_if(Mask mask, Float a) { return _mm512_maskz_mov_ps(_knot_mask16(mask), a); }
 

@@ -97,6 +97,11 @@ def products() -> tuple[str, ...]:
     return tuple(filter(None, _cpu_string("wanda_cpu_products").split(",")))
 
 
+def squares() -> tuple[str, ...]:
+    """As products, for x^T x."""
+    return tuple(filter(None, _cpu_string("wanda_cpu_squares").split(",")))
+
+
 def _cpu_string(function: str) -> str:
     call = getattr(ctypes.CDLL(str(library_path("cpu"))), function)
     call.restype = ctypes.c_char_p
@@ -147,15 +152,15 @@ def add_gated_coactivation_(
 
 def _product_of(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
     """acc += a^T b of fp32 a and b, for a model of that dtype."""
-    in_bf16 = _in_bf16(dtype)
+    in_bf16 = _in_bf16(dtype, products())
     if in_bf16 is None:
         return lambda acc, a, b: acc.addmm_(a.t(), b)
     return lambda acc, a, b: _op("native_add_product_")(acc, a, b, in_bf16)
 
 
-def _in_bf16(dtype: torch.dtype) -> bool | None:
-    """Whether the library sums products for a model of that dtype in bf16, or in fp32; None: torch does."""
-    own = products()
+def _in_bf16(dtype: torch.dtype, own: tuple[str, ...]) -> bool | None:
+    """Whether the library, whose own operands these are, takes a model of that dtype in bf16, or in fp32;
+    None: torch does."""
     if dtype == torch.bfloat16 and "bf16" in own:
         return True
     return False if "fp32" in own else None
@@ -164,7 +169,7 @@ def _in_bf16(dtype: torch.dtype) -> bool | None:
 def add_hessian_(acc: Tensor, x: Tensor) -> None:
     """Half of it, the diagonal and what is above, by the library's product or, in bands of rows, by torch's
     fp32 matmul; then that is mirrored below."""
-    in_bf16 = _in_bf16(x.dtype)
+    in_bf16 = _in_bf16(x.dtype, squares())
     bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
     for tokens in _as_rows(x).split(BLOCK_TOKENS):
         tokens = tokens.float()

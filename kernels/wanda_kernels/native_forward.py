@@ -37,7 +37,8 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `causal_attention` takes these operands, and is faster here than torch's own.
 
-    That is so for fp32 with AVX-512, and for bf16 with AVX-512-BF16 but without AMX, which torch's uses.
+    That is so with AVX2; of AVX-512, for fp32, and for bf16 with AVX-512-BF16 but without AMX, which torch's
+    own uses.
     """
     same = query.dim() == 4 and query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
     cpu = all(each.device.type == "cpu" and each.dtype == query.dtype for each in (query, key, value))

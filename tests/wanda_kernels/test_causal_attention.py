@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import needs_cpu
-from wanda_kernels import native_forward
+from wanda_kernels import native, native_forward
 
 pytestmark = needs_cpu
 # the result is rounded to its dtype; bf16 numerators of the softmax are too, as in torch's own kernel
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-SHAPES = [  # batch, heads, shared heads, tokens, head_dim: blocks of 64 queries, chunks of 512 keys
+ISAS = () if native.why_not("cpu") else native.cpu_isas()
+SHAPES = [  # batch, heads, shared heads, tokens, head_dim: blocks of 64 or 48 queries, chunks of 512 keys
     (1, 1, 1, 1, 32),
     (2, 4, 2, 7, 64),
     (1, 3, 1, 64, 96),
@@ -17,6 +18,13 @@ SHAPES = [  # batch, heads, shared heads, tokens, head_dim: blocks of 64 queries
     (1, 2, 1, 511, 32),
     (1, 1, 1, 1100, 128),
 ]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    if request.param not in ISAS:
+        pytest.skip(f"this machine runs no {request.param}")
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
 
 
 def operands(shape, dtype, size=1.0):
@@ -27,7 +35,7 @@ def operands(shape, dtype, size=1.0):
         for n in (heads, shared, shared)
     ]
     if not native_forward.attends(*made):
-        pytest.skip("needs AVX-512; bf16: AVX-512-BF16 and no AMX")
+        pytest.skip("none: portable, and bf16 with AVX-512 but without AVX-512-BF16 or with AMX")
     return made
 
 
@@ -41,7 +49,7 @@ def expected(query, key, value, scale):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_equals_the_formula(shape, dtype):
+def test_equals_the_formula(isa, shape, dtype):
     query, key, value = operands(shape, dtype)
     for scale in (None, 0.7):
         found = native_forward.causal_attention(query, key, value, scale)
@@ -51,7 +59,7 @@ def test_equals_the_formula(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_large_scores_and_equal_scores(dtype):
+def test_large_scores_and_equal_scores(isa, dtype):
     query, key, value = operands((1, 2, 2, 600, 64), dtype, size=8.0)
     wanted = expected(query, key, value, 0.125)
     found = native_forward.causal_attention(query, key, value)
@@ -61,14 +69,14 @@ def test_large_scores_and_equal_scores(dtype):
     torch.testing.assert_close(mean.double(), sums, atol=50 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def test_a_later_token_changes_nothing_before_it():
+def test_a_later_token_changes_nothing_before_it(isa):
     query, key, value = operands((1, 2, 1, 130, 64), torch.float32)
     before = native_forward.causal_attention(query, key, value)
     key[:, :, 100:], value[:, :, 100:] = float("inf"), float("nan")
     assert torch.equal(native_forward.causal_attention(query, key, value)[:, :, :64], before[:, :, :64])
 
 
-def test_threads_and_batches_change_no_bit():
+def test_threads_and_batches_change_no_bit(isa):
     query, key, value = operands((3, 4, 2, 150, 64), torch.float32)
     whole = native_forward.causal_attention(query, key, value)
     threads = torch.get_num_threads()
@@ -80,7 +88,7 @@ def test_threads_and_batches_change_no_bit():
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_what_it_leaves_to_torch():
+def test_what_it_leaves_to_torch(isa):
     query, key, value = operands((1, 4, 2, 8, 64), torch.float32)
     refused = [
         (query, key[:, :, :6], value[:, :, :6]),  # a cache
@@ -94,8 +102,19 @@ def test_what_it_leaves_to_torch():
     assert not any(native_forward.attends(*each) for each in refused)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_only_avx512_has_it(monkeypatch, isa):
-    query = operands((1, 1, 1, 8, 64), torch.float32)[0]
-    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", isa)
+def test_the_portable_kernels_have_none(monkeypatch):
+    query = torch.randn(1, 1, 8, 64)
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", "portable")
     assert not native_forward.attends(query, query, query)
+    if "avx2" in native.cpu_isas():
+        monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", "avx2")
+        assert native_forward.attends(query, query, query)
+        assert native_forward.attends(*3 * [query.bfloat16()])
+
+
+@pytest.mark.parametrize("isa", ["avx2"], indirect=True)
+def test_bf16_without_its_instructions_is_rounded_once(isa):
+    query, key, value = operands((2, 3, 1, 200, 64), torch.bfloat16)
+    found = native_forward.causal_attention(query, key, value, 0.3)
+    single = native_forward.causal_attention(query.float(), key.float(), value.float(), 0.3)
+    assert torch.equal(found, single.bfloat16())

@@ -92,19 +92,22 @@ def test_gated_coactivation(isa, activation, dtype):
 
 
 def test_only_the_widest_instruction_set_multiplies_in_bf16(isa):
+    assert "bf16" not in native.squares() or native.cpu_isa() == "avx512"
     assert not native.products() or native.cpu_isa() == "avx512"
+    assert not native.squares() or native.cpu_isa() != "portable"
+    assert set(native.products()) <= set(native.squares())
 
 
-def require_product(operands):
-    if not ISAS or operands not in native.products():
+def require(operands, own):
+    if operands not in own:
         pytest.skip(f"the library leaves {operands} products to torch here")
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 16), (7, 5, 97), (33, 16, 96), (513, 37, 53)])
-def test_product_over_tokens(shape, operands):
+def test_product_over_tokens(isa, shape, operands):
     """Exact but for fp32 sums, on operands that bf16 rounds first, and for any number of threads."""
-    require_product(operands)
+    require(operands, native.products())
     n_tokens, n_out, n_in = shape
     a, b = torch.randn(n_tokens, 2 * n_out).square(), torch.randn(n_tokens, n_in + 3).square()[:, 1:-2]
     a = a[:, n_out:]
@@ -128,8 +131,8 @@ def test_product_over_tokens(shape, operands):
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
-def test_product_over_tokens_carries_infinity_and_nan(operands):
-    require_product(operands)
+def test_product_over_tokens_carries_infinity_and_nan(isa, operands):
+    require(operands, native.products())
     a, b = torch.ones(5, 20), torch.ones(5, 40)
     a[3, 18], b[4, 39] = float("inf"), float("nan")
     acc = torch.zeros(20, 40)
@@ -163,16 +166,16 @@ def test_verdict_on_finiteness(isa, dtype):
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (33, 17), (70, 130)])
-def test_square_over_tokens(shape, operands):
-    """On and above the diagonal; any number of threads gives the same bits."""
-    require_product(operands)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (33, 17), (70, 130), (130, 333)])
+def test_square_over_tokens(isa, shape, operands):
+    """On and above the diagonal; any number of threads gives the same bits there."""
+    require(operands, native.squares())
     x = torch.randn(shape)
     before, sums = torch.rand(shape[1], shape[1]), []
     rounded = x.bfloat16() if operands == "bf16" else x
     threads = torch.get_num_threads()
     try:
-        for n_threads in (1, 2):
+        for n_threads in (1, 2, 7):
             torch.set_num_threads(n_threads)
             sums.append(before.clone())
             native._op("native_add_square_")(sums[-1], x, operands == "bf16")
@@ -180,4 +183,15 @@ def test_square_over_tokens(shape, operands):
         torch.set_num_threads(threads)
     expected = before + rounded.double().t() @ rounded.double()
     torch.testing.assert_close(sums[0].double().triu(), expected.triu(), rtol=0, atol=1e-4)
-    assert torch.equal(*sums)
+    assert torch.equal(sums[0].triu(), sums[1].triu()) and torch.equal(sums[0].triu(), sums[2].triu())
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp32"])
+def test_square_over_tokens_carries_infinity_and_nan(isa, operands):
+    require(operands, native.squares())
+    x = torch.ones(5, 70)
+    x[3, 60], x[4, 69] = float("inf"), float("nan")
+    acc = torch.zeros(70, 70)
+    native._op("native_add_square_")(acc, x, operands == "bf16")
+    assert (acc[:61, 60] == float("inf")).all() and acc[:, 69].isnan().all()
+    assert (acc[:60, :60].triu() == torch.full((60, 60), 5.0).triu()).all()
