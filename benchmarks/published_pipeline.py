@@ -71,6 +71,7 @@ def prune_as_published(
     ratio: float,
     stopwatch: Stopwatch,
     n_blocks: int | None = None,
+    follow: nn.Module | None = None,
 ) -> None:
     """Prune a Llama-like model in place.
 
@@ -80,14 +81,17 @@ def prune_as_published(
         method: one of `METHODS`.
         kept, group: of N:M; 0, 0 for unstructured, which loses `ratio` of each row (magnitude: of all).
         n_blocks: prune the first so many blocks only.
+        follow: a pruned model whose blocks compute the next blocks' inputs in the place of this one's, so
+            that each block here is pruned from what the same block saw there.
     """
     model.eval()
+    followed = (model if follow is None else follow.eval()).model.layers
     layers = model.model.layers[:n_blocks]
     if method != "magnitude":
         with stopwatch.phase("block inputs"):
             inputs, arguments = catch_inputs(model, token_ids)
             outputs = torch.zeros_like(inputs)
-    for layer in layers:
+    for layer, pruned in zip(layers, followed, strict=False):
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         wrapped = {}
         if method != "magnitude":
@@ -100,7 +104,7 @@ def prune_as_published(
             del wrapped
         if method != "magnitude":
             with stopwatch.phase("pruned pass"):
-                run_layer(layer, inputs, outputs, arguments)
+                run_layer(pruned, inputs, outputs, arguments)
             inputs, outputs = outputs, inputs
 
 
