@@ -13,6 +13,8 @@
 namespace wanda {
 namespace {
 
+constexpr int64_t kPartsOfThread = 12;  // of a product with a pruned weight
+
 // Null: none for the instruction set in use.
 const cpu::AttentionKernels* attention_kernels() {
 #if defined(__x86_64__)
@@ -71,9 +73,9 @@ bool attends(DType dtype, int64_t head_dim) {
 
 void attend(const Context& context, const Attention& attention) {
   const cpu::AttentionKernels& isa = *attention_kernels();
-  parallel_for(context, attention.n_batches * attention.n_heads, 1, [&](int64_t begin, int64_t end) {
+  share_out(context, attention.n_batches * attention.n_heads, [&](Items& heads) {
     const ScratchMemory scratch(isa.scratch_bytes(attention));
-    isa.attend(attention, begin, end, scratch.get());
+    for (int64_t head; heads.take(head);) isa.attend(attention, head, head + 1, scratch.get());
   });
 }
 
@@ -84,6 +86,9 @@ bool sparse_linear(const Context& context, const Linear& s) {
   const size_t group_bytes = way.group_bytes(s.weight);
   const int64_t n_groups = (s.weight.n_rows + way.rows - 1) / way.rows;
   const int64_t n_cached = std::clamp<int64_t>(way.cache_bytes / group_bytes, 1, n_groups);
+  // Of tokens: parts enough to share out, each a whole number of tiles.
+  const int64_t n_tokens = s.x.n_rows, n_parts = kPartsOfThread * context.n_threads;
+  const int64_t n_each = std::max<int64_t>(1, n_tokens / way.tokens / n_parts) * way.tokens;
   const ScratchMemory memory(n_cached * group_bytes);
   char* const groups = static_cast<char*>(memory.get());
   for (int64_t first = 0; first < n_groups; first += n_cached) {
@@ -95,10 +100,11 @@ bool sparse_linear(const Context& context, const Linear& s) {
       }
     });
     if (!fits) return false;
-    const int64_t n_tiles = (s.x.n_rows + way.tokens - 1) / way.tokens;
-    parallel_for(context, n_tiles, 1, [&](int64_t begin, int64_t end) {
-      way.multiply(s, groups, first * way.rows, std::min(last * way.rows, s.weight.n_rows), begin * way.tokens,
-                   std::min(end * way.tokens, s.x.n_rows));
+    share_out(context, (n_tokens + n_each - 1) / n_each, [&](Items& parts) {
+      for (int64_t part; parts.take(part);) {
+        way.multiply(s, groups, first * way.rows, std::min(last * way.rows, s.weight.n_rows), part * n_each,
+                     std::min((part + 1) * n_each, n_tokens));
+      }
     });
   }
   return true;

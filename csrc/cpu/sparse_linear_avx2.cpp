@@ -1,6 +1,6 @@
 // out = x weight^T + bias with AVX2 for a pruned weight: tokens in the lanes.
 //
-// A tile of 96 tokens is transposed and widened to fp32, column by column; a chunk of 64 columns (24 KiB) stays in L1
+// A tile of 96 tokens is transposed and widened to fp32, column by column; a chunk of 48 columns (18 KiB) stays in L1
 // while the rows of the weight meet it. What a row keeps of a chunk is a list of values and places. Each is broadcast
 // and multiplied with 96 tokens into 12 registers: one load a multiply-add, of which the cores have two each a cycle.
 // Zeros cost nothing wherever they stand, so that any pattern will do. bf16 products are exact in fp32; the sums are
@@ -23,7 +23,7 @@ using WANDA_ISA::Simd;
 
 constexpr int kWidth = Simd::kWidth;
 constexpr int64_t kVectors = 12, kTokens = kVectors * kWidth;
-constexpr int64_t kChunk = 64;
+constexpr int64_t kChunk = 48;
 constexpr int64_t kRows = 96;       // a group; its sums are 36 KiB
 constexpr double kMostKept = 0.75;  // of a group's weights: beyond it a dense product is faster
 
