@@ -112,11 +112,15 @@ class StreamedModel:
         return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in state.items()}
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Through the dtype of the checkpoint, as `from_pretrained` reads; pinned where a GPU will copy."""
+        """In the dtype of the checkpoint, as `from_pretrained` reads; pinned where a GPU will copy.
+
+        Nothing here that torch computes with many threads: a thread of Python's gets a pool of its own, whose
+        threads wait at work, on the cores of the forward.
+        """
         tensors = self.skeleton.files.read(names, self.skeleton.dtype)
         if self.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        return tensors
 
     def _names_under(self, prefix: str) -> list[str]:
         return [name for name in self.skeleton.names if name.startswith(prefix)]
