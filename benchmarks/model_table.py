@@ -26,13 +26,18 @@ def page(report: dict) -> str:
 
 
 def section(results: Path, device: str) -> list[str]:
-    """The README's part on whole jobs on such a device: the newest run there is."""
+    """The README's part on whole jobs on such a device: the newest run on each kind of machine."""
     reports = [json.loads(path.read_text()) for path in results.glob("*/prune_model.json")]
     reports = [report for report in reports if report["machine"]["device"] == device]
     if not reports:
         return ["A whole job: not measured."]
-    newest = max(reports, key=lambda report: report["machine"]["date"])
-    return [conditions(newest), table(newest), agreement(newest)]
+    reports.sort(key=lambda report: report["machine"]["date"])
+    newest = {_kind_of_machine(report["machine"]): report for report in reports}
+    return [part for each in newest.values() for part in (conditions(each), table(each), agreement(each))]
+
+
+def _kind_of_machine(facts: dict) -> tuple[str | None, ...]:
+    return tuple(facts.get(name) for name in ("cpu", "gpu", "cpu_capability"))
 
 
 def rows(report: dict) -> list[dict]:

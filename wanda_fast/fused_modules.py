@@ -41,7 +41,9 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
     if activation is None or not native_forward.takes_rows(x):
         return own(x)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    return mlp.down_proj(native_forward.gated_product(gate, up, activation))
+    # Fresh memory costs more than the product: the gate's serves again where nobody else can hold it.
+    own_gate = type(mlp.gate_proj) is nn.Linear and not mlp.gate_proj._forward_hooks
+    return mlp.down_proj(native_forward.gated_product(gate, up, activation, in_place=own_gate))
 
 
 @cache

@@ -52,6 +52,7 @@ void gated_product_rows(const Matrix& gate, const Matrix& up, const Matrix& out,
   for (int64_t row = begin; row < end; ++row) {
     const T *g = row_of<T>(gate, row), *u = row_of<T>(up, row);
     T* target = row_of<T>(out, row);
+#pragma GCC ivdep  // out may be gate or up themselves
     for (int64_t col = 0; col < gate.n_cols; ++col) {
       const T activated = rounded<T>(activation_of<kActivation>(to_float(g[col])));
       target[col] = rounded<T>(to_float(activated) * to_float(u[col]));

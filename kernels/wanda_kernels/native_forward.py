@@ -27,9 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out.view(x.shape)
 
 
-def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
-    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first."""
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+def gated_product(gate: Tensor, up: Tensor, activation: str | None, in_place: bool = False) -> Tensor:
+    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. In place: in gate's memory,
+    where it is contiguous."""
+    out = gate if in_place and gate.is_contiguous() else torch.empty(gate.shape, dtype=gate.dtype)
     _op("native_gated_product_")(_as_rows(out), _as_rows(gate), _as_rows(up), ACTIVATION_CODES[activation])
     return out
 

@@ -59,6 +59,13 @@ def test_both_pipelines_prune_the_same_weights(here, tmp_path, capsys):
     (tmp_path / "day").mkdir()
     out.rename(tmp_path / "day" / out.name)
     assert model_table.table(report) in model_table.section(tmp_path, "cpu")
+    earlier = {**report, "machine": {**report["machine"], "date": "2020-01-01", "torch": "old"}}
+    other = {**report, "machine": {**report["machine"], "cpu_capability": "another"}}
+    for day, each in (("earlier", earlier), ("other", other)):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / out.name).write_text(json.dumps(each))
+    section = "\n".join(model_table.section(tmp_path, "cpu"))  # the newest of each kind of machine
+    assert section.count("Whole job,") == 2 and ", another;" in section and "torch old" not in section
 
 
 def median_of_scaled_walls(report, row):

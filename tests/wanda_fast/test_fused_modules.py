@@ -26,7 +26,9 @@ def test_the_models_own_results(name, monkeypatch):
     used = []
     for kernel in ("rms_norm", "gated_product"):
         own = getattr(native_forward, kernel)
-        monkeypatch.setattr(native_forward, kernel, lambda *a, k=kernel, own=own: used.append(k) or own(*a))
+        monkeypatch.setattr(
+            native_forward, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
+        )
     with torch.no_grad():
         wanted = model(ids).logits
         with fused_modules(model):
@@ -37,6 +39,21 @@ def test_the_models_own_results(name, monkeypatch):
     assert half.isfinite().all()
     expected = {"gated_product", "rms_norm"} if name != "gemma2" else {"gated_product"}
     assert set(used) == (set() if native.why_not("cpu") else expected)
+
+
+def test_a_hook_sees_the_gate_as_it_was():
+    """The product lies in the gate's memory only where nobody was given the gate."""
+    model, ids = FAMILIES["llama3"](), torch.arange(40).view(2, 20)
+    gate, seen = model.model.layers[0].mlp.gate_proj, []
+    with torch.no_grad():
+        wanted = model(ids).logits
+        handle = gate.register_forward_hook(
+            lambda _module, _args, output: seen.append((output, output.clone()))
+        )
+        with fused_modules(model):
+            torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        handle.remove()
+    assert torch.equal(*seen[0])
 
 
 def test_a_forced_backend_leaves_them_alone(monkeypatch):

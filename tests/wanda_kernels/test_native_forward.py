@@ -64,6 +64,9 @@ def test_gated_product(isa, activation, shape, dtype):
     found = native_forward.gated_product(gate, up, activation)
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=1e-6)
     assert found.dtype == dtype and found.shape == gate.shape
+    over = gate.clone()
+    assert native_forward.gated_product(over, up, activation, in_place=True) is over
+    assert torch.equal(over, found)
 
 
 def test_gated_product_carries_infinity_and_nan(isa):
