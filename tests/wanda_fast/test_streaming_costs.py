@@ -27,7 +27,7 @@ def run(model, out, method="wanda", nsamples=8, evaluate=True, batch_size=2):
     tokens = torch.randint(256, (nsamples, 128))
     return wanda_fast.prune(model, prune_method=method, sparsity_type="2:4", dataset=tokens, seqlen=128,
                             eval_dataset=tokens[:4] if evaluate else None, batch_size=batch_size,
-                            device="cpu", save_model=out)
+                            device="cpu", dtype="bfloat16", save_model=out)
 def watch():
     while not done:
         seen.append(resident())
