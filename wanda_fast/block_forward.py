@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_kernels import native, native_forward
 
+WIDENED_TOKENS = 1024  # that a product of bf16 in fp32 takes at once: its copies stay small
+
 
 def faster_forward(device: torch.device):
     """Context around a block's forward on `device`; of the calling thread alone."""
@@ -81,10 +83,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
     if x.dtype == weight.dtype == torch.bfloat16 and not multiplies_bf16():
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return _linear_in_fp32(x, weight, bias)
     if x.dtype == weight.dtype == torch.float32 and x.numel() and _onednn_is_faster():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return None
+
+
+def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    output = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
+        target.copy_(F.linear(part.float(), weight, bias))
+    return output.view(*x.shape[:-1], len(weight))
 
 
 @cache
