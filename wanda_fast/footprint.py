@@ -30,7 +30,8 @@ class Footprint:
 
     Attributes:
         block: the largest block, in the dtype of the computation.
-        ahead: the next block, being read, and widened where it is computed in another dtype.
+        ahead: the next block, being read, and what a block's widening takes where it is computed in another
+            dtype.
         stored: the block as it is written, where that is a copy.
         activations: hidden states of all sequences, for calibration and evaluation.
         statistics: of one block; hessians: of one block, where the method has them.
