@@ -82,7 +82,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     sparse = native_forward.multiplies_sparse(x, weight, bias)
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
-    if x.dtype == weight.dtype == torch.bfloat16 and not multiplies_bf16():
+    if x.dtype == weight.dtype == torch.bfloat16 and x.numel() and not multiplies_bf16():
         return _linear_in_fp32(x, weight, bias)
     if x.dtype == weight.dtype == torch.float32 and x.numel() and _onednn_is_faster():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -100,18 +100,18 @@ def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16. Without them torch multiplies them one
-    by one, many times slower than in fp32, where they are exact."""
-    return capable_of("avx512_bf16")
+    """Whether this processor has instructions for products of bf16. Without them torch's are many times
+    slower than in fp32, where they are exact."""
+    return _has("avx512_bf16")
 
 
 @cache
 def _onednn_is_faster() -> bool:
     """Than MKL, which torch asks for fp32: on AMD's processors MKL takes its AVX2 path, AVX-512 or not."""
-    return _made_by_amd() and capable_of("avx512_f") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _made_by_amd() and _has("avx512_f") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def capable_of(feature: str) -> bool:
+def _has(feature: str) -> bool:
     """Whether torch finds a feature of the processor, by its name; False where it cannot say."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get(feature))

@@ -6,7 +6,6 @@
 #include "token_product.h"
 
 namespace wanda {
-
 namespace {
 
 using cpu::TokenProduct;

@@ -56,6 +56,7 @@ def test_bf16_without_instructions_for_it(monkeypatch, bias):
     assert block_forward._linear(x, weight, bias) is None
     monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: False)
     monkeypatch.setattr(block_forward, "WIDENED_TOKENS", 5)  # of 18
+    assert block_forward._linear(x[:0], weight, bias) is None
     found = block_forward._linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert found.dtype == torch.bfloat16
