@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wanda_kernels import native, native_forward
+from wanda_kernels import native, native_forward, reused_memory
 
 WIDENED_TOKENS = 1024  # that a product of bf16 in fp32 takes at once: its copies stay small
 
@@ -54,12 +54,8 @@ class _Replacing(TorchFunctionMode):
 
 @cache
 def _of_this_machine() -> dict[Callable, Callable]:
-    found = {}
-    if not native.why_not("cpu"):
-        found[F.scaled_dot_product_attention] = _causal_attention
-    if not native.why_not("cpu") or not multiplies_bf16() or _onednn_is_faster():
-        found[F.linear] = _linear
-    return found
+    attention = {} if native.why_not("cpu") else {F.scaled_dot_product_attention: _causal_attention}
+    return {F.linear: _linear} | attention
 
 
 def _causal_attention(
@@ -78,23 +74,37 @@ def _causal_attention(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """A pruned weight's zeros are left out. A dense one is torch's but where torch is slow."""
+    """A pruned weight's zeros are left out. A dense product is torch's, but where torch is slow."""
+    operands = [each for each in (x, weight, bias) if each is not None]
+    alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
+    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
+    if not alike or wants_gradient or weight.dim() != 2 or not x.numel():
+        return None
     sparse = native_forward.multiplies_sparse(x, weight, bias)
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
-    if x.dtype == weight.dtype == torch.bfloat16 and x.numel() and not multiplies_bf16():
+    if x.dtype == torch.bfloat16 and not multiplies_bf16():
         return _linear_in_fp32(x, weight, bias)
-    if x.dtype == weight.dtype == torch.float32 and x.numel() and _onednn_is_faster():
+    if x.dtype == torch.float32 and _onednn_is_faster():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return None
+    return _torchs_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.linear` gives, bit for bit, but in memory that is taken again."""
+    output = reused_memory.empty(len(rows), len(weight), dtype=rows.dtype)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=output)
+    return torch.addmm(bias, rows, weight.t(), out=output)
 
 
 def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    output = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+    output = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
     weight, bias = weight.float(), None if bias is None else bias.float()
     for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
-        target.copy_(F.linear(part.float(), weight, bias))
+        wide = reused_memory.empty(*part.shape, dtype=torch.float32).copy_(part)
+        target.copy_(_torchs_linear(wide, weight, bias))
     return output.view(*x.shape[:-1], len(weight))
 
 

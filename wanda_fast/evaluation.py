@@ -14,6 +14,7 @@ from wanda_fast.calibration import tokenize
 from wanda_fast.errors import CalibrationError, MissingDependencyError
 from wanda_fast.fused_modules import fused_modules
 from wanda_fast.text import evaluation_text
+from wanda_kernels.reused_memory import reused_memory
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TOKENS_PER_FORWARD = 4096  # logits are [tokens, vocabulary]: 4096 x 128 k in fp32 is 2 GiB
@@ -100,7 +101,7 @@ def mean_perplexity(losses: list[float]) -> float:
 @torch.no_grad()
 def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
     """The mean loss of each window `[seqlen]` of `windows` `[nwindows, seqlen]`."""
-    with faster_forward(windows.device), fused_modules(model):
+    with faster_forward(windows.device), fused_modules(model), reused_memory():
         logits = model(windows, use_cache=False).logits
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)

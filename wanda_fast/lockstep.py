@@ -7,6 +7,8 @@ what follows sees pruned weights, and every product is computed once.
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 
 import torch
 
@@ -25,7 +27,8 @@ class _Batch:
         self.error: BaseException | None = None
         self._forward, self._stopped = forward, False
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, name="wanda-fast-batch", daemon=True)
+        own = partial(copy_context().run, self._run)
+        self.thread = threading.Thread(target=own, name="wanda-fast-batch", daemon=True)
         self.thread.start()
 
     def go_on(self) -> None:

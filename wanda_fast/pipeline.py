@@ -22,6 +22,7 @@ from wanda_fast.report import LinearReport
 from wanda_fast.selection import prune_block
 from wanda_fast.sources import BlockSource
 from wanda_fast.statistics import BlockStatistics
+from wanda_kernels.reused_memory import reused_memory
 
 
 class Progress(Protocol):
@@ -31,6 +32,7 @@ class Progress(Protocol):
 
 
 @torch.no_grad()
+@reused_memory()
 def prune_blocks(
     source: BlockSource,
     method: Method,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanda_kernels.reused_memory import empty
 from wanda_kernels.sparsegpt import prune_in_blocks_
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def add_gated_coactivation_(
         _op("native_add_sq_norm_")(sq_norm, x)
     n_out = gate.shape[1]
     for blocks in zip(*(each.split(BLOCK_TOKENS) for each in (gate, up, x)), strict=True):
-        operands = torch.empty(len(blocks[0]), 2 * n_out, device=x.device)
+        operands = empty(len(blocks[0]), 2 * n_out, dtype=torch.float32, device=x.device)
         _op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
         x_squared = _activated(blocks[2], None, 2)
         add_product_(acc_gate, operands[:, :n_out], x_squared)
@@ -221,7 +222,7 @@ def _divisor(u: Tensor, selector: str) -> Tensor | None:
 
 
 def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out = empty(*x.shape, dtype=torch.float32, device=x.device)
     _op("native_activate_")(out, x, ACTIVATION_CODES[activation], power)
     return out
 

@@ -6,6 +6,7 @@ Each has a question beside it: whether these operands are its, on this machine.
 import torch
 from torch import Tensor
 
+from wanda_kernels import reused_memory
 from wanda_kernels.native import ACTIVATION_CODES, _as_rows, _op, why_not
 
 SPARSE_TOKENS = 64  # from here on a pruned weight's compression is paid back
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight * (x / sqrt(mean of x^2 over features + epsilon)) of `[..., features]`, computed in fp32; the
     quotient is rounded to x's dtype before it meets the weight, as in Llama."""
     rows = _as_rows(x)
-    out = torch.empty(rows.shape, dtype=x.dtype)
+    out = reused_memory.empty(*rows.shape, dtype=x.dtype)
     _op("native_rms_norm_")(out, rows, weight, epsilon)
     return out.view(x.shape)
 
@@ -30,7 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def gated_product(gate: Tensor, up: Tensor, activation: str | None, in_place: bool = False) -> Tensor:
     """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. In place: in gate's memory,
     where it is contiguous."""
-    out = gate if in_place and gate.is_contiguous() else torch.empty(gate.shape, dtype=gate.dtype)
+    own = not (in_place and gate.is_contiguous())
+    out = reused_memory.empty(*gate.shape, dtype=gate.dtype) if own else gate
     _op("native_gated_product_")(_as_rows(out), _as_rows(gate), _as_rows(up), ACTIVATION_CODES[activation])
     return out
 
@@ -59,7 +61,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     Returns: `[batch, heads, tokens, head_dim]`, a view of contiguous `[batch, tokens, heads, head_dim]`.
     """
     batch, heads, tokens, head_dim = query.shape
-    out = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
+    out = reused_memory.empty(batch, tokens, heads, head_dim, dtype=query.dtype).transpose(1, 2)
     _op("native_attend_")(out, query, key, value, head_dim**-0.5 if scale is None else scale)
     return out
 
@@ -88,6 +90,6 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         bias: contiguous `[out]`, or None.
     """
     rows = _as_rows(x)
-    out = torch.empty(len(rows), len(weight), dtype=x.dtype)
+    out = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
     fits = _op("native_sparse_linear_")(out, rows, weight, bias)
     return out.view(*x.shape[:-1], len(weight)) if fits else None

@@ -1,0 +1,89 @@
+"""Memory that is taken again: only where nobody holds it, and gone with the context."""
+
+import gc
+import threading
+from contextvars import copy_context
+from functools import partial
+
+import psutil
+import pytest
+import torch
+
+from wanda_kernels import reused_memory
+
+SHAPE = (512, 1024)  # fp32: 2 MiB
+
+
+def taken(*shape, dtype=torch.float32):
+    return reused_memory.empty(*shape, dtype=dtype)
+
+
+def test_outside_it_is_torchs_own():
+    assert reused_memory._regions.get() is None
+    assert taken(*SHAPE).untyped_storage().resizable()
+
+
+def test_memory_is_taken_again_once_the_last_view_is_gone():
+    with reused_memory.reused_memory():
+        first = taken(*SHAPE)
+        address = first.data_ptr()
+        view = first[3:].t()
+        del first
+        second = taken(*SHAPE)
+        assert second.data_ptr() != address  # the view still lies there
+        del view
+        assert taken(1024, 1024, dtype=torch.bfloat16).data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_at_once_do_not_overlap(dtype):
+    with reused_memory.reused_memory():
+        held = [taken(2**20 + i, dtype=dtype).fill_(i) for i in range(4)]
+        for _ in range(10):
+            del held[1]
+            held.append(taken(2**20, dtype=dtype).fill_(7))
+            assert [each[-1].item() for each in held] == [each[0].item() for each in held]
+        assert [each.unique().item() for each in held] == [0, 7, 7, 7]
+        assert all(each.is_contiguous() for each in held)
+
+
+def test_a_small_tensor_does_not_take_a_large_region():
+    with reused_memory.reused_memory():
+        large = taken(8 << 20)
+        address = large.data_ptr()
+        del large
+        assert taken(4 << 20).data_ptr() != address  # of half the bytes: another
+        assert taken(5 << 20).data_ptr() == address
+        assert taken(16).untyped_storage().resizable()  # some bytes are torch's
+
+
+def test_a_tensor_outlives_the_context():
+    with reused_memory.reused_memory():
+        kept = taken(*SHAPE).fill_(3.0)
+    other = torch.ones(SHAPE)
+    gc.collect()
+    assert (kept == 3).all() and (other == 1).all()
+
+
+def test_memory_goes_back_with_the_context():
+    resident = lambda: psutil.Process().memory_info().rss  # noqa: E731
+    with reused_memory.reused_memory():
+        taken(64 << 20).fill_(1.0)
+        held = resident()
+    assert resident() < held - (200 << 20)
+
+
+def test_a_thread_has_its_own_unless_it_runs_in_the_context():
+    found = []
+    see = lambda: found.append(reused_memory._regions.get())  # noqa: E731
+    with reused_memory.reused_memory():
+        for target in (see, partial(copy_context().run, see)):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        assert found == [None, reused_memory._regions.get()]
+
+
+def test_no_memory_left_is_said_as_torch_says_it():
+    with reused_memory.reused_memory(), pytest.raises(MemoryError, match="can't allocate memory: 1125899"):
+        taken(2**48)
