@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch.utils.benchmark import Timer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import wanda_kernels
 from benchmarks import machine, shapes, tables
@@ -65,6 +65,14 @@ def cases(n_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
         native_forward.takes_rows(rows),
         lambda: native_forward.rms_norm(rows, norm.weight, norm.variance_epsilon),
         lambda: norm(rows),
+    )
+    turns = torch.randn(2, 1, SEQUENCE, HEAD).to(dtype)
+    yield Case(
+        "rotary embedding",
+        f"{len(q)}x{HEADS}x{SEQUENCE}x{HEAD}, and the keys'",
+        native_forward.rotates(q, *turns),
+        lambda: [native_forward.rotary(each, *turns) for each in (q, k)],
+        lambda: apply_rotary_pos_emb(q, k, *turns),
     )
     gate, up = torch.randn(2, n_tokens, wide).to(dtype)
     yield Case(

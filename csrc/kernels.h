@@ -53,6 +53,16 @@ struct Attention {
   float scale;
 };
 
+// Rotary embedding: out = x * cos + (-x's upper half, x's lower half) * sin, for every head of x. cos and sin are
+// [batches, tokens, head_dim] with contiguous rows, strides in elements.
+struct Rotation {
+  Heads x, out;
+  const void *cos, *sin;
+  int64_t turn_batch, turn_token;
+  DType dtype;  // fp32 or bf16
+  int64_t n_batches, n_heads, n_tokens, head_dim;
+};
+
 // out = x weight^T + bias; bias null or [weight.n_rows] of the same dtype, fp32 or bf16.
 struct Linear {
   Matrix x, weight, out;

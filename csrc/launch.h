@@ -41,6 +41,7 @@ void add_square(const Context&, const Matrix& x, bool in_bf16, const Matrix& acc
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
 void rms_norm(const Context&, const Matrix& x, const void* weight, float epsilon, const Matrix& out);
 void gated_product(const Context&, const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out);
+void rotate(const Context&, const Rotation&);
 // Whether this machine has a kernel for causal attention of that dtype and head_dim, and torch has no better one.
 bool attends(DType dtype, int64_t head_dim);
 void attend(const Context&, const Attention&);

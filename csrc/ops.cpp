@@ -234,6 +234,23 @@ bool native_attends(Tensor q) {
   return wanda::attends(dtype_of(q), q.size(-1));
 }
 
+void native_rotate_(Tensor out, Tensor x, Tensor cos, Tensor sin) {
+  const wanda::Heads heads = heads_of(x, x, "x"), target = heads_of(out, x, "out");
+  const auto dtype = x.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && x.size(3) % 2 == 0 &&
+                      out.size(1) == x.size(1),
+                  "expected x of an even head_dim, float32 or bfloat16, and out of its shape");
+  for (const Tensor& turn : {cos, sin}) {
+    STD_TORCH_CHECK(turn.dim() == 3 && turn.scalar_type() == dtype && turn.stride(2) == 1 && turn.size(0) == x.size(0) &&
+                        turn.size(1) == x.size(2) && turn.size(2) == x.size(3) && turn.stride(0) == cos.stride(0) &&
+                        turn.stride(1) == cos.stride(1),
+                    "cos and sin must be [batches, tokens, head_dim] of x's dtype, alike, rows contiguous");
+  }
+  wanda::rotate(Surroundings(x).context(),
+                {heads, target, cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.stride(1), dtype_of(x), x.size(0),
+                 x.size(1), x.size(2), x.size(3)});
+}
+
 void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
   require_floats(acc, "acc");
   require_floats(a, "a");
@@ -318,6 +335,7 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));
+  library.impl("native_rotate_", TORCH_BOX(&native_rotate_));
   library.impl("native_rms_norm_", TORCH_BOX(&native_rms_norm_));
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
   library.impl("native_multiplies_sparse", TORCH_BOX(&native_multiplies_sparse));

@@ -38,7 +38,7 @@ def described(device: torch.device) -> list[str]:
     """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
     if device.type != "cpu" or not may_replace():
         return []
-    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm"]
+    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm", "rotary"]
     return sorted([*modules, *(function.__name__ for function in replacements())])
 
 

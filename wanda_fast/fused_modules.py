@@ -1,19 +1,23 @@
-"""RMSNorm and the gated MLP's product by one kernel each, in modules whose own code is Llama's word for word.
+"""RMSNorm, the gated MLP's product and the rotary embedding by one kernel each, where a model's own code for
+them is Llama's word for word.
 
-Transformers writes these modules out once for every model, so that the compiled code tells whether a class
-means the same: Mistral's and Qwen's do, Gemma's norm does not.
+Transformers writes these out once for every model, so that the compiled code tells whether a class means the
+same: Mistral's and Qwen's do, Gemma's norm does not.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from types import FunctionType
 
 from torch import Tensor, nn
 
 from wanda_fast.block_forward import may_replace
 from wanda_fast.coactivation import kernel_activation
 from wanda_kernels import native_forward
+
+ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 
 
 @contextmanager
@@ -46,15 +50,49 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
     return mlp.down_proj(native_forward.gated_product(gate, up, activation, in_place=own_gate))
 
 
+def _attention(attention: nn.Module, own: Callable, *args, **kwargs) -> object:
+    """The module's own forward, for which `apply_rotary_pos_emb` is a kernel's."""
+    forward = type(attention).forward
+    rotary = {ROTARY: partial(_rotary, forward.__globals__[ROTARY])}
+    closure = forward.__closure__
+    twin = FunctionType(
+        forward.__code__, forward.__globals__ | rotary, forward.__name__, forward.__defaults__, closure
+    )
+    twin.__kwdefaults__ = forward.__kwdefaults__
+    return twin(attention, *args, **kwargs)
+
+
+def _rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    if kwargs or not all(native_forward.rotates(each, cos, sin) for each in (q, k)):
+        return own(q, k, cos, sin, **kwargs)
+    return native_forward.rotary(q, cos, sin), native_forward.rotary(k, cos, sin)
+
+
 @cache
 def _fusion(kind: type[nn.Module]) -> Callable | None:
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm  # seconds of start-up
+    from transformers.models.llama import modeling_llama as llama  # seconds of start-up
 
-    fusions = {LlamaRMSNorm: _rms_norm, LlamaMLP: _gated_mlp}
-    return next((fused for model, fused in fusions.items() if _code(kind) == _code(model)), None)
+    fusions = {llama.LlamaRMSNorm: _rms_norm, llama.LlamaMLP: _gated_mlp}
+    whole = next(
+        (fused for model, fused in fusions.items() if _code(kind.forward) == _code(model.forward)), None
+    )
+    return whole or (_attention if _rotates_as(llama.apply_rotary_pos_emb, kind.forward) else None)
 
 
-def _code(kind: type[nn.Module]) -> tuple:
-    """What a class's forward does: equal for equal source."""
-    code = inspect.unwrap(kind.forward).__code__
-    return code.co_code, code.co_names, code.co_consts, code.co_varnames
+def _rotates_as(llamas: Callable, forward: Callable) -> bool:
+    """Whether a forward, a plain function, calls a rotary embedding of Llama's code by Llama's name."""
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return False
+    rotary = forward.__globals__.get(ROTARY) if ROTARY in forward.__code__.co_names else None
+    if rotary is None or _code(rotary) != _code(llamas):
+        return False
+    halves = [inspect.unwrap(each).__globals__["rotate_half"] for each in (rotary, llamas)]
+    return _code(halves[0]) == _code(halves[1])
+
+
+def _code(function: Callable) -> tuple:
+    """What a function does: equal for equal source, whatever its documentation."""
+    function = inspect.unwrap(function)
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if constant != function.__doc__]
+    return code.co_code, code.co_names, constants, code.co_varnames

@@ -1,10 +1,13 @@
-// What lies between a block's matmuls, in one pass each: RMSNorm, and a gated MLP's act(gate) * up. fp32 and bf16.
+// What lies between a block's matmuls, in one pass each: RMSNorm, a gated MLP's act(gate) * up, and the rotary
+// embedding. fp32 and bf16.
 // Roundings stand where torch's separate operations have them.
 #pragma once
 
 #include "activate.h"
 
 namespace WANDA_ISA {
+
+using wanda::Rotation;
 
 template <typename T>
 T rounded(float value);
@@ -75,6 +78,30 @@ inline void gated_product(const Matrix& gate, const Matrix& up, Activation activ
     case Activation::kGeluTanh: return gated_product_dtype<Activation::kGeluTanh>(gate, up, out, begin, end);
     case Activation::kRelu: return gated_product_dtype<Activation::kRelu>(gate, up, out, begin, end);
   }
+}
+
+template <typename T>
+void rotate_tokens(const Rotation& r, int64_t begin, int64_t end) {
+  const int64_t half = r.head_dim / 2;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t batch = i / r.n_tokens, token = i % r.n_tokens, turn = batch * r.turn_batch + token * r.turn_token;
+    const T *cos = static_cast<const T*>(r.cos) + turn, *sin = static_cast<const T*>(r.sin) + turn;
+    for (int64_t head = 0; head < r.n_heads; ++head) {
+      const T* x = static_cast<const T*>(r.x.data) + batch * r.x.batch + head * r.x.head + token * r.x.token;
+      T* out = static_cast<T*>(r.out.data) + batch * r.out.batch + head * r.out.head + token * r.out.token;
+      const auto term = [](T value, T factor) { return to_float(rounded<T>(to_float(value) * to_float(factor))); };
+#pragma GCC ivdep
+      for (int64_t d = 0; d < half; ++d) {
+        out[d] = rounded<T>(term(x[d], cos[d]) - term(x[half + d], sin[d]));
+        out[half + d] = rounded<T>(term(x[half + d], cos[half + d]) + term(x[d], sin[half + d]));
+      }
+    }
+  }
+}
+
+inline void rotate(const Rotation& r, int64_t begin, int64_t end) {
+  if (r.dtype == DType::kFloat) rotate_tokens<float>(r, begin, end);
+  else rotate_tokens<BFloat>(r, begin, end);
 }
 
 }  // namespace WANDA_ISA

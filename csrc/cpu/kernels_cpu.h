@@ -48,6 +48,8 @@ struct Kernels {
   void (*rms_norm)(const Matrix& x, const void* weight, float epsilon, const Matrix& out, int64_t begin, int64_t end);
   void (*gated_product)(const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out, int64_t begin,
                         int64_t end);
+  // Tokens [begin, end) of all batches, counted through.
+  void (*rotate)(const Rotation&, int64_t begin, int64_t end);
 };
 
 // Bytes of scratch that a kernel of any instruction set may use for rows of n_cols.

@@ -17,7 +17,7 @@ namespace WANDA_ISA {
 constexpr wanda::cpu::Kernels kernels_named(const char* name) {
   return {name,         prune_rows,       prune_nm,     count_keys,  prune_at_most,
           mark_at_most, prune_and_update, find_variant, add_sq_norm, activate,
-          activate_gated, all_finite,    rms_norm,     gated_product};
+          activate_gated, all_finite,    rms_norm,     gated_product, rotate};
 }
 
 }  // namespace WANDA_ISA

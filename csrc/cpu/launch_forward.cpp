@@ -56,6 +56,13 @@ void gated_product(const Context& context, const Matrix& gate, const Matrix& up,
   });
 }
 
+void rotate(const Context& context, const Rotation& rotation) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (rotation.n_heads * rotation.head_dim));
+  const Kernels& isa = kernels();
+  parallel_for(context, rotation.n_batches * rotation.n_tokens, grain,
+               [&](int64_t begin, int64_t end) { isa.rotate(rotation, begin, end); });
+}
+
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
   if (attention_kernels() == nullptr || head_dim % 32 != 0) return false;

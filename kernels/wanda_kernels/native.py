@@ -41,6 +41,7 @@ SCHEMAS = (
     "native_all_finite(Tensor x, bool non_negative) -> bool",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
+    "native_rotate_(Tensor(a!) out, Tensor x, Tensor cos, Tensor sin) -> ()",
     "native_rms_norm_(Tensor(a!) out, Tensor x, Tensor weight, float epsilon) -> ()",
     "native_gated_product_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_multiplies_sparse(Tensor weight) -> bool",

@@ -37,6 +37,28 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None, in_place: bo
     return out
 
 
+def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotary` takes these: fp32 or bf16 of one dtype, on the CPU, of an even head_dim."""
+    shapes = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and cos.stride() == sin.stride()
+    turns = shapes and cos.shape[1:] == x.shape[2:] and cos.shape[0] in (1, x.shape[0])
+    even = turns and x.shape[-1] % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:3])
+    return even and x.stride(-1) == cos.stride(-1) == 1 and takes_rows(x, cos, sin)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-x's upper half, x's lower half) sin, rounded as torch's separate operations round.
+
+    Args:
+        x: `[batch, heads, tokens, head_dim]`, such that `rotates`.
+        cos, sin: `[batch or 1, tokens, head_dim]`.
+    Returns: the like, a view of contiguous `[batch, tokens, heads, head_dim]`.
+    """
+    batch, heads, tokens, head_dim = x.shape
+    out = reused_memory.empty(batch, tokens, heads, head_dim, dtype=x.dtype).transpose(1, 2)
+    _op("native_rotate_")(out, x, *(turn.expand(batch, -1, -1) for turn in (cos, sin)))
+    return out
+
+
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `causal_attention` takes these operands, and is faster here than torch's own.
 

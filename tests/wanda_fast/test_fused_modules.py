@@ -1,10 +1,12 @@
 """Norms and MLPs by kernels: only where their code is Llama's, the same results, and undone afterwards."""
 
+from types import FunctionType
+
 import pytest
 import torch
 
 from tests.tiny_models import FAMILIES
-from wanda_fast.fused_modules import _fusion, fused_modules
+from wanda_fast.fused_modules import _fusion, _rotates_as, fused_modules
 from wanda_kernels import native, native_forward
 
 
@@ -14,17 +16,18 @@ def fused_names(model):
 
 
 def test_only_modules_whose_code_is_llamas():
-    assert fused_names(FAMILIES["llama3"]()) == ["LlamaMLP", "LlamaRMSNorm"]
+    assert fused_names(FAMILIES["llama3"]()) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+    assert fused_names(FAMILIES["gpt_neox"]()) == []  # a rotary embedding of its own
     assert [name for name in fused_names(FAMILIES["qwen2"]()) if "RMSNorm" in name] == ["Qwen2RMSNorm"]
     assert fused_names(FAMILIES["opt"]()) == []
     assert not any("RMSNorm" in name for name in fused_names(FAMILIES["gemma2"]()))  # (1 + weight) there
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "phi"])
 def test_the_models_own_results(name, monkeypatch):
     model, ids = FAMILIES[name](), torch.arange(40).view(2, 20)
     used = []
-    for kernel in ("rms_norm", "gated_product"):
+    for kernel in ("rms_norm", "gated_product", "rotary"):
         own = getattr(native_forward, kernel)
         monkeypatch.setattr(
             native_forward, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
@@ -37,7 +40,8 @@ def test_the_models_own_results(name, monkeypatch):
         assert "forward" not in {key for module in model.modules() for key in vars(module)}
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert half.isfinite().all()
-    expected = {"gated_product", "rms_norm"} if name != "gemma2" else {"gated_product"}
+    without = {"gemma2": {"rms_norm"}, "phi": {"rms_norm", "gated_product"}}
+    expected = {"gated_product", "rms_norm", "rotary"} - without.get(name, set())
     assert set(used) == (set() if native.why_not("cpu") else expected)
 
 
@@ -54,6 +58,21 @@ def test_a_hook_sees_the_gate_as_it_was():
             torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
         handle.remove()
     assert torch.equal(*seen[0])
+
+
+def test_another_rotary_embedding_is_the_models_own(monkeypatch):
+    """By code, not by name; and what stands in the model's file when a forward runs is what is called."""
+    from transformers.models.llama import modeling_llama as llama
+
+    own = llama.apply_rotary_pos_emb
+    assert _rotates_as(own, llama.LlamaAttention.forward)
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    assert not _rotates_as(own, llama.LlamaAttention.forward)
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", own)
+    monkeypatch.setattr(llama, "rotate_half", lambda x: x)
+    other = FunctionType(own.__code__, {"rotate_half": lambda x: -x})
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", other)
+    assert not _rotates_as(own, llama.LlamaAttention.forward)
 
 
 def test_a_forced_backend_leaves_them_alone(monkeypatch):

@@ -1,10 +1,10 @@
-"""RMSNorm, the gated product and the product with a pruned weight in C++, against formulas in fp64 or
-torch's own operations; what they do not take, they refuse."""
+"""RMSNorm, the gated product, the rotary embedding and the product with a pruned weight in C++, against
+formulas in fp64 or torch's own operations; what they do not take, they refuse."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from tests.wanda_kernels.native_cases import needs_cpu
 from wanda_kernels import native, native_forward, reference
@@ -76,6 +76,48 @@ def test_gated_product_carries_infinity_and_nan(isa):
         found, wanted = native_forward.gated_product(gate, up, "silu"), F.silu(gate) * up
         finite = [0, 2, 3, 4]  # silu(-inf) is NaN in torch: -inf / (1 + inf)
         torch.testing.assert_close(found[:, finite], wanted[:, finite], equal_nan=True)
+
+
+def heads(batch, n_heads, n_tokens, head_dim):
+    return torch.randn(batch, n_tokens, n_heads, head_dim).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turns", ["shared", "own", "of a wider tensor"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 2), (2, 3, 5, 6), (2, 1, 70, 40), (3, 9, 33, 64), (2, 2, 7, 128)]
+)
+def test_rotary_is_torchs_bit_for_bit(isa, shape, turns, dtype):
+    """With an infinity and a NaN, laid out as projections are and as heads."""
+    batch, _, n_tokens, head_dim = shape
+    cos, sin = torch.randn(2, 1 if turns == "shared" else batch, n_tokens, 2 * head_dim).to(dtype)
+    width = slice(head_dim, None) if turns == "of a wider tensor" else slice(head_dim)
+    cos, sin = (
+        each[..., width] if "wider" in turns else each[..., width].contiguous() for each in (cos, sin)
+    )
+    x = heads(*shape).to(dtype)
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = float("inf"), float("nan")
+    for each in (x, x.contiguous()):
+        assert native_forward.rotates(each, cos, sin)
+        wanted, _ = apply_rotary_pos_emb(each, each, cos, sin)
+        torch.testing.assert_close(
+            native_forward.rotary(each, cos, sin), wanted, rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_rotary_of_another_kind_is_left_alone():
+    x, cos = heads(2, 3, 5, 6), torch.randn(1, 5, 6)
+    assert native_forward.rotates(x, cos, cos)
+    assert not native_forward.rotates(x, cos[..., :4], cos[..., :4])  # of a part of the head
+    assert not native_forward.rotates(x, cos[0], cos[0]) and not native_forward.rotates(x[0], cos, cos)
+    assert not native_forward.rotates(x.half(), cos.half(), cos.half())
+    assert not native_forward.rotates(x.bfloat16(), cos, cos) and not native_forward.rotates(
+        x, cos, cos.mT.mT[:, :4]
+    )
+    odd = torch.randn(1, 5, 3)
+    assert not native_forward.rotates(heads(2, 3, 5, 3), odd, odd)
+    three = torch.randn(3, 5, 6)
+    assert not native_forward.rotates(x, three, three)
 
 
 def test_rows_of_another_kind_are_left_alone():
