@@ -19,16 +19,9 @@ from tests.published import (
 )
 from tests.tiny_models import EXPERTS, FAMILIES, NO_LINEAR, PRUNABLE, save_checkpoint, token_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCORES = torch.tensor([[4.0, 1.0, 3.0, 2.0], [5.0, 5.0, 5.0, 9.0]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pruned_columns(mask):

@@ -1,12 +1,12 @@
 """Peak memory as a formula: what a run holds at once, above Python and torch, before it begins.
 
     kept    = activations (where they lie there) + masks
-    block   = block + ahead + max(statistics + hessians + forward, stored)
+    block   = block + ahead + forward + widening + max(statistics + hessians, stored)
     ends    = surroundings + logits
     on a CPU: kept + max(block, ends)
 
-On a GPU the same of its memory, but for `ahead` and `stored`, which are on the host, `ahead` twice: as it is
-read and as it is pinned.
+On a GPU the same of its memory, but for `widening`, which it needs not, and for `ahead` and `stored`, which
+are on the host, `ahead` twice: as it is read and as it is pinned.
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, Linear
+from wanda_fast.block_forward import WIDENED_TOKENS, multiplies_bf16
 from wanda_fast.evaluation import batch_of
 from wanda_fast.hessian_memory import block_bytes
 from wanda_fast.job import Job
@@ -37,7 +38,9 @@ class Footprint:
         statistics: of one block; hessians: of one block, where the method has them.
         masks: packed, of all blocks, where they are saved.
         surroundings: all but the blocks: embeddings, final norm, head.
-        forward: what a block's forward takes, on `tokens` tokens at once.
+        forward: what a block's forward takes, on `tokens` tokens at once; on a CPU it is kept from block to
+            block, to be taken again.
+        widening: fp32 copies of one bf16 linear and what it meets, on a CPU that multiplies them in fp32.
         logits: of a batch of evaluation windows, with one window's in fp32, twice.
     """
 
@@ -50,20 +53,21 @@ class Footprint:
     masks: int
     surroundings: int
     forward: int
+    widening: int
     logits: int
 
     def peak(self, device: torch.device, kind: str) -> dict[str, int]:
         """Bytes on the host, and on the GPU where `device` is one, with activations kept in `kind`."""
-        work = self.statistics + self.hessians + self.forward
+        gathered, ends = self.statistics + self.hessians, self.surroundings + self.logits
         on_host = self.activations if kind == "host" else 0
         if device.type == "cpu":
             kept = self.masks + (self.activations if kind != "disk" else 0)
-            passing = max(self.block + self.ahead + max(work, self.stored), self.surroundings + self.logits)
-            return {"host": kept + passing}
+            inside = self.block + self.ahead + self.forward + self.widening + max(gathered, self.stored)
+            return {"host": kept + max(inside, ends)}
         on_device = self.activations if kind == "device" else 0
         return {
             "host": self.masks + on_host + max(2 * self.ahead + self.stored, 2 * self.surroundings),
-            str(device): on_device + max(self.block + work, self.surroundings + self.logits),
+            str(device): on_device + max(self.block + gathered + self.forward, ends),
         }
 
 
@@ -86,6 +90,7 @@ def footprint(
         weights, surroundings = max(each), _weights(model) - sum(each)
         windows = job.evaluation and job.evaluation.windows
     widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
+    in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
     tokens = 0 if calibration is None else calibration.numel()
     one_pass = job.sequential == "linear"  # all sequences are inside the block at once
     inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
@@ -100,6 +105,7 @@ def footprint(
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
         forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
+        widening=max(_widening(linear) for block in blocks for linear in block.linears) if in_fp32 else 0,
         logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
     )
 
@@ -109,6 +115,11 @@ def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
     way, and a norm's two fp32 copies."""
     widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
     return size * (3 * widest + (3 + LEAVING) * hidden_size) + 2 * FP32 * hidden_size
+
+
+def _widening(linear: Linear) -> int:
+    weight = linear.module.weight
+    return FP32 * (weight.numel() + WIDENED_TOKENS * sum(weight.shape))
 
 
 def _statistics(block: Block, method: Method) -> int:

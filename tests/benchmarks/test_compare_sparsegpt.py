@@ -15,17 +15,11 @@ from tests.published import prune_published
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast.evaluation import evaluation_set
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EQUAL_MASKS = 0.999
 WEIGHT_TOLERANCE = 2e-5  # of the largest weight: two ways to one factor, in fp32
 PATTERNS = ("2:4", "unstructured")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compared(pattern, **options):

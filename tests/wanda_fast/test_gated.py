@@ -16,13 +16,7 @@ from wanda_fast.methods import make_method
 from wanda_fast.selection import prune_block
 from wanda_fast.statistics import BlockStatistics
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def statistics_of(model, ids, method="gated"):

@@ -11,13 +11,7 @@ import wanda_kernels
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import cli, errors, hessian
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

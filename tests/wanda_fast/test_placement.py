@@ -15,15 +15,9 @@ from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import block_inputs, errors, output, placement
 from wanda_fast.placement import Moved, Placement, on_host
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

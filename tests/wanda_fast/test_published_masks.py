@@ -7,6 +7,8 @@ import wanda_fast
 from tests.published import perplexity_published, prune_published
 from tests.tiny_models import FAMILIES, PRUNABLE, token_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PERPLEXITY_RTOL = 1e-4
 BATCHED_MASKS = 0.9999  # equal whatever the batch size, of all weights
 CLEAR_GAP = (
@@ -20,15 +22,6 @@ CASES = [
     for pattern in RATIOS + PATTERNS
 ]
 CASES += [("wanda", ratio, True) for ratio in RATIOS] + [("gated", "0.5", True)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prune_clearly(family, method, pattern, nsamples=4, seqlen=32, **options):

@@ -18,17 +18,11 @@ import wanda_fast
 from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint
 from wanda_fast import boundary, cli, errors, output, pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NBLOCKS = 5
 QUICK = dict(dataset="text.txt", eval_dataset="text.txt", nsamples=2, seqlen=24, eval_windows=2, device="cpu")
 WORDS = "--dataset text.txt --nsamples 2 --seqlen 24 --eval-windows 2 --device cpu".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,13 +12,7 @@ from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import errors
 from wanda_fast.architecture import find_blocks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prune_by_definition(model, ids):

@@ -12,17 +12,11 @@ from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import checkpoint, cli, driver, errors, registry
 from wanda_fast.errors import NotStreamableError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EQUAL_MASKS = 0.9999  # the others are near ties, which the last bit of a sum decides
 WEIGHT_TOLERANCE = 2e-5  # of the largest weight: two ways to one factor, in fp32
 PATTERNS = ("0.5", "0.7", "2:4", "4:8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sparsity(pattern):

@@ -12,17 +12,11 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import checkpoint, driver, errors, job, layout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
 LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
 QUICK = dict(nsamples=3, seqlen=24, batch_size=2, eval_windows=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

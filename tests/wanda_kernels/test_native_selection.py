@@ -17,17 +17,8 @@ from tests.wanda_kernels.native_cases import (
 )
 from wanda_kernels import native, operations, reference
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 ISAS = () if native.why_not("cpu") else native.cpu_isas()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These matrices are small: waking threads for the reference would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=ISAS)
