@@ -44,10 +44,15 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
     activation = kernel_activation(mlp.act_fn)
     if activation is None or not native_forward.takes_rows(x):
         return own(x)
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    # Fresh memory costs more than the product: the gate's serves again where nobody else can hold it.
-    own_gate = type(mlp.gate_proj) is nn.Linear and not mlp.gate_proj._forward_hooks
-    return mlp.down_proj(native_forward.gated_product(gate, up, activation, in_place=own_gate))
+    outputs = {mlp.gate_proj: mlp.gate_proj(x), mlp.up_proj: mlp.up_proj(x)}
+    # The product lies in the memory of one of them: of one that nobody else was given.
+    own = (output for linear, output in outputs.items() if _is_plain(linear) and output.is_contiguous())
+    product = native_forward.gated_product(*outputs.values(), activation, out=next(own, None))
+    return mlp.down_proj(product)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    return type(linear) is nn.Linear and not linear._forward_hooks
 
 
 def _attention(attention: nn.Module, own: Callable, *args, **kwargs) -> object:

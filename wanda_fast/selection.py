@@ -56,7 +56,7 @@ def prune_block(
             statistics.hessians.pop(linear.name, None)  # gone with its last linear
         if masks is not None:
             masks[linear.name] = mask.cpu()
-        done.zeros = (weight == 0).sum()
+        done.zeros = weight.numel() - weight.count_nonzero()  # a sum of bools has an int64 copy of them
         pruned.append(done)
     _require_finite_still(block, pruned)
     counts = torch.stack([done.zeros for done in pruned]).tolist() if pruned else []  # waits for the device

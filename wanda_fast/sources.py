@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
-from wanda_fast.memory import give_back_freed
 from wanda_fast.skeleton import Skeleton
 
 
@@ -77,7 +76,6 @@ class StreamedModel:
             yield
         finally:
             self._forget(self.names[index])
-            give_back_freed()
 
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:

@@ -28,11 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out.view(x.shape)
 
 
-def gated_product(gate: Tensor, up: Tensor, activation: str | None, in_place: bool = False) -> Tensor:
-    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. In place: in gate's memory,
-    where it is contiguous."""
-    own = not (in_place and gate.is_contiguous())
-    out = reused_memory.empty(*gate.shape, dtype=gate.dtype) if own else gate
+def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor | None = None) -> Tensor:
+    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. out: gate or up themselves, or
+    another contiguous tensor like them."""
+    out = reused_memory.empty(*gate.shape, dtype=gate.dtype) if out is None else out
     _op("native_gated_product_")(_as_rows(out), _as_rows(gate), _as_rows(up), ACTIVATION_CODES[activation])
     return out
 

@@ -45,19 +45,24 @@ def test_the_models_own_results(name, monkeypatch):
     assert set(used) == (set() if native.why_not("cpu") else expected)
 
 
-def test_a_hook_sees_the_gate_as_it_was():
-    """The product lies in the gate's memory only where nobody was given the gate."""
+@pytest.mark.parametrize("seen_by", [("gate_proj",), ("up_proj",), ("gate_proj", "up_proj")])
+def test_a_hook_sees_an_output_as_it_was(seen_by):
+    """The product lies in the gate's memory, or up's, only where nobody was given it."""
     model, ids = FAMILIES["llama3"](), torch.arange(40).view(2, 20)
-    gate, seen = model.model.layers[0].mlp.gate_proj, []
+    seen = []
     with torch.no_grad():
         wanted = model(ids).logits
-        handle = gate.register_forward_hook(
-            lambda _module, _args, output: seen.append((output, output.clone()))
-        )
+        handles = [
+            getattr(model.model.layers[0].mlp, name).register_forward_hook(
+                lambda _module, _args, output: seen.append((output, output.clone()))
+            )
+            for name in seen_by
+        ]
         with fused_modules(model):
             torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
-        handle.remove()
-    assert torch.equal(*seen[0])
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(seen_by) and all(torch.equal(*each) for each in seen)
 
 
 def test_another_rotary_embedding_is_the_models_own(monkeypatch):
