@@ -22,7 +22,7 @@ ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 
 @contextmanager
 def fused_modules(block: nn.Module) -> Iterator[None]:
-    """Inside, the block's norms and MLPs run by kernels, on operands that these take."""
+    """Inside, the block's norms, MLPs and rotary embeddings run by kernels, on operands that these take."""
     modules = block.modules() if may_replace() else ()
     fused = [module for module in modules if _fusion(type(module)) and "forward" not in vars(module)]
     for module in fused:
@@ -46,8 +46,8 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
         return own(x)
     outputs = {mlp.gate_proj: mlp.gate_proj(x), mlp.up_proj: mlp.up_proj(x)}
     # The product lies in the memory of one of them: of one that nobody else was given.
-    own = (output for linear, output in outputs.items() if _is_plain(linear) and output.is_contiguous())
-    product = native_forward.gated_product(*outputs.values(), activation, out=next(own, None))
+    free = (output for linear, output in outputs.items() if _is_plain(linear) and output.is_contiguous())
+    product = native_forward.gated_product(*outputs.values(), activation, out=next(free, None))
     return mlp.down_proj(product)
 
 
