@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch.utils.benchmark import Timer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 import wanda_kernels
 from benchmarks import machine, shapes, tables
@@ -66,13 +66,13 @@ def cases(n_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
         lambda: native_forward.rms_norm(rows, norm.weight, norm.variance_epsilon),
         lambda: norm(rows),
     )
-    turns = torch.randn(2, 1, SEQUENCE, HEAD).to(dtype)
+    cos, sin = torch.randn(2, 1, SEQUENCE, HEAD).to(dtype)
     yield Case(
         "rotary embedding",
-        f"{len(q)}x{HEADS}x{SEQUENCE}x{HEAD}, and the keys'",
-        native_forward.rotates(q, *turns),
-        lambda: [native_forward.rotary(each, *turns) for each in (q, k)],
-        lambda: apply_rotary_pos_emb(q, k, *turns),
+        f"{len(q)}x{HEADS}x{SEQUENCE}x{HEAD}",
+        native_forward.rotates(q, cos, sin),
+        lambda: native_forward.rotary(q, cos, sin),
+        lambda: q * cos.unsqueeze(1) + rotate_half(q) * sin.unsqueeze(1),
     )
     gate, up = torch.randn(2, n_tokens, wide).to(dtype)
     yield Case(
