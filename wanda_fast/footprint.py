@@ -105,7 +105,9 @@ def footprint(
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
         forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
-        widening=max(_widening(linear) for block in blocks for linear in block.linears) if in_fp32 else 0,
+        widening=max(
+            (_widening(linear) for block in blocks for linear in block.linears if in_fp32), default=0
+        ),
         logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
     )
 

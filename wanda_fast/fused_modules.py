@@ -8,7 +8,7 @@ same: Mistral's and Qwen's do, Gemma's norm does not.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import FunctionType
 
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 @contextmanager
 def fused_modules(block: nn.Module) -> Iterator[None]:
     """Inside, the block's norms, MLPs and rotary embeddings run by kernels, on operands that these take."""
-    modules = block.modules() if may_replace() else ()
-    fused = [module for module in modules if _fusion(type(module)) and "forward" not in vars(module)]
-    for module in fused:
-        module.forward = partial(_fusion(type(module)), module, module.forward)
+    modules = [module for module in block.modules() if "forward" not in vars(module)] if may_replace() else []
+    fused = {module: fusion for module in modules if (fusion := _fusion(type(module)))}
+    for module, fusion in fused.items():
+        module.forward = partial(fusion, module, module.forward)
     try:
         yield
     finally:
@@ -73,14 +73,12 @@ def _rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwa
     return native_forward.rotary(q, cos, sin), native_forward.rotary(k, cos, sin)
 
 
-@cache
 def _fusion(kind: type[nn.Module]) -> Callable | None:
+    """Asked anew each time: whoever puts a function of his own in a model's file has his called."""
     from transformers.models.llama import modeling_llama as llama  # seconds of start-up
 
     fusions = {llama.LlamaRMSNorm: _rms_norm, llama.LlamaMLP: _gated_mlp}
-    whole = next(
-        (fused for model, fused in fusions.items() if _code(kind.forward) == _code(model.forward)), None
-    )
+    whole = next((fused for model, fused in fusions.items() if _is_llamas(kind.forward, model.forward)), None)
     return whole or (_attention if _rotates_as(llama.apply_rotary_pos_emb, kind.forward) else None)
 
 
@@ -89,10 +87,17 @@ def _rotates_as(llamas: Callable, forward: Callable) -> bool:
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return False
     rotary = forward.__globals__.get(ROTARY) if ROTARY in forward.__code__.co_names else None
-    if rotary is None or _code(rotary) != _code(llamas):
+    if rotary is None or not _is_llamas(rotary, llamas):
         return False
-    halves = [inspect.unwrap(each).__globals__["rotate_half"] for each in (rotary, llamas)]
-    return _code(halves[0]) == _code(halves[1])
+    return _is_llamas(*(inspect.unwrap(each).__globals__["rotate_half"] for each in (rotary, llamas)))
+
+
+def _is_llamas(function: Callable, llamas: Callable) -> bool:
+    """Whether a function's code is that of Llama's, and that still is the one in Llama's own file."""
+    from transformers.models.llama import modeling_llama as llama
+
+    as_written = inspect.unwrap(llamas).__code__.co_filename == llama.__file__
+    return as_written and _code(function) == _code(llamas)
 
 
 def _code(function: Callable) -> tuple:

@@ -15,7 +15,6 @@ from wanda_fast.clock import Clock
 from wanda_fast.dense_pass import dense_pass
 from wanda_fast.fused_modules import fused_modules
 from wanda_fast.lockstep import run_in_lockstep
-from wanda_fast.memory import give_back_freed
 from wanda_fast.methods import Dense, Method
 from wanda_fast.output import StreamedOutput
 from wanda_fast.patterns import Pattern
@@ -58,7 +57,7 @@ def prune_blocks(
     reports, one_pass = {}, sequential == "linear" and method.calibrates
     treat = (_OnePass if one_pass else _TwoPasses)(method, pattern, clock, masks)
     start = 0 if output is None else output.begin_(activations)
-    give_back_freed()
+    source.give_back()
     for index, block in enumerate(source.blocks):
         finished = output is not None and index in output.finished
         if finished:
@@ -79,7 +78,7 @@ def prune_blocks(
                 reports |= own
             ahead = index + 1 < len(source.blocks) and (finished or not one_pass)
             _pruned_pass(index, block, ahead, activations, clock, tell)
-            give_back_freed()  # of the passes, before the block is written
+            source.give_back()  # of the passes, before the block is written
             if output is not None and not finished:
                 with clock.phase("write"):
                     output.write_block(index, own, masks)

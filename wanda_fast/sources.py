@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
+from wanda_fast.memory import give_back_freed
 from wanda_fast.skeleton import Skeleton
 
 
@@ -24,6 +25,9 @@ class BlockSource(Protocol):
 
     def surroundings(self, head: bool):
         """Context: all but the blocks has its weights; the language-model head too where `head`."""
+
+    def give_back(self) -> None:
+        """Memory that was freed goes back to the system, where this source is to keep peaks low."""
 
 
 class LiveModel:
@@ -47,6 +51,9 @@ class LiveModel:
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:
         yield
+
+    def give_back(self) -> None:
+        """Nothing: the whole model is in memory anyway, in a process that may hold much else."""
 
 
 class StreamedModel:
@@ -87,6 +94,9 @@ class StreamedModel:
             yield
         finally:
             self._forget(names)
+
+    def give_back(self) -> None:
+        give_back_freed()
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)

@@ -66,18 +66,28 @@ def test_a_hook_sees_an_output_as_it_was(seen_by):
 
 
 def test_another_rotary_embedding_is_the_models_own(monkeypatch):
-    """By code, not by name; and what stands in the model's file when a forward runs is what is called."""
+    """By code, not by name; asked when the forward runs, though the class was fused before."""
     from transformers.models.llama import modeling_llama as llama
 
-    own = llama.apply_rotary_pos_emb
-    assert _rotates_as(own, llama.LlamaAttention.forward)
-    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
-    assert not _rotates_as(own, llama.LlamaAttention.forward)
-    monkeypatch.setattr(llama, "apply_rotary_pos_emb", own)
-    monkeypatch.setattr(llama, "rotate_half", lambda x: x)
-    other = FunctionType(own.__code__, {"rotate_half": lambda x: -x})
-    monkeypatch.setattr(llama, "apply_rotary_pos_emb", other)
-    assert not _rotates_as(own, llama.LlamaAttention.forward)
+    own, ids = llama.apply_rotary_pos_emb, torch.arange(40).view(2, 20)
+    model = FAMILIES["llama3"]()
+    assert "LlamaAttention" in fused_names(model)
+    half_of_another = FunctionType(own.__code__, {"rotate_half": lambda x: -x}, argdefs=own.__defaults__)
+    for other in (lambda q, k, cos, sin: (q, k), half_of_another):
+        monkeypatch.setattr(llama, "apply_rotary_pos_emb", other)
+        assert "LlamaAttention" not in fused_names(model)
+        assert not _rotates_as(own, llama.LlamaAttention.forward)
+        with torch.no_grad():
+            wanted = model(ids).logits
+            with fused_modules(model):
+                torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_somebody_replaced_in_its_class_stays(monkeypatch):
+    from transformers.models.llama import modeling_llama as llama
+
+    monkeypatch.setattr(llama.LlamaRMSNorm, "forward", lambda self, x: x)
+    assert "LlamaRMSNorm" not in fused_names(FAMILIES["llama3"]())
 
 
 def test_a_forced_backend_leaves_them_alone(monkeypatch):
