@@ -5,12 +5,14 @@ are not written after every block where that would take more than 3% of the time
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from wanda_fast.activations import Activations
+from wanda_fast.durable import sha256
 from wanda_fast.journal import Journal
 from wanda_fast.placement import on_host
-from wanda_fast.shards import sha256, write_tensors
+from wanda_fast.shards import begin_tensors
 
 SHARE_OF_TIME = 0.03
 FIRST_COST = 0.3  # seconds, until one has been written: the first is due after ten
@@ -39,17 +41,26 @@ class Boundary:
         self.block, self._file = note["block"], file
         return self.block
 
-    def reached(self, block: int, activations: Activations, at_once: bool) -> None:
-        """Write the inputs of `block` where it is `at_once`, or worth its time."""
-        hidden = activations.hidden()
-        began = time.monotonic()
-        if not hidden or not (at_once or began - self._written >= self._cost / SHARE_OF_TIME):
-            return
+    def due(self) -> bool:
+        """Whether another is worth its time."""
+        return time.monotonic() - self._written >= self._cost / SHARE_OF_TIME
+
+    def begin(self, block: int, activations: Activations) -> Callable[[], None]:
+        """Write the inputs of `block`; what is returned waits for the disk and makes them count."""
+        hidden, began = activations.hidden(), time.monotonic()
+        if not hidden:
+            return lambda: None
         file = self.journal.folder / f"boundary-{block:05}.safetensors"
-        digest = write_tensors(file, hidden, on_host)
-        self.journal.write(NOTE, {"block": block, "file": file.name, "sha256": digest})
-        if self._file is not None and self._file != file:
-            self._file.unlink(missing_ok=True)
-        self.block, self._file = block, file
+        finish = begin_tensors(file, hidden, lambda _, held: on_host(held))
         self._written = time.monotonic()
-        self._cost = self._written - began
+        spent = self._written - began
+
+        def make_it_count() -> None:
+            began = time.monotonic()
+            self.journal.write(NOTE, {"block": block, "file": file.name, "sha256": finish()})
+            if self._file is not None and self._file != file:
+                self._file.unlink(missing_ok=True)
+            self.block, self._file = block, file
+            self._cost = spent + time.monotonic() - began
+
+        return make_it_count

@@ -8,8 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from wanda_fast.durable import write_atomically
 from wanda_fast.errors import ResumeError
-from wanda_fast.shards import write_atomically
 
 RUN = "run.json"  # the note that marks a folder as an unfinished run
 CONTENTS = {"model": "the model", "calibration": "calibration tokens", "evaluation": "evaluation tokens"}

@@ -3,20 +3,21 @@
 import json
 from pathlib import Path
 
-from wanda_fast.shards import TensorFiles, join_files, write_tensors
+from wanda_fast.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.sources import StreamedModel
 
 ONE_FILE = 2**28  # bytes of tensors that leave as one model.safetensors instead of a shard for each block
 
 
-def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -> None:
-    """Write shards[0], all that is outside of the blocks; the index; configurations and tokenizer.
+def save_outside(source: StreamedModel, shard: Path) -> None:
+    """Write all tensors that are outside of the blocks, which nothing changes, from file to file."""
+    files, dtype = source.skeleton.files, source.skeleton.dtype
+    begin_tensors(shard, files.on_meta(source.outside, dtype), lambda name, _: files.pieces(name, dtype))()
 
-    Args:
-        shards: the model's files, in order; those of the blocks are there.
-    """
+
+def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -> None:
+    """Write configurations, tokenizer, and the index of the shards, which are there."""
     skeleton = source.skeleton
-    write_tensors(shards[0], skeleton.files.read(source.outside, skeleton.dtype))
     config = skeleton.model.config
     config.dtype = str(skeleton.dtype).removeprefix("torch.")
     config.architectures = [type(skeleton.model).__name__]

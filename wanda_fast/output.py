@@ -13,20 +13,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from wanda_fast.activations import Activations
+from wanda_fast.background import Background
 from wanda_fast.boundary import Boundary
 from wanda_fast.checkpoint import REPORT, writing
+from wanda_fast.durable import sha256, sync_folder
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.interrupts import Interrupts
 from wanda_fast.journal import Journal, partial_of
-from wanda_fast.layout import save_surroundings
+from wanda_fast.layout import save_outside, save_surroundings
 from wanda_fast.report import LinearReport, Report
-from wanda_fast.shards import TensorFiles, sha256, sync_folder, write_tensors
+from wanda_fast.shards import TensorFiles, begin_tensors
 from wanda_fast.sources import StreamedModel
 
 MODEL, REPLACED = "model", "replaced"
@@ -49,6 +52,7 @@ class StreamedOutput:
         self.journal = Journal(self.partial, identity)
         self.boundary = Boundary(self.journal)
         self.interrupts = Interrupts()
+        self.disk = Background("wanda-fast-disk")  # fsync and checksum, while the next block is at work
         self.finished: dict[int, dict] = {}  # block -> its note
 
     def __enter__(self) -> "StreamedOutput":
@@ -64,11 +68,13 @@ class StreamedOutput:
             with self._writing():
                 self.model.mkdir(parents=True)
                 self.journal.begin()
+        self.disk.do(partial(save_outside, self.source, self._shard(-1)))
         self.interrupts.__enter__()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.interrupts.__exit__()
+        self.disk.close()
         refused = isinstance(error, WandaFastError) and isinstance(error, ValueError)
         if error is None or refused or not self.finished:  # done, or the same fault would return
             self.discard()
@@ -94,23 +100,30 @@ class StreamedOutput:
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
         """Shard and masks first, then the note that makes them count."""
+        contents = {self._shard(index): self.source.stored(self.source.names[index])}
+        if masks is not None:
+            contents[self._masks(index)] = {name: masks[name] for name in linears}
         with self._writing():
-            contents = {self._shard(index): self.source.stored(self.source.names[index])}
-            if masks is not None:
-                contents[self._masks(index)] = {name: masks[name] for name in linears}
-            files = {
-                str(file.relative_to(self.partial)): write_tensors(file, tensors)
-                for file, tensors in contents.items()
-            }
-            note = {"files": files, "linears": {name: asdict(linear) for name, linear in linears.items()}}
+            self.disk.wait()
+            files = {file: begin_tensors(file, tensors) for file, tensors in contents.items()}
+
+        def make_it_count() -> None:
+            digests = {str(file.relative_to(self.partial)): finish() for file, finish in files.items()}
+            note = {"files": digests, "linears": {name: asdict(linear) for name, linear in linears.items()}}
             self.journal.write(self._note(index), note)
-        self.finished[index] = note
+            self.finished[index] = note
+
+        self.disk.do(make_it_count)
 
     def reached(self, index: int, activations: Activations) -> None:
         """Every block before `index` is finished; here Ctrl-C takes effect."""
+        asked = self.interrupts.asked
         with self._writing():
-            self.boundary.reached(index, activations, at_once=self.interrupts.asked)
-        if self.interrupts.asked:
+            if asked or self.boundary.due():
+                self.disk.do(self.boundary.begin(index, activations))
+            if asked:
+                self.disk.wait()
+        if asked:
             raise InterruptedRunError(
                 f"stopped after block {index} of {self.nblocks}; they are kept in {self.partial}"
             )
@@ -118,6 +131,7 @@ class StreamedOutput:
     def finish(self, report: Report) -> None:
         """All but the blocks, then the rename that makes the folder a model."""
         with self._writing():
+            self.disk.wait()
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
             save_surroundings(self.source, self.model, shards)
             (self.model / REPORT).write_text(report.to_json(), encoding="utf-8")

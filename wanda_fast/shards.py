@@ -1,12 +1,10 @@
-"""Safetensors files: where each tensor lies, read by name, written so that a file is whole or not there."""
+"""Safetensors files: where each tensor lies, read by name, written part by part."""
 
 import hashlib
 import itertools
 import json
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,9 +12,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from wanda_fast.durable import CHUNK, begin_write, chunks, write_atomically
 from wanda_fast.errors import CheckpointError
 
-CHUNK = 2**22  # bytes read at once for a checksum
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,16 +61,34 @@ class TensorFiles:
             with file.open("rb", buffering=0) as opened:
                 for name in held:
                     tensor = _read_tensor(opened, begin, header[name], next(buffers))
-                    tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                    tensors[name] = _converted(tensor, dtype)
         return tensors
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """The values of `read([name], dtype)` in order, flat, 4 MiB of the file at a time."""
+        begin, header = _header(self.location[name])
+        about = header[name]
+        first, end = about["data_offsets"]
+        with self.location[name].open("rb", buffering=0) as opened:
+            for offset in range(first, end, CHUNK):
+                offsets = [offset, min(offset + CHUNK, end)]
+                piece = {"dtype": about["dtype"], "shape": [-1], "data_offsets": offsets}
+                buffer = torch.empty(CHUNK, dtype=torch.uint8)
+                yield _converted(_read_tensor(opened, begin, piece, buffer), dtype)
 
     @property
     def files(self) -> list[Path]:
         return sorted(set(self.location.values()), key=lambda file: file.name)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        headers = [_header(file)[1] for file in self.files]
-        return {name: tuple(about["shape"]) for header in headers for name, about in header.items()}
+    def on_meta(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What `read` returns, without values."""
+        headers = {file: _header(file)[1] for file in self.files}
+        found = {}
+        for name in names:
+            about = headers[self.location[name]][name]
+            tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]], device="meta")
+            found[name] = _converted(tensor, dtype)
+        return found
 
     def unknown_dtypes(self) -> list[str]:
         used = {about["dtype"] for file in self.files for about in _header(file)[1].values()}
@@ -100,24 +116,29 @@ class TensorFiles:
         return found.hexdigest()
 
 
-def write_tensors(
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write, fsync, rename; returns the file's sha256."""
+    return begin_tensors(path, tensors)()
+
+
+def begin_tensors(
     path: Path,
     tensors: dict[str, Tensor],
-    parts: Callable[[Tensor], Iterable[Tensor]] = lambda tensor: [tensor],
-) -> str:
-    """Write, fsync, rename; returns the file's sha256. Part by part: no second copy of all of them.
+    parts: Callable[[str, Tensor], Iterable[Tensor]] = lambda _name, tensor: [tensor],
+) -> Callable[[], str]:
+    """The first half of `write_tensors`; what is returned is the second, which waits for the disk.
 
     Args:
-        parts: what a tensor consists of, on the host; with it, `tensors` may be whatever has dtype, shape and
-            nbytes.
+        parts: what a tensor consists of, on the host, so that no second copy of all of it is needed; with it,
+            `tensors` may be whatever has dtype, shape and nbytes.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         header[name] = about
-    contents = (_bytes(part) for tensor in tensors.values() for part in parts(tensor))
-    return write_atomically(path, lambda partial: write_file(partial, header, contents))
+    contents = (_bytes(part) for name, tensor in tensors.items() for part in parts(name, tensor))
+    return begin_write(path, lambda unfinished: write_file(unfinished, header, contents))
 
 
 def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryview]) -> None:
@@ -139,49 +160,8 @@ def join_files(shards: TensorFiles, path: Path) -> str:
         for name, about in header.items():
             merged[name] = about | {"data_offsets": [size + offset for offset in about["data_offsets"]]}
         size += file.stat().st_size - begin
-    chunks = (chunk for file in shards.files for chunk in _chunks(file, _header(file)[0]))
-    return write_atomically(path, lambda partial: write_file(partial, merged, chunks))
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """`write` fills a file of another name, which then takes `path`'s place at once; returns its sha256."""
-    partial = path.with_name(path.name + ".tmp")
-    write(partial)
-    with ThreadPoolExecutor(1) as pool:  # the disk works while the checksum is computed
-        reached_disk = pool.submit(_sync, partial)
-        digest = sha256(partial)
-        reached_disk.result()
-    os.replace(partial, path)
-    sync_folder(path.parent)
-    return digest
-
-
-def sync_folder(folder: Path, files: bool = False) -> None:
-    """Renames in a folder reach the disk with the folder; `files`: after all of its files."""
-    for path in [*(folder.iterdir() if files else ()), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    for chunk in _chunks(path):
-        found.update(chunk)
-    return found.hexdigest()
-
-
-def _chunks(path: Path, begin: int = 0) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as opened:
-        opened.seek(begin)
-        while chunk := opened.read(CHUNK):
-            yield chunk
+    contents = (chunk for file in shards.files for chunk in chunks(file, _header(file)[0]))
+    return write_atomically(path, lambda unfinished: write_file(unfinished, merged, contents))
 
 
 def _size(about: dict) -> int:
@@ -202,6 +182,10 @@ def _read_tensor(opened: BinaryIO, begin: int, about: dict, buffer: Tensor) -> T
             raise CheckpointError(f"{opened.name} ends before its last tensor: it is cut short")
         rest = rest[count:]
     return tensor
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -118,13 +118,13 @@ def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]
         tied.setdefault(id(tensor), []).append(name)
     if unknown := files.unknown_dtypes():
         raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
-    shapes, names = files.shapes(), {}
+    stored, names = files.on_meta(files.location), {}
     for aliases in tied.values():
-        held = [alias for alias in aliases if alias in shapes]
+        held = [alias for alias in aliases if alias in stored]
         if not held:
             raise NotStreamableError(f"{aliases[0]} is under another name, or absent")
-        if shapes[held[0]] != tuple(state[held[0]].shape):
-            raise NotStreamableError(f"{held[0]} has shape {list(shapes[held[0]])} in the file")
+        if stored[held[0]].shape != state[held[0]].shape:
+            raise NotStreamableError(f"{held[0]} has shape {list(stored[held[0]].shape)} in the file")
         for other in held[1:]:
             same = files.read([held[0], other])
             if not torch.equal(same[held[0]], same[other]):

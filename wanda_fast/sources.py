@@ -12,6 +12,7 @@ from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
 from wanda_fast.memory import give_back_freed
 from wanda_fast.skeleton import Skeleton
+from wanda_kernels.reused_memory import empty
 
 
 class BlockSource(Protocol):
@@ -108,7 +109,7 @@ class StreamedModel:
             # torch's allocator of pinned memory gives it to nobody until that stream has passed the copy.
             moved = tensor.to(self.device, non_blocking=True)
             if tensor.is_floating_point():
-                moved = moved.to(self.dtype)
+                moved = _cast(moved, self.dtype)
             parameter = isinstance(self._meta[name], nn.Parameter)
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
@@ -117,7 +118,8 @@ class StreamedModel:
         were rounded to it when they were updated."""
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
-        return {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in state.items()}
+        state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
+        return {name: tensor.cpu() for name, tensor in state.items()}
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """In the dtype of the checkpoint, as `from_pretrained` reads; pinned where a GPU will copy.
@@ -151,6 +153,13 @@ class StreamedModel:
     def _get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`; on a CPU a copy takes memory again."""
+    if tensor.dtype == dtype:
+        return tensor
+    return empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def _buffers_to(module: nn.Module, device: torch.device) -> None:

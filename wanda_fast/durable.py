@@ -1,0 +1,61 @@
+"""Files that are whole or not there, however the process ends."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+CHUNK = 2**22  # bytes read at once
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
+    """`write` fills a file of another name, which then takes `path`'s place at once; returns its sha256."""
+    return begin_write(path, write)()
+
+
+def begin_write(path: Path, write: Callable[[Path], None]) -> Callable[[], str]:
+    """The first half of `write_atomically`; what is returned is the second, which waits for the disk."""
+    unfinished = path.with_name(path.name + ".tmp")
+    write(unfinished)
+    return partial(_take_place, unfinished, path)
+
+
+def _take_place(unfinished: Path, path: Path) -> str:
+    with ThreadPoolExecutor(1) as pool:  # the disk works while the checksum is computed
+        reached_disk = pool.submit(_sync, unfinished)
+        digest = sha256(unfinished)
+        reached_disk.result()
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+    return digest
+
+
+def sync_folder(folder: Path, files: bool = False) -> None:
+    """Renames in a folder reach the disk with the folder; `files`: after all of its files."""
+    for path in [*(folder.iterdir() if files else ()), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    for chunk in chunks(path):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def chunks(path: Path, begin: int = 0) -> Iterator[bytes]:
+    """The file's bytes from `begin` on."""
+    with path.open("rb", buffering=0) as opened:
+        opened.seek(begin)
+        while chunk := opened.read(CHUNK):
+            yield chunk
