@@ -33,13 +33,17 @@ def calibration_tokens(
         return _checked_ids(dataset)
     if nsamples < 1 or seqlen < 1:
         raise CalibrationError(f"nsamples and seqlen must be at least 1, got {nsamples} and {seqlen}")
-    if tokenizer is None:
-        raise CalibrationError(f"dataset {dataset!r} is text: pass a tokenizer, or token ids in its place")
+    require_tokenizer(tokenizer, dataset)
     text = calibration_text(dataset, cache_dir)
     chance = random.Random(seed)  # the sequence of random.seed(seed), without touching the caller's
     if text.is_one:
         return _windows_of_one(tokenize(tokenizer, text.documents[0]), text.label, nsamples, seqlen, chance)
     return _windows_of_documents(text, tokenizer, nsamples, seqlen, chance)
+
+
+def require_tokenizer(tokenizer, dataset: str) -> None:
+    if tokenizer is None:
+        raise CalibrationError(f"dataset {dataset!r} is text: pass a tokenizer, or token ids in its place")
 
 
 def tokenize(tokenizer, text: str) -> Tensor:

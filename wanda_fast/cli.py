@@ -1,4 +1,4 @@
-"""`wanda-fast`: prune, eval, inspect. Every flag of the published programs, with dashes or underscores."""
+"""`wanda-fast`: its commands. Every flag of the published programs, with dashes or underscores."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.tables import doctor_tables, error_table, inspection_tables, perplexity_line, summary_tables
+from wanda_kernels.backends import BackendError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -311,7 +312,7 @@ def main() -> None:
     except InterruptedRunError as error:
         complain(f"wanda-fast: {error}; go on with:\n{_resuming(sys.argv[1:])}")
         sys.exit(130)  # as a shell reports SIGINT
-    except WandaFastError as error:
+    except (WandaFastError, BackendError) as error:
         complain(f"wanda-fast: {error}")
         sys.exit(2)
 

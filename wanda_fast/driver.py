@@ -27,7 +27,7 @@ from wanda_fast.patterns import parse_pattern
 from wanda_fast.pipeline import Progress
 from wanda_fast.placement import require_kind
 from wanda_fast.report import Report
-from wanda_fast.resources import choose_resources, default_device
+from wanda_fast.resources import choose_resources, default_device, usable_device
 from wanda_fast.skeleton import Skeleton, open_skeleton
 from wanda_fast.sources import LiveModel, StreamedModel
 from wanda_fast.survey import context_of, require_fit, require_sequential, survey
@@ -140,7 +140,7 @@ def prune(
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
-    target = torch.device(device or (model.device if live else default_device()))
+    target = usable_device(device or (model.device if live else default_device()))
     clock = Clock(target)
     report = Report(recipe, seconds=clock.seconds)
     with clock.phase("load"):

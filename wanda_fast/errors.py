@@ -37,6 +37,10 @@ class HessianError(WandaFastError, ArithmeticError):
     """A Hessian that no dampening makes positive definite, or a dampening that is no positive number."""
 
 
+class DeviceError(WandaFastError, ValueError):
+    """A device that is neither the CPU nor a GPU of this machine."""
+
+
 class CheckpointError(WandaFastError, OSError):
     """A model folder or file that cannot be loaded."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_fast.block_forward import faster_forward
-from wanda_fast.calibration import tokenize
+from wanda_fast.calibration import require_tokenizer, tokenize
 from wanda_fast.errors import CalibrationError, MissingDependencyError
 from wanda_fast.fused_modules import fused_modules
 from wanda_fast.text import evaluation_text
@@ -50,6 +50,7 @@ def evaluation_set(
     if isinstance(dataset, Tensor):
         ids, label = dataset.flatten().long(), "token ids"
     else:
+        require_tokenizer(tokenizer, dataset)
         text = evaluation_text(dataset, cache_dir)
         ids, label = tokenize(tokenizer, text.documents[0]), text.label
     nwindows = len(ids) // seqlen

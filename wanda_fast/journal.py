@@ -51,6 +51,8 @@ class Journal:
 
 def partial_of(folder: Path) -> Path:
     """Where a run grows what is to become `folder`."""
+    if folder.name in ("", ".."):  # "." has no name of its own
+        folder = folder.resolve()
     return folder.with_name(folder.name + ".partial")
 
 

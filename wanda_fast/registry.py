@@ -25,14 +25,16 @@ def register_pattern(*names: str) -> Callable[[type], type]:
 def load_plugin(plugin: str) -> None:
     """Import a module by dotted name or a `.py` file by path, for the methods and patterns it registers."""
     path = Path(plugin)
-    if path.suffix != ".py":
-        try:
-            importlib.import_module(plugin)
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(f"plugin {plugin!r} cannot be imported: {error}") from error
-        return
-    if not path.is_file():
+    if path.suffix == ".py" and not path.is_file():
         raise MissingDependencyError(f"plugin file {plugin} does not exist")
+    try:
+        _import_file(path) if path.suffix == ".py" else importlib.import_module(plugin)
+    except Exception as error:  # whatever that code raises
+        reason = f"{type(error).__name__}: {error}"
+        raise MissingDependencyError(f"plugin {plugin!r} cannot be imported: {reason}") from error
+
+
+def _import_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from wanda_fast.architecture import Block
+from wanda_fast.errors import DeviceError
 from wanda_fast.footprint import footprint
 from wanda_fast.job import Job
 from wanda_fast.memory import free_memory
@@ -38,6 +39,20 @@ class Resources:
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Raises: `DeviceError` for what is neither the CPU nor a GPU of this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device must be cpu, cuda or cuda:N, got {str(name)!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DeviceError(f"device {str(name)!r} is not here: torch {torch.__version__} sees {count} GPUs")
+    return device
 
 
 def choose_resources(

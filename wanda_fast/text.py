@@ -126,23 +126,35 @@ def _read_file(file: Path) -> list[str]:
     if file.suffix not in READERS:
         raise CalibrationError(f"dataset file {file} is of no known kind: {', '.join(READERS)}")
     try:
-        return READERS[file.suffix](file)
+        return _documents(READERS[file.suffix](file))
     except (OSError, ValueError) as error:  # unreadable, no UTF-8, no JSON, no such column
         raise CalibrationError(f"dataset file {file} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _documents(rows: list[object]) -> list[str]:
+    """Rows without a text (null) are no documents."""
+    documents = [row for row in rows if row is not None]
+    if not documents:
+        raise ValueError("it holds no text")
+    if odd := next((row for row in documents if not isinstance(row, str)), None):
+        raise ValueError(f"a row's text is {odd!r}")
+    return documents
 
 
 def _read_plain(file: Path) -> list[str]:
     return [file.read_text(encoding="utf-8")]
 
 
-def _read_jsonl(file: Path) -> list[str]:
+def _read_jsonl(file: Path) -> list[object]:
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
-    column = _text_column(list(rows[0]) if rows and isinstance(rows[0], dict) else [])
-    return [row[column] for row in rows]
+    if odd := next((row for row in rows if not isinstance(row, dict)), None):
+        raise ValueError(f"a line is no object: {json.dumps(odd)[:40]}")
+    column = _text_column(list(rows[0]) if rows else [])
+    return [row.get(column) for row in rows]
 
 
-def _read_parquet(file: Path) -> list[str]:
+def _read_parquet(file: Path) -> list[object]:
     from pyarrow import parquet
 
     column = _text_column(parquet.read_schema(file).names)

@@ -1,7 +1,7 @@
 """Every bad input ends as one sentence with the culprit and the numbers, exit code 2, nothing written."""
 
-import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +50,8 @@ SENTENCES = {
     "no such dataset": (["--dataset", "wikitext3"], ["'wikitext3'", "wikitext2", ".txt"]),
     "ignore matches nothing": (["--ignore", "*.no_proj"], ["'*.no_proj'", "14 linears"]),
     "ignore no expression": (["--ignore", "re:("], ["'re:('", "regular expression"]),
+    "no such device": (["--device", "gpu"], ["'gpu'", "cpu, cuda or cuda:N"]),
+    "no such gpu": (["--device", "cuda:99"], ["'cuda:99'", "not here"]),
     "no such dtype": (["--dtype", "int8"], ["'int8'", "bfloat16"]),
     "no such gate": (["--prune_method", "connect", "--connect_gate", "up"], ["'up'", "activated", "raw"]),
     "context exceeded": (["--seqlen", "512"], ["512", "256", "--seqlen"]),
@@ -177,11 +179,57 @@ def test_full_disk_leaves_no_folder_that_looks_complete(llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_jsonl_of_another_form(llama, run, tmp_path):
-    broken, other = tmp_path / "broken.jsonl", tmp_path / "other.jsonl"
-    broken.write_text('{"text": "fine"}\n{"text": \n')
-    other.write_text(json.dumps({"body": "no text here"}) + "\n")
-    code, said = run("prune", "--model", llama, *QUICK, "--dataset", broken)
-    assert code == 2 and "broken.jsonl cannot be read" in said
-    code, said = run("prune", "--model", llama, *QUICK, "--dataset", other)
-    assert code == 2 and "['body']" in said and "text, sentence, content" in said
+ROWS = {
+    "not json": ('{"text": "fine"}\n{"text": \n', ["cannot be read"]),
+    "no column of text": ('{"body": "no text here"}\n', ["['body']", "text, sentence, content"]),
+    "a row of another kind": ('{"text": "fine"}\n[1, 2]\n', ["a line is no object: [1, 2]"]),
+    "a text that is none": ('{"text": "fine"}\n{"text": 7}\n', ["a row's text is 7"]),
+    "nulls only": ('{"text": null}\n', ["holds no text"]),
+    "empty": ("", ["its columns [] hold none"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_jsonl_of_another_form(case, llama, run, tmp_path):
+    file, (content, expected) = tmp_path / "odd.jsonl", ROWS[case]
+    file.write_text(content)
+    code, said = run("prune", "--model", llama, *QUICK, "--dataset", file)
+    assert code == 2 and f"dataset file {file} cannot be read" in said and said.count("\n") == 1
+    assert all(words in said for words in expected)
+
+
+def test_a_parquet_file_without_rows(llama, run, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "empty.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), file)
+    code, said = run("prune", "--model", llama, *QUICK, "--dataset", file)
+    assert code == 2 and "empty.parquet cannot be read: it holds no text" in said
+
+
+def test_text_for_a_model_without_tokenizer(llama, run, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(llama, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    code, said = run("eval", folder, "--dataset", "pydoc", "--seqlen", "32")
+    assert code == 2 and "'pydoc' is text: pass a tokenizer" in said
+
+
+def test_a_plugin_that_fails(llama, run, tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("import no_such_module\n")
+    code, said = run("prune", "--model", llama, *QUICK, "--plugin", plugin)
+    assert code == 2 and f"plugin '{plugin}' cannot be imported: ModuleNotFoundError" in said
+
+
+def test_a_backend_of_another_name(llama, run, monkeypatch):
+    monkeypatch.setenv("WANDA_KERNELS_BACKEND", "native")
+    code, said = run("prune", "--model", llama, *QUICK)
+    assert code == 2 and "'native'" in said and said.count("\n") == 1
+
+
+def test_output_into_the_current_folder(llama, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").touch()
+    code, said = run("prune", "--model", llama, *QUICK, "--save_model", ".")
+    assert code == 2 and "not empty" in said
