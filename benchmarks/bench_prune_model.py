@@ -31,6 +31,9 @@ DEFAULTS = {
 }
 
 
+SAME_MACHINE = ("cpu", "gpu", "cpu_capability", "threads", "torch")  # whose runs may stand in one table
+
+
 @dataclass(frozen=True)
 class Job:
     dtype: str
@@ -91,7 +94,12 @@ def _with_earlier_runs(report: dict, file: Path) -> dict:
     earlier = json.loads(file.read_text(encoding="utf-8"))
     if earlier["workload"] != report["workload"]:
         raise SystemExit(f"{file} holds runs of other work: {earlier['workload']}")
-    return report | {name: earlier[name] + report[name] for name in ("gemm", "runs")}
+    before, now = ({name: each["machine"].get(name) for name in SAME_MACHINE} for each in (earlier, report))
+    if before != now:
+        raise SystemExit(f"{file} holds runs of another machine: {before}; this one is {now}")
+    joined = {name: earlier[name] + report[name] for name in ("gemm", "runs")}
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in joined["runs"]))
+    return report | joined | {"machine": report["machine"] | {"commit": commits}}
 
 
 def _jobs(options: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
@@ -141,7 +149,8 @@ def _round(options: argparse.Namespace, jobs: list[Job], folder: Path, index: in
         found[job] = _run(options, {**vars(job), "masks": str(own / "masks.pt"), "out": out}, folder)
         print(f"round {index + 1}: {vars(job)}: {found[job]['wall']:.2f} s", file=sys.stderr, flush=True)
     for job, result in found.items():
-        report["runs"].append({**vars(job), **result, "masks": _agreement(folder, jobs, job)})
+        made_by = {"masks": _agreement(folder, jobs, job), "commit": report["machine"]["commit"]}
+        report["runs"].append({**vars(job), **result, **made_by})
 
 
 def _run(options: argparse.Namespace, settings: dict, folder: Path) -> dict:

@@ -92,7 +92,8 @@ def conditions(report: dict) -> str:
     work, flops = report["workload"], report["flops"]
     dtypes = dict.fromkeys(each["dtype"] for each in report["gemm"])
     rates = ", ".join(f"{gemm_rate(report, dtype) / 1e12:.3g} TFLOP/s in {dtype}" for dtype in dtypes)
-    least = min((len(row["walls_s"]) for row in report["rows"]), default=0)
+    counts = sorted({len(row["walls_s"]) for row in report["rows"]})
+    runs = "one run each" if counts == [1] else f"medians of {counts[0]} to {counts[-1]} runs"
     part = ""
     if work["published_blocks"] < work["blocks"]:
         part = (
@@ -101,7 +102,7 @@ def conditions(report: dict) -> str:
         )
     return (
         f"Whole job, {work['model']}, {work['nsamples']} x {work['seqlen']} tokens, "
-        f"{work['sparsity_type']}: seconds, medians of {least} or more runs.{part} Matmuls of the model's "
+        f"{work['sparsity_type']}: seconds, {runs}.{part} Matmuls of the model's "
         f"shapes, {work['gemm_tokens']} tokens each, reach {rates}; the share counts "
         f"{flops['published'] / 1e12:.3g} TFLOP for the published two passes, {flops['block'] / 1e12:.3g} "
         f"for ours, {flops['linear'] / 1e12:.3g} for --sequential linear (linears, and half of attention's "
@@ -147,5 +148,5 @@ def _cells(row: dict) -> tuple[str, ...]:
         factors = ["**other masks**"] * 2
     low, high = min(row["walls_s"]), max(row["walls_s"])
     share = "-" if row["gemm_share"] is None else f"{row['gemm_share']:.0%}"
-    wall = f"{row['wall_s']:.2f} ({low:.2f} to {high:.2f})"
+    wall = f"{row['wall_s']:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
     return (wall, *factors, share, f"{row['peak_bytes'] / 2**20:,.0f} MiB")

@@ -68,7 +68,9 @@ def run(
             tokens = calibration_tokens(dataset, loaded.tokenizer, size, seqlen, seed)
             report = wanda_fast.prune(loaded.model, dataset=tokens, **options(method, pattern))
             perplexity = wanda_fast.perplexity(loaded.model, evaluation)
-            results.add(Cell(*key, perplexity, report.sparsity, machine.describe("cpu")["commit"]))
+            facts = machine.describe("cpu")
+            by = (facts["commit"], facts["cpu_capability"])
+            results.add(Cell(*key, perplexity, report.sparsity, *by))
             typer.echo(f"{method} {pattern} {size} x {seqlen} seed {seed}: {perplexity:.3f}")
 
 

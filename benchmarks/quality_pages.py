@@ -38,12 +38,12 @@ def methods_table(results: Results) -> str:
 
 
 def sizes_table(results: Results) -> str:
-    """Calibration windows x method: Wanda-CoNNect's own comparison."""
+    """Calibration windows x method: Wanda-CoNNect's own comparison, on the seeds that both have."""
     return _by_size(results, ("wanda", "connect"), ("4:8", "2:4"))
 
 
 def gated_table(results: Results) -> str:
-    """Calibration windows x method, and in how many seeds gated is the best of the three."""
+    """Calibration windows x method, on the seeds that all have, and in how many gated is the best."""
     return _by_size(results, ("wanda", "connect", "gated"), PATTERNS, wins=True)
 
 
@@ -56,14 +56,20 @@ def _by_size(results: Results, methods: tuple, patterns: tuple, wins: bool = Fal
                 continue
             seeds = set.intersection(*(set(perplexities) for perplexities in found.values()))
             found = {m: {s: p for s, p in of.items() if s in seeds} for m, of in found.items()}
-            row = [pattern, str(size), *(mean_and_std(of) for of in found.values())]
+            row = [pattern, str(size), *(mean_and_std(of) for of in found.values()), str(len(seeds))]
             if wins:
                 best = [min(found, key=lambda method, s=seed: found[method][s]) for seed in seeds]
-                row.append(f"{best.count(methods[-1])} of {len(seeds)}")
+                row.append(str(best.count(methods[-1])))
             rows.append(tuple(row))
     if not rows:
         return "Not measured yet."
-    columns = ("pattern", "calibration windows", *methods, *([f"{methods[-1]} wins"] if wins else []))
+    columns = (
+        "pattern",
+        "calibration windows",
+        *methods,
+        "seeds",
+        *([f"{methods[-1]} wins"] if wins else []),
+    )
     return tables.markdown(columns, rows)
 
 

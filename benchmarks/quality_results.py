@@ -22,6 +22,7 @@ class Cell:
     perplexity: float
     sparsity: float
     commit: str
+    cpu_capability: str  # the instruction set of torch's kernels: forwards round by it
 
 
 @dataclass(frozen=True)

@@ -198,12 +198,16 @@ def prune(
         console.print(table)
     for path in filter(None, (save_model, save, save_log, save_mask)):
         say(f"written: {path}")
+    if save_model is None and save_mask is None:
+        say("nothing is kept of the pruned model: --save-model FOLDER writes it")
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
-    dataset: EvalDataset = "wikitext2",
+    dataset: Annotated[
+        str, typer.Option(help="Text: wikitext2, ptb, c4, pydoc (its last fifth), a local file, or none.")
+    ] = "wikitext2",
     seqlen: Seqlen = None,
     eval_windows: EvalWindows = None,
     eval_zero_shot: Annotated[

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wanda_fast
-from benchmarks import bench_prune_model, model_run, model_shapes, model_table
+from benchmarks import bench_prune_model, machine, model_run, model_shapes, model_table
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
 from tests.published import prune_published
 
@@ -79,15 +79,23 @@ def median_of_scaled_walls(report, row):
     return median(walls)
 
 
-def test_a_file_keeps_its_runs_and_refuses_other_work(here, tmp_path):
-    out = tmp_path / "prune_model.json"
+def test_a_file_keeps_its_runs_and_refuses_others(here, tmp_path, monkeypatch):
+    out, facts, describe = tmp_path / "prune_model.json", {"commit": "first"}, machine.describe
+    monkeypatch.setattr(machine, "describe", lambda device: describe(device) | facts)
     words = [*TINY, "--methods", "wanda", "--sequential", "block", "--rounds", "1", "--out", str(out)]
-    assert bench_prune_model.main(words) == bench_prune_model.main(words) == 0
+    assert bench_prune_model.main(words) == 0
+    facts["commit"] = "second"
+    assert bench_prune_model.main(words) == 0
     report = json.loads(out.read_text())
+    assert report["machine"]["commit"] == "first, second"
+    assert [run["commit"] for run in report["runs"]] == ["first"] * 2 + ["second"] * 2
     assert len(report["runs"]) == 4 and len(report["gemm"]) == 2
     assert [len(row["walls_s"]) for row in report["rows"]] == [2, 2]
     with pytest.raises(SystemExit, match="runs of other work"):
         bench_prune_model.main([*words, "--sparsity-type", "4:8"])
+    facts["cpu_capability"] = "another"
+    with pytest.raises(SystemExit, match="runs of another machine.*'another'"):
+        bench_prune_model.main(words)
     assert json.loads(out.read_text()) == report
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from benchmarks import quality, quality_pages
+from benchmarks import machine, quality, quality_pages
 from benchmarks.quality_results import Cell, Results, mean_and_std
 
 
 def cell(method, pattern, nsamples, seed, perplexity):
-    return Cell(method, pattern, nsamples, seed, perplexity, 0.5, "abc")
+    return Cell(method, pattern, nsamples, seed, perplexity, 0.5, "abc", "AVX2")
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def test_tables_count_seeds_and_wins(results):
     methods = quality_pages.methods_table(results)
     assert "| wanda | 2:4 | 31.00 (1.00) | 3 | - | - |" in methods
     assert "| magnitude | 2:4 | 400.0 | 1 | - | - |" in methods and "0.5" not in methods
-    assert "| 2:4 | 16 | 31.00 (1.00) | 31.83 (1.04) |" in quality_pages.sizes_table(results)
-    assert quality_pages.gated_table(results).endswith("| 30.67 (1.53) | 2 of 3 |")
+    assert "| 2:4 | 16 | 31.00 (1.00) | 31.83 (1.04) | 3 |" in quality_pages.sizes_table(results)
+    assert quality_pages.gated_table(results).endswith("| 30.67 (1.53) | 3 | 2 |")
 
 
 def test_results_grow_and_keep_to_one_protocol(results, tmp_path):
@@ -54,11 +54,21 @@ def test_pages_replace_what_stands_between_the_markers(results, tmp_path):
     quality_pages.write([results], readme, gated)
     assert "old" not in readme.read_text() + gated.read_text()
     assert (
-        readme.read_text().count("**tiny**, dense 10.00; a protocol.") == 2 and "2 of 3" in gated.read_text()
+        readme.read_text().count("**tiny**, dense 10.00; a protocol.") == 2
+        and "| 3 | 2 |" in gated.read_text()
     )
     gated.write_text("no markers")
     with pytest.raises(SystemExit, match="gated.md needs the lines"):
         quality_pages.write([results], readme, gated)
+
+
+def test_the_pages_show_what_the_results_say(tmp_path):
+    pages = [machine.ROOT / "README.md", machine.ROOT / "docs" / "gated.md"]
+    copies = [tmp_path / page.name for page in pages]
+    for page, copy in zip(pages, copies, strict=True):
+        copy.write_bytes(page.read_bytes())
+    quality_pages.write(Results.every(), *copies)
+    assert [copy.read_text() for copy in copies] == [page.read_text() for page in pages]
 
 
 def test_options_of_a_cell():

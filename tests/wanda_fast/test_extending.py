@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
@@ -29,6 +30,17 @@ def examples(tmp_path):
     for registered, known in zip((registry.METHODS, registry.PATTERNS), before, strict=True):
         registered.clear()
         registered.update(known)
+
+
+def test_a_checkpoint_from_python(tmp_path, monkeypatch, capsys, pydoc_text):
+    """The README's first example, on a small model."""
+    save_checkpoint(FAMILIES["llama2"](), tmp_path / "out" / "dense", pydoc_text[:20000])
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    exec(next(block for block in blocks if '"out/dense"' in block), {})
+    assert capsys.readouterr().out.startswith("0.5 ")
+    pruned = AutoModelForCausalLM.from_pretrained("out/pruned").model.layers[0].mlp.up_proj.weight
+    assert (pruned.view(-1, 4).count_nonzero(1) == 2).all()
 
 
 def test_a_method_and_a_pattern_of_ones_own_from_python(examples):
