@@ -1,4 +1,4 @@
-"""`python -m benchmarks.visit.rates`: the roofs, and other rates that the predictions of KERNELS.md rest on.
+"""`python -m benchmarks.visit.rates`: the roofs, and other rates that the predictions in LOG.md rest on.
 
 JSON: {"roofs": ..., "rates": [{"name", "value", "unit", "note"}], "clocks": what nvidia-smi said just after}.
 """
