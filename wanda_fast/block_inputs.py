@@ -4,13 +4,14 @@ One forward of the model with its blocks replaced by recorders: a recorder notes
 hidden states on, so that no block is computed, and none needs to be loaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_forward import faster_forward
@@ -51,12 +52,30 @@ class BlockInputs:
         for batch, call in self.batches(index):
             self.hidden[batch] = call.run(block, self.hidden[batch])
 
+    @property
+    def has_containers(self) -> bool:
+        """Whether blocks hand more on than hidden states: what one puts into an argument, another reads."""
+        calls = [(call.args, call.kwargs) for call in self.calls[0]]
+        return any(map(_is_container, tree_leaves(calls)))
+
     def copy(self, placement: Placement) -> "BlockInputs":
-        """Hidden states of its own; the arguments are shared."""
+        """Hidden states and containers of its own; all other arguments are shared."""
         hidden = placement.empty(self.hidden.shape, self.hidden.dtype)
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
-        return BlockInputs(hidden, self.batch_size, self.calls)
+        return BlockInputs(hidden, self.batch_size, [_with_own_containers(calls) for calls in self.calls])
+
+
+def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:
+    """The calls of one forward: a container that blocks share has one copy, which they share too."""
+    copies: dict[int, object] = {}
+    own = lambda leaf: deepcopy(leaf, copies) if _is_container(leaf) else leaf  # noqa: E731
+    return [BlockCall(*tree_map(own, (call.args, call.kwargs))) for call in calls]
+
+
+def _is_container(leaf: object) -> bool:
+    """Of what blocks hand on beside the hidden states, as Gemma 4's do keys and values."""
+    return isinstance(leaf, MutableMapping | MutableSequence)
 
 
 @torch.no_grad()
