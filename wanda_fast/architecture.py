@@ -18,7 +18,7 @@ ACTIVATION_NAMES = (
     "act",
     "activation",
 )  # attributes that hold a gated MLP's activation
-ROUTER_NAMES = {"router", "shared_expert_gate"}
+ROUTER_NAMES = {"router", "router_gate", "shared_expert_gate"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -78,7 +78,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
         linears = [
             Linear(f"{name}.{child}", module, gated.get(module))
             for child, module in _named_linears(layer)
-            if f"{name}.{child}" not in ignored and child.rpartition(".")[2] not in routers
+            if f"{name}.{child}" not in ignored and routers.isdisjoint(child.split("."))
         ]
         blocks.append(Block(name, layer, linears))
     return blocks
@@ -166,7 +166,9 @@ def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
 
 
 def _router_names(model: nn.Module) -> set[str]:
-    """Last names of linears that route tokens to experts; `gate` is one only in a model that has experts."""
+    """Names of linears that route tokens to experts, or of modules around them; `gate` is one only in a model
+    that has experts.
+    """
     config = getattr(model, "config", None)
     has_experts = any(getattr(config, count, None) for count in EXPERT_COUNTS)
     return ROUTER_NAMES | {"gate"} if has_experts else ROUTER_NAMES

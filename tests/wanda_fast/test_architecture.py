@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 import wanda_fast
-from tests.tiny_models import EXPERTS, FAMILIES, PRUNABLE, token_ids
+from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.architecture import find_blocks
 from wanda_fast.methods import make_method
 from wanda_fast.statistics import BlockStatistics
@@ -41,6 +41,30 @@ def test_a_router_that_is_a_linear_is_left_alone():
     assert any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
     model.config.num_experts = 4
     assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+
+
+ROUTED = {  # to 6 experts: as many outputs as no other linear has; Doge routes to 3 x 3
+    "dbrx": dict(
+        d_model=64, n_heads=4, attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+        ffn_config=dict(moe_num_experts=6),
+    ),
+    "doge": GQA | dict(is_moe=True, num_experts=9, num_experts_per_tok=2),
+    "gemma4_text": MOE | dict(enable_moe_block=True, num_experts=6, top_k_experts=2),
+    "hunyuan_v1_moe": GQA | dict(num_experts=6, moe_topk=2, head_dim=16),
+    "jetmoe": GQA | dict(num_local_experts=6, kv_channels=16),
+    "longcat_flash": dict(hidden_size=64, num_layers=1, n_routed_experts=6, zero_expert_num=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sizes"), ROUTED.items(), ids=ROUTED)
+def test_a_linear_inside_a_router_is_left_alone(family, sizes):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    block = find_blocks(model)[0]
+    linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
+    routers = {name for name, linear in linears.items() if linear.out_features == 6}
+    found = {linear.name.removeprefix(f"{block.name}.") for linear in block.linears}
+    assert routers and found == linears.keys() - routers
 
 
 @pytest.mark.parametrize(
