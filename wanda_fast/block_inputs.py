@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_forward import faster_forward
+from wanda_fast.forwards import forwards_replaced
 from wanda_fast.placement import Moved, Placement
 
 
@@ -119,20 +121,23 @@ def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
     """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
     recorders = [_Recorder(block.module) for block in blocks]
+    turns: dict[nn.Module, list[_Recorder]] = {}  # several, where one module is several of the blocks
     for recorder in recorders:
-        recorder.block.forward = recorder
-    try:
+        turns.setdefault(recorder.block, []).append(recorder)
+    with forwards_replaced({module: partial(_take_turn, own) for module, own in turns.items()}):
         yield recorders
-    finally:
-        for recorder in recorders:
-            del recorder.block.forward
+
+
+def _take_turn(recorders: list["_Recorder"], *args, **kwargs) -> object:
+    recorder = recorders.pop(0) if len(recorders) > 1 else recorders[0]
+    return recorder(*args, **kwargs)
 
 
 class _Recorder:
     """Stands for a block's forward: notes the arguments, returns the hidden states that came in, or given."""
 
     def __init__(self, block: nn.Module):
-        self.block = block
+        self.block, self.own = block, block.forward
         self.given: Tensor | None = None
 
     def __call__(self, *args, **kwargs):
@@ -145,13 +150,11 @@ class _Recorder:
     def _returns_tuple(self) -> bool:
         """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
         if type(self.block) not in _RETURNS_TUPLE:
-            del self.block.forward
-            try:
-                output = _on_meta(self.block, self.hidden, self.call)
-            except (RuntimeError, NotImplementedError):  # an operation without a meta kernel: ask in earnest
-                output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
-            finally:
-                self.block.forward = self
+            with forwards_replaced({self.block: self.own}):
+                try:
+                    output = _on_meta(self.block, self.hidden, self.call)
+                except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
+                    output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
             _RETURNS_TUPLE[type(self.block)] = isinstance(output, tuple)
         return _RETURNS_TUPLE[type(self.block)]
 
