@@ -2,13 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError
+from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
 GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
 FUSED_NAME = "gate_up_proj"  # Phi-3's and GLM-4's
@@ -88,6 +88,19 @@ def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list
     """For each `ignore` pattern, the names of the linears that it matches."""
     names = _linear_names(*_block_list(model))
     return {pattern: _matches(pattern, names) for pattern in ignore}
+
+
+def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
+    """Raise `NotStreamableError` where one tensor, all of whose names are an element of `tied`, is in two
+    blocks: it would come and go with one of them.
+    """
+    prefix = _block_list(model)[0] + "."
+    for names in tied:
+        inside = [name for name in names if name.startswith(prefix)]
+        by_block = {name.removeprefix(prefix).split(".")[0]: name for name in inside}
+        if len(by_block) > 1:
+            first, second, *_ = by_block.values()
+            raise NotStreamableError(f"{first} and {second} are one weight, in two blocks")
 
 
 @dataclass
