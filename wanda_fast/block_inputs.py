@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_forward import faster_forward
+from wanda_fast.errors import HiddenStatesError
 from wanda_fast.forwards import forwards_replaced
 from wanda_fast.placement import Moved, Placement
 
@@ -95,6 +96,7 @@ def record_block_inputs(
         blocks: in the order in which the model calls them.
         token_ids: int64 `[nsamples, seqlen]`.
         placement: of the hidden states; the blocks will run on its device.
+    Raises: `HiddenStatesError`.
     """
     hidden, calls, keep = None, [], _KeepOnce(placement.device)
     for start in range(0, len(token_ids), batch_size):
@@ -102,11 +104,22 @@ def record_block_inputs(
         with _recorders(blocks) as recorders:
             forward(token_ids[batch])
         first = recorders[0].hidden
+        _require_sequences(first, token_ids[batch], blocks[0])
         if hidden is None:
             hidden = placement.empty((len(token_ids), *first.shape[1:]), first.dtype)
         hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
     return BlockInputs(hidden, batch_size, calls)
+
+
+def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
+    """Whether hidden states can be cut into sequences and be put together again."""
+    leading = 1 if hidden.dim() <= 3 else 2  # a dimension more may stand before the sequences, of any length
+    if hidden.shape[:leading] != token_ids.shape[:leading]:
+        raise HiddenStatesError(
+            f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(token_ids)} "
+            f"sequences of {token_ids.shape[1]} tokens: only [sequences, tokens, ...] run block by block"
+        )
 
 
 @contextmanager
