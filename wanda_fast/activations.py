@@ -28,6 +28,11 @@ class Activations:
     def hidden(self) -> dict[str, Tensor | Moved]:
         return {name: inputs.hidden for name, inputs in self._present().items()}
 
+    @property
+    def has_containers(self) -> bool:
+        """Whether blocks hand more on than these hidden states."""
+        return any(inputs.has_containers for inputs in self._present().values())
+
     def restore_(self, file: Path) -> None:
         """Overwrite with the hidden states of another boundary, batch by batch."""
         with safe_open(file, "pt") as opened:

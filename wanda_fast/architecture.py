@@ -2,13 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError
+from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
 GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
 FUSED_NAME = "gate_up_proj"  # Phi-3's and GLM-4's
@@ -18,7 +18,7 @@ ACTIVATION_NAMES = (
     "act",
     "activation",
 )  # attributes that hold a gated MLP's activation
-ROUTER_NAMES = {"router", "shared_expert_gate"}
+ROUTER_NAMES = {"router", "router_gate", "shared_expert_gate"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -78,7 +78,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
         linears = [
             Linear(f"{name}.{child}", module, gated.get(module))
             for child, module in _named_linears(layer)
-            if f"{name}.{child}" not in ignored and child.rpartition(".")[2] not in routers
+            if f"{name}.{child}" not in ignored and routers.isdisjoint(child.split("."))
         ]
         blocks.append(Block(name, layer, linears))
     return blocks
@@ -88,6 +88,19 @@ def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list
     """For each `ignore` pattern, the names of the linears that it matches."""
     names = _linear_names(*_block_list(model))
     return {pattern: _matches(pattern, names) for pattern in ignore}
+
+
+def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
+    """Raise `NotStreamableError` where one tensor, all of whose names are an element of `tied`, is in two
+    blocks: it would come and go with one of them.
+    """
+    prefix = _block_list(model)[0] + "."
+    for names in tied:
+        inside = [name for name in names if name.startswith(prefix)]
+        by_block = {name.removeprefix(prefix).split(".")[0]: name for name in inside}
+        if len(by_block) > 1:
+            first, second, *_ = by_block.values()
+            raise NotStreamableError(f"{first} and {second} are one weight, in two blocks")
 
 
 @dataclass
@@ -166,7 +179,9 @@ def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
 
 
 def _router_names(model: nn.Module) -> set[str]:
-    """Last names of linears that route tokens to experts; `gate` is one only in a model that has experts."""
+    """Names of linears that route tokens to experts, or of modules around them; `gate` is one only in a model
+    that has experts.
+    """
     config = getattr(model, "config", None)
     has_experts = any(getattr(config, count, None) for count in EXPERT_COUNTS)
     return ROUTER_NAMES | {"gate"} if has_experts else ROUTER_NAMES

@@ -31,7 +31,7 @@ def replacements() -> dict[Callable, Callable]:
 
 
 def may_replace() -> bool:
-    return (os.environ.get("WANDA_KERNELS_BACKEND") or "cpu") == "cpu"
+    return os.environ.get("WANDA_KERNELS_BACKEND", "") in ("", "auto", "cpu")
 
 
 def described(device: torch.device) -> list[str]:

@@ -4,16 +4,20 @@ One forward of the model with its blocks replaced by recorders: a recorder notes
 hidden states on, so that no block is computed, and none needs to be loaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_forward import faster_forward
+from wanda_fast.errors import HiddenStatesError
+from wanda_fast.forwards import forwards_replaced
 from wanda_fast.placement import Moved, Placement
 
 
@@ -51,12 +55,30 @@ class BlockInputs:
         for batch, call in self.batches(index):
             self.hidden[batch] = call.run(block, self.hidden[batch])
 
+    @property
+    def has_containers(self) -> bool:
+        """Whether blocks hand more on than hidden states: what one puts into an argument, another reads."""
+        calls = [(call.args, call.kwargs) for call in self.calls[0]]
+        return any(map(_is_container, tree_leaves(calls)))
+
     def copy(self, placement: Placement) -> "BlockInputs":
-        """Hidden states of its own; the arguments are shared."""
+        """Hidden states and containers of its own; all other arguments are shared."""
         hidden = placement.empty(self.hidden.shape, self.hidden.dtype)
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
-        return BlockInputs(hidden, self.batch_size, self.calls)
+        return BlockInputs(hidden, self.batch_size, [_with_own_containers(calls) for calls in self.calls])
+
+
+def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:
+    """The calls of one forward: a container that blocks share has one copy, which they share too."""
+    copies: dict[int, object] = {}
+    own = lambda leaf: deepcopy(leaf, copies) if _is_container(leaf) else leaf  # noqa: E731
+    return [BlockCall(*tree_map(own, (call.args, call.kwargs))) for call in calls]
+
+
+def _is_container(leaf: object) -> bool:
+    """Of what blocks hand on beside the hidden states, as Gemma 4's do keys and values."""
+    return isinstance(leaf, MutableMapping | MutableSequence)
 
 
 @torch.no_grad()
@@ -74,6 +96,7 @@ def record_block_inputs(
         blocks: in the order in which the model calls them.
         token_ids: int64 `[nsamples, seqlen]`.
         placement: of the hidden states; the blocks will run on its device.
+    Raises: `HiddenStatesError`.
     """
     hidden, calls, keep = None, [], _KeepOnce(placement.device)
     for start in range(0, len(token_ids), batch_size):
@@ -81,11 +104,22 @@ def record_block_inputs(
         with _recorders(blocks) as recorders:
             forward(token_ids[batch])
         first = recorders[0].hidden
+        _require_sequences(first, token_ids[batch], blocks[0])
         if hidden is None:
             hidden = placement.empty((len(token_ids), *first.shape[1:]), first.dtype)
         hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
     return BlockInputs(hidden, batch_size, calls)
+
+
+def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
+    """Whether hidden states can be cut into sequences and be put together again."""
+    leading = 1 if hidden.dim() <= 3 else 2  # a dimension more may stand before the sequences, of any length
+    if hidden.shape[:leading] != token_ids.shape[:leading]:
+        raise HiddenStatesError(
+            f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(token_ids)} "
+            f"sequences of {token_ids.shape[1]} tokens: only [sequences, tokens, ...] run block by block"
+        )
 
 
 @contextmanager
@@ -100,20 +134,23 @@ def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
     """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
     recorders = [_Recorder(block.module) for block in blocks]
+    turns: dict[nn.Module, list[_Recorder]] = {}  # several, where one module is several of the blocks
     for recorder in recorders:
-        recorder.block.forward = recorder
-    try:
+        turns.setdefault(recorder.block, []).append(recorder)
+    with forwards_replaced({module: partial(_take_turn, own) for module, own in turns.items()}):
         yield recorders
-    finally:
-        for recorder in recorders:
-            del recorder.block.forward
+
+
+def _take_turn(recorders: list["_Recorder"], *args, **kwargs) -> object:
+    recorder = recorders.pop(0) if len(recorders) > 1 else recorders[0]
+    return recorder(*args, **kwargs)
 
 
 class _Recorder:
     """Stands for a block's forward: notes the arguments, returns the hidden states that came in, or given."""
 
     def __init__(self, block: nn.Module):
-        self.block = block
+        self.block, self.own = block, block.forward
         self.given: Tensor | None = None
 
     def __call__(self, *args, **kwargs):
@@ -126,13 +163,11 @@ class _Recorder:
     def _returns_tuple(self) -> bool:
         """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
         if type(self.block) not in _RETURNS_TUPLE:
-            del self.block.forward
-            try:
-                output = _on_meta(self.block, self.hidden, self.call)
-            except (RuntimeError, NotImplementedError):  # an operation without a meta kernel: ask in earnest
-                output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
-            finally:
-                self.block.forward = self
+            with forwards_replaced({self.block: self.own}):
+                try:
+                    output = _on_meta(self.block, self.hidden, self.call)
+                except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
+                    output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
             _RETURNS_TUPLE[type(self.block)] = isinstance(output, tuple)
         return _RETURNS_TUPLE[type(self.block)]
 

@@ -1,7 +1,8 @@
 """The activations between two blocks, on disk: where an interrupted run goes on without replaying its blocks.
 
 They are a cache: without them, finished blocks are run again (not pruned again) to make them anew. So they
-are not written after every block where that would take more than 3% of the time.
+are not written after every block where that would take more than 3% of the time, nor ever where the hidden
+states are not all that a block leaves to later ones.
 """
 
 import time
@@ -31,7 +32,7 @@ class Boundary:
         """Overwrite the first block's inputs with those of the block that is returned: where to go on."""
         if not activations.hidden():
             return first_unfinished
-        note = self.journal.read(NOTE)
+        note = None if activations.has_containers else self.journal.read(NOTE)
         if note is None or note["block"] > first_unfinished:
             return 0
         file = self.journal.folder / note["file"]
@@ -48,7 +49,7 @@ class Boundary:
     def begin(self, block: int, activations: Activations) -> Callable[[], None]:
         """Write the inputs of `block`; what is returned waits for the disk and makes them count."""
         hidden, began = activations.hidden(), time.monotonic()
-        if not hidden:
+        if not hidden or activations.has_containers:
             return lambda: None
         file = self.journal.folder / f"boundary-{block:05}.safetensors"
         finish = begin_tensors(file, hidden, lambda _, held: on_host(held))

@@ -34,35 +34,35 @@ class Clock:
         try:
             yield
         finally:
-            if self._on_gpu:
+            if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             elapsed = time.perf_counter() - start
             own = self._open.pop()
-            in_parts = sum(self._add(part, self._between(*marks)) for part, *marks in own.parts)
+            in_parts = sum(self._add(part, seconds_between(*marks)) for part, *marks in own.parts)
             self._add(name, elapsed - own.inner - in_parts)
             self._open[-1].inner += elapsed
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """A short piece of the innermost phase, counted for itself; on a GPU by events, without waiting."""
-        begin = self._mark()
+        begin = mark(self.device)
         yield
-        self._open[-1].parts.append((name, begin, self._mark()))
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def _mark(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def _between(self, begin, end) -> float:
-        return begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+        self._open[-1].parts.append((name, begin, mark(self.device)))
 
     def _add(self, name: str, seconds: float) -> float:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         return seconds
+
+
+def mark(device: torch.device) -> "float | torch.cuda.Event":
+    """The time; on a GPU an event, which is recorded without waiting for the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    """Of two marks of one device, after it was waited for."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wanda_fast.architecture import Block
 from wanda_fast.block_inputs import BlockInputs
+from wanda_fast.forwards import forwards_replaced
 from wanda_fast.statistics import BlockStatistics
 
 
@@ -44,9 +45,5 @@ def _ending_at(block: Block, linear: str | None) -> Iterator[None]:
         raise _Enough
 
     module = block.module.get_submodule(linear.removeprefix("."))
-    module.forward = end
-    try:
-        with suppress(_Enough):
-            yield
-    finally:
-        del module.forward
+    with forwards_replaced({module: end}), suppress(_Enough):
+        yield

@@ -25,6 +25,10 @@ class NoPrunableBlockError(WandaFastError, ValueError):
     """No repeated block with nn.Linear weights was found."""
 
 
+class HiddenStatesError(WandaFastError, ValueError):
+    """Blocks that take something else than one sequence's hidden states after the other."""
+
+
 class IgnorePatternError(WandaFastError, ValueError):
     """An --ignore pattern that matches no linear, or is no valid regular expression."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wanda_fast.block_forward import may_replace
 from wanda_fast.coactivation import kernel_activation
+from wanda_fast.forwards import forwards_replaced
 from wanda_kernels import native_forward
 
 ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
@@ -24,14 +25,9 @@ ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 def fused_modules(block: nn.Module) -> Iterator[None]:
     """Inside, the block's norms, MLPs and rotary embeddings run by kernels, on operands that these take."""
     modules = [module for module in block.modules() if "forward" not in vars(module)] if may_replace() else []
-    fused = {module: fusion for module in modules if (fusion := _fusion(type(module)))}
-    for module, fusion in fused.items():
-        module.forward = partial(fusion, module, module.forward)
-    try:
+    fusions = {module: fusion for module in modules if (fusion := _fusion(type(module)))}
+    with forwards_replaced({m: partial(fusion, m, m.forward) for m, fusion in fusions.items()}):
         yield
-    finally:
-        for module in fused:
-            del module.forward
 
 
 def _rms_norm(norm: nn.Module, own: Callable, hidden_states: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """Selection: every linear of a block pruned (and updated) by its statistics, judged first, timed, counted."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.architecture import Block, Linear
-from wanda_fast.clock import Clock
+from wanda_fast.clock import Clock, mark, seconds_between
 from wanda_fast.errors import NonFiniteError
 from wanda_fast.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.masks import empty_mask
@@ -39,7 +37,6 @@ def prune_block(
         tell("factor")
         with clock.phase("factor"):
             prepare(block, statistics.hessians, method.hessians)
-    watch = _Stopwatch(block.linears[0].module.weight.device) if block.linears else None
     pruned: list[_Pruned] = []
     for linear in block.linears:
         tell("selection", linear.name)
@@ -47,8 +44,9 @@ def prune_block(
         mask = None if masks is None else empty_mask(weight)
         hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
         before = weight.clone() if hessian is not None and method.hessians.measure_error else None
-        with watch.lap():
-            done = _prune_(weight, method, pattern, scales[linear.name], hessian, mask)
+        begin = mark(weight.device)
+        done = _prune_(weight, method, pattern, scales[linear.name], hessian, mask)
+        done.lap = (begin, mark(weight.device))
         if before is not None:
             with clock.phase("error"):
                 done.energies = reconstruction_error(before, weight, hessian.acc)
@@ -62,10 +60,9 @@ def prune_block(
     counts = torch.stack([done.zeros for done in pruned]).tolist() if pruned else []  # waits for the device
     measured = [torch.stack(done.energies) for done in pruned if done.energies is not None]
     energies = iter(torch.stack(measured).tolist() if measured else [])  # one copy a block, not two a linear
-    seconds = watch.seconds() if watch else []
     return {
-        linear.name: _report(linear, done, zeros, lap, method, statistics, energies)
-        for linear, done, zeros, lap in zip(block.linears, pruned, counts, seconds, strict=True)
+        linear.name: _report(linear, done, zeros, method, statistics, energies)
+        for linear, done, zeros in zip(block.linears, pruned, counts, strict=True)
     }
 
 
@@ -76,6 +73,7 @@ class _Pruned:
     operation: str
     dampening: float | None = None
     fallback: str | None = None
+    lap: tuple = ()  # two marks of the clock
     zeros: Tensor | None = None
     finite: Tensor | None = None
     energies: tuple[Tensor, Tensor] | None = None
@@ -104,7 +102,6 @@ def _report(
     linear: Linear,
     done: _Pruned,
     zeros: int,
-    seconds: float,
     method: Method,
     statistics: BlockStatistics | None,
     energies: Iterator[list[float]],
@@ -115,7 +112,7 @@ def _report(
     return LinearReport(
         sparsity=zeros / max(weights, 1),
         weights=weights,
-        seconds=seconds,
+        seconds=seconds_between(*done.lap),
         operation=done.operation,
         backend=_backend(done.operation, device),
         statistic=gathered and gathered.operation,
@@ -141,33 +138,6 @@ def _further(linear: Linear, done: _Pruned, method: Method, device: str) -> dict
     if done.dampening is not None:
         further["sparsegpt_"] = choose("sparsegpt_", device)
     return further
-
-
-class _Stopwatch:
-    """Seconds of each lap; on a GPU by events, so that no lap waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple] = []
-
-    @contextmanager
-    def lap(self) -> Iterator[None]:
-        begin = self._mark()
-        yield
-        self.marks.append((begin, self._mark()))
-
-    def seconds(self) -> list[float]:
-        """After the device was waited for."""
-        if self.on_gpu:
-            return [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
-        return [end - begin for begin, end in self.marks]
-
-    def _mark(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from wanda_fast.architecture import require_untied_blocks
 from wanda_fast.checkpoint import (
     DTYPES,
     UNLOADABLE,
@@ -62,6 +63,7 @@ def open_skeleton(
         raise NotStreamableError(first_line(error)) from error
     _refuse_conversions(model, files, stored)
     names = _names_on_disk(model, files)
+    require_untied_blocks(model, names.values())
     if computed_in_float32(stored, dtype, device):
         model.float()
     model.generation_config = _generation_config(folder, cache_dir) or model.generation_config

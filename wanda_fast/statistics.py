@@ -28,7 +28,7 @@ class _Forward(threading.local):
     def __init__(self):
         self.calls: list[str] = []
         self.outputs: dict[nn.Module, Tensor] = {}  # of gated MLPs' projections
-        self.added: set[nn.Module] = set()  # projections yet to be called whose batch was added ahead of them
+        self.added: set[nn.Module] = set()  # projections yet to be called, whose MLP's batch is added
         self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their MLP's statistic adds
 
     def begin(self) -> None:
@@ -39,8 +39,8 @@ class _Forward(threading.local):
 class _GatedStatistics:
     """The statistics of one gated MLP's linears, by name, and the projections whose outputs they read."""
 
-    def __init__(self, mlp: GatedMLP, by_name: dict[str, OfMLP]):
-        self.mlp, self.by_name = mlp, by_name
+    def __init__(self, mlp: GatedMLP, by_name: dict[str, OfMLP], pruned: set[nn.Linear]):
+        self.mlp, self.by_name, self.pruned = mlp, by_name, pruned
         self._first, *self._others = by_name.values()
         self.reads: tuple[nn.Linear, ...] = self._first.reads
 
@@ -92,11 +92,10 @@ class BlockStatistics:
         for linear in self.block.linears:
             handles.append(linear.module.register_forward_pre_hook(partial(self._read, linear)))
         for gated in self._gated:
-            for module in gated.reads:
-                if self._ahead(gated):
-                    handles.append(module.register_forward_pre_hook(partial(self._add_ahead, gated)))
-                else:
-                    handles.append(module.register_forward_hook(partial(self._keep_output, gated)))
+            for module in gated.pruned if self.before_call else ():
+                handles.append(module.register_forward_pre_hook(partial(self._add_ahead, gated)))
+            for module in () if self._ahead(gated) else gated.reads:
+                handles.append(module.register_forward_hook(partial(self._keep_output, gated)))
         try:
             yield
         finally:
@@ -124,24 +123,30 @@ class BlockStatistics:
 
     def _ahead(self, gated: _GatedStatistics) -> bool:
         """Whether outputs that this MLP's statistics read must be known before its projections are called."""
-        pruned = {linear.module for linear in self.block.linears if linear.name in gated.by_name}
-        return self.before_call and not pruned.isdisjoint(gated.reads)
+        return self.before_call and not gated.pruned.isdisjoint(gated.reads)
 
     def _add_ahead(self, gated: _GatedStatistics, module: nn.Module, args: tuple) -> None:
-        if module in self._now.added:
-            self._now.added.remove(module)
+        if self._was_added(module):
             return
         with self.timed():
             self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
-        self._now.added.update(each for each in gated.reads if each is not module)
+        self._now.added.update(gated.pruned.union(gated.reads) - {module})
+
+    def _was_added(self, module: nn.Module) -> bool:
+        known = module in self._now.added
+        self._now.added.discard(module)
+        return known
 
     def _keep_output(self, gated: _GatedStatistics, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._was_added(module):
+            return
         outputs = self._now.outputs
         overwrites = getattr(gated.mlp.activation, "inplace", False) and module is not gated.reads[-1]
         outputs[module] = output.clone() if overwrites else output
         if all(each in outputs for each in gated.reads):
             with self.timed():
                 self._add(gated, [outputs.pop(each) for each in gated.reads], args[0])
+            self._now.added.update(gated.pruned if self.before_call else ())
 
     def _add(self, gated: _GatedStatistics, outputs: list[Tensor], x: Tensor) -> None:
         self.by_name.update(gated.by_name)
@@ -160,8 +165,10 @@ class BlockStatistics:
 def _gated_statistics(
     block: Block, statistic: Callable[[Linear], Statistic | None]
 ) -> list[_GatedStatistics]:
-    by_mlp: dict[GatedMLP, dict[str, OfMLP]] = {}
+    by_mlp: dict[GatedMLP, tuple[dict[str, OfMLP], set[nn.Linear]]] = {}
     for linear in block.linears:
         if linear.gated is not None and isinstance(own := statistic(linear), OfMLP):
-            by_mlp.setdefault(linear.gated, {})[linear.name] = own
-    return [_GatedStatistics(mlp, by_name) for mlp, by_name in by_mlp.items()]
+            by_name, pruned = by_mlp.setdefault(linear.gated, ({}, set()))
+            by_name[linear.name] = own
+            pruned.add(linear.module)
+    return [_GatedStatistics(mlp, *of_mlp) for mlp, of_mlp in by_mlp.items()]

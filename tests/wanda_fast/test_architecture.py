@@ -1,14 +1,18 @@
 """What is found in a model: blocks, linears, gated MLPs, routers, reach; and each linear's statistic."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 import wanda_fast
-from tests.tiny_models import EXPERTS, FAMILIES, PRUNABLE, token_ids
+from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.architecture import find_blocks
+from wanda_fast.block_inputs import hidden_states_given, record_block_inputs
 from wanda_fast.methods import make_method
+from wanda_fast.placement import Placement
 from wanda_fast.statistics import BlockStatistics
 
 
@@ -41,6 +45,30 @@ def test_a_router_that_is_a_linear_is_left_alone():
     assert any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
     model.config.num_experts = 4
     assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+
+
+ROUTED = {  # to 6 experts: as many outputs as no other linear has; Doge routes to 3 x 3
+    "dbrx": dict(
+        d_model=64, n_heads=4, attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+        ffn_config=dict(moe_num_experts=6),
+    ),
+    "doge": GQA | dict(is_moe=True, num_experts=9, num_experts_per_tok=2),
+    "gemma4_text": MOE | dict(enable_moe_block=True, num_experts=6, top_k_experts=2),
+    "hunyuan_v1_moe": GQA | dict(num_experts=6, moe_topk=2, head_dim=16),
+    "jetmoe": GQA | dict(num_local_experts=6, kv_channels=16),
+    "longcat_flash": dict(hidden_size=64, num_layers=1, n_routed_experts=6, zero_expert_num=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sizes"), ROUTED.items(), ids=ROUTED)
+def test_a_linear_inside_a_router_is_left_alone(family, sizes):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    block = find_blocks(model)[0]
+    linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
+    routers = {name for name, linear in linears.items() if linear.out_features == 6}
+    found = {linear.name.removeprefix(f"{block.name}.") for linear in block.linears}
+    assert routers and found == linears.keys() - routers
 
 
 @pytest.mark.parametrize(
@@ -105,6 +133,39 @@ def test_the_model_is_as_it_was_but_for_its_zeros():
     for module in model.modules():
         assert "forward" not in vars(module)
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_forward_of_the_module_itself_stays():
+    """As accelerate's hooks put there, or somebody who watches; the model is pruned all the same."""
+    model, plain, watched, called = FAMILIES["llama2"](), FAMILIES["llama2"](), {}, set()
+    for layer in model.model.layers:
+        for module in (layer, layer.mlp.down_proj):
+            module.forward = watched[module] = partial(watch, called, module, module.forward)
+    ids = token_ids(model, 2, 32)
+    for each in (model, plain):
+        wanda_fast.prune(each, dataset=ids)
+    assert all(vars(module).get("forward") is forward for module, forward in watched.items())
+    assert called == watched.keys() - {model.model.layers[-1].mlp.down_proj}  # no pass goes through it
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def watch(called, module, forward, *args, **kwargs):
+    called.add(module)
+    return forward(*args, **kwargs)
+
+
+def test_one_module_that_is_several_blocks():
+    model = FAMILIES["llama2"]()
+    model.model.layers[1] = model.model.layers[0]
+    ids, blocks = token_ids(model, 3, 16), find_blocks(model)
+    expected = model(ids, use_cache=False).logits
+    placement = Placement("device", torch.device("cpu"))
+    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, placement)
+    for index, block in enumerate(blocks):
+        inputs.advance_(index, block.module)
+    with hidden_states_given(blocks, inputs.hidden):
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert wanda_fast.prune(model, dataset=ids).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_an_expert_that_no_token_reaches_is_said(caplog):

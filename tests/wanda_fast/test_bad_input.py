@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import wanda_fast
-from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
 from wanda_fast import cli, errors
 
 
@@ -137,6 +138,20 @@ def test_no_prunable_block_lists_what_was_found():
     model = FAMILIES["gpt2"]()
     with pytest.raises(errors.NoPrunableBlockError, match="GPT2LMHeadModel.*Conv1D"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_hidden_states_that_do_not_begin_with_the_sequences(batch_size):
+    """Gemma 3n has several streams of them, here two."""
+    layers = dict(layer_types=["full_attention"] * 2, num_kv_shared_layers=0)
+    inputs = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=320, altup_num_inputs=2)
+    config = Gemma3nTextConfig(
+        **GQA | layers | inputs, laurel_rank=8, head_dim=16, activation_sparsity_pattern=[0.0, 0.0]
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    said = rf"TextDecoderLayer takes hidden states \[2, {batch_size}, 24, 64\] of {batch_size} sequences"
+    with pytest.raises(errors.HiddenStatesError, match=said):
+        wanda_fast.prune(model, dataset=token_ids(model, 6, 24), batch_size=batch_size)
 
 
 @pytest.mark.parametrize(

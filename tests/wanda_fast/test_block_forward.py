@@ -25,7 +25,9 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
     assert calls == ["linear", "silu"]
     assert torch.allclose(F.silu(x), x * x.sigmoid())
     modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm", "rotary"]
-    assert block_forward.described(CPU) == sorted(["linear", "silu", *modules])
+    for asked in ("", "auto", "cpu"):
+        monkeypatch.setenv("WANDA_KERNELS_BACKEND", asked)
+        assert block_forward.described(CPU) == sorted(["linear", "silu", *modules])
     monkeypatch.setenv("WANDA_KERNELS_BACKEND", "torch")
     with block_forward.faster_forward(CPU):
         assert torch.allclose(F.silu(x), x * x.sigmoid())

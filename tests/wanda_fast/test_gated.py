@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
@@ -137,10 +138,25 @@ def test_what_is_not_pruned_is_still_read(ignored):
     assert not (part.get_submodule(f"model.layers.1.mlp.{ignored}").weight == 0).any()
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3"])
+class UpFirst(LlamaMLP):
+    """Llama's, in FalconH1's order."""
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+
+def up_first():
+    model = FAMILIES["llama3"]()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = UpFirst
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3", "up_first"])
 @pytest.mark.parametrize("method", ["gated", "connect"])
-def test_sequential_linear_scores_both_projections_while_both_are_dense(family, method):
+def test_sequential_linear_scores_both_projections_while_both_are_dense(family, method, monkeypatch):
     """Block 0 by definition: attention pruned first, then an MLP's dense outputs on what it then receives."""
+    monkeypatch.setitem(FAMILIES, "up_first", up_first)
     model, pruned = FAMILIES[family](), FAMILIES[family]()
     ids = token_ids(model, 5, 24)
     wanda_fast.prune(pruned, prune_method=method, dataset=ids, batch_size=2, sequential="linear")
@@ -152,7 +168,7 @@ def test_sequential_linear_scores_both_projections_while_both_are_dense(family, 
     for linear in linears:
         if not linear.name.endswith(("gate_up_proj", "gate_proj", "up_proj")):
             continue
-        if method == "connect" and linear.name.endswith(".up_proj"):
+        if method == "connect" and linear.name.endswith(".up_proj") and family != "up_first":
             continue  # the gate that it then sees is pruned
         weight, acc = linear.module.weight, reached[linear.name]
         scores = weight.abs() * acc.sqrt()

@@ -189,7 +189,7 @@ def test_no_room_on_the_disk_when_resumed(llama, tmp_path, monkeypatch):
 
 def stop(self, index, activations):
     self.interrupts.asked = True
-    self.boundary.reached(index, activations, at_once=True)
+    self.disk.do(self.boundary.begin(index, activations))
     raise errors.InterruptedRunError("stopped")
 
 

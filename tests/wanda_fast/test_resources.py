@@ -148,5 +148,5 @@ def test_a_resumed_run_keeps_its_batch_size(llama, tmp_path, monkeypatch):
 
 
 def stop(self, index, activations):
-    self.boundary.reached(index, activations, at_once=True)
+    self.disk.do(self.boundary.begin(index, activations))
     raise errors.InterruptedRunError("stopped")

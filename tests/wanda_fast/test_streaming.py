@@ -1,15 +1,16 @@
 """A streamed checkpoint: the same tensors, byte for byte, as a model that is pruned in memory as a whole."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Zamba2Config
 
 import wanda_fast
-from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
 from wanda_fast import checkpoint, driver, errors, job, layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +126,20 @@ def test_what_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, c
     said = [record.message for record in caplog.records if "not streamed" in record.message]
     assert len(said) == 1 and "transformers converts" in said[0]
     assert report.perplexity["pruned"] > 1 and tensors
+
+
+def test_blocks_that_share_weights_are_loaded_whole(tmp_path, caplog):
+    caplog.set_level("INFO", logger="wanda_fast")
+    config = Zamba2Config(
+        **GQA | dict(num_key_value_heads=4), layers_block_type=["hybrid"] * 2, num_mem_blocks=1,
+        mamba_d_state=16, n_mamba_heads=8, mamba_ngroups=1, chunk_size=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 320, (2, 24))
+    report = wanda_fast.prune(str(tmp_path / "dense"), dataset=ids, save_model=tmp_path / "out")
+    assert report.sparsity > 0.49
+    (said,) = (record.message for record in caplog.records if "not streamed" in record.message)
+    assert re.search(r"layers\.0\.\S+ and \S+layers\.1\.\S+ are one weight, in two blocks", said)
 
 
 def test_tied_weights_in_the_file_twice(folder_of, tmp_path, caplog):
