@@ -195,6 +195,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _header(file: Path) -> tuple[int, dict[str, dict]]:
     """(where the data begins, tensor name -> dtype, shape, data_offsets)."""
+    if not file.exists():
+        raise CheckpointError(f"{file} is absent, though the checkpoint's index names it")
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
