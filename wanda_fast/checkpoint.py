@@ -15,6 +15,7 @@ from torch import nn
 from wanda_fast.block_forward import multiplies_bf16
 from wanda_fast.errors import CheckpointError, OutputError, ResumeError
 from wanda_fast.journal import RUN, partial_of, unfinished_run
+from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 REPORT = "wanda_fast.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NAMED = 3  # of the tensors that a checkpoint lacks
 UNLOADABLE = (OSError, ValueError, ImportError, KeyError)  # what transformers raises for what it cannot load
 
 
@@ -41,7 +43,7 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
         dtype: "auto" keeps the checkpoint's own, but computes 16-bit weights in float32 on a CPU without
             fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
             "bfloat16".
-    Raises: `CheckpointError`.
+    Raises: `CheckpointError`, also where the files lack a tensor of the model or hold one of another shape.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -50,13 +52,16 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
-    readable = {} if gguf else {"use_safetensors": True}
+    readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told, and refused below
+    readable |= {} if gguf else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
-        )
-    except UNLOADABLE as error:
+        with out_of_memory_explained():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
+            )
+    except (*UNLOADABLE, RuntimeError) as error:  # the latter: tensors that transformers cannot convert
         raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    _require_whole(path, found)
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
@@ -64,6 +69,20 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     if computed_in_float32(stored, dtype, device):
         model.float()
     return Checkpoint(model.eval(), tokenizer, stored)
+
+
+def _require_whole(path: str, found: dict) -> None:
+    """Raise `CheckpointError` where transformers drew weights at random, as it does for what files lack."""
+    wrong = [f"{name} is absent" for name in sorted(found["missing_keys"])]
+    wrong += [
+        f"{name} is {list(stored)} in the file, {list(needed)} in the model"
+        for name, stored, needed in sorted(found["mismatched_keys"])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise CheckpointError(
+            f"model {path} lacks {len(wrong)} of its tensors: {'; '.join(wrong[:NAMED])}{more}"
+        )
 
 
 def require_dtype(dtype: str) -> None:

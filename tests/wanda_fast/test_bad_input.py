@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
@@ -91,6 +92,32 @@ def test_a_model_that_is_not_there(run, tmp_path):
     assert code == 2 and "is empty" in said
     code, said = run("prune", "--model", "someone/unheard-of", *QUICK)
     assert code == 2 and "someone/unheard-of cannot be loaded" in said
+
+
+LACKS = {  # family, how its second block's tensors are spoilt -> the words of the sentence
+    ("smollm", "one gone"): ["lacks 1 of its tensors: model.layers.1.mlp.down_proj.weight is absent"],
+    ("smollm", "all gone"): ["lacks 9 of its tensors", "model.layers.1", "and 6 more"],
+    ("smollm", "cut"): ["mlp.down_proj.weight is [47, 160] in the file, [48, 160] in the model"],
+    ("mixtral", "one gone"): ["cannot be loaded"],  # an expert: transformers fails to merge the others
+}
+
+
+@pytest.mark.parametrize(("family", "how"), LACKS)
+def test_a_checkpoint_that_lacks_tensors_is_not_filled_at_random(family, how, run, tmp_path, pydoc_text):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    save_checkpoint(FAMILIES[family](), folder, pydoc_text[:20000])
+    tensors = load_file(folder / "model.safetensors")
+    block = [name for name in tensors if ".layers.1." in name]
+    one = next(name for name in block if name.endswith(("down_proj.weight", "experts.0.w1.weight")))
+    cut = {one: tensors[one][:-1].contiguous()} if how == "cut" else {}
+    gone = block if how == "all gone" else [one]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    save_file(kept | cut, folder / "model.safetensors", metadata={"format": "pt"})
+    code, said = run("prune", "--model", folder, *QUICK, "--save_model", out)
+    assert code == 2 and "Traceback" not in said
+    for words in LACKS[family, how]:
+        assert words in said.splitlines()[-1]
+    assert not out.exists()
 
 
 def test_two_gguf_files_in_one_folder(run, tmp_path):
