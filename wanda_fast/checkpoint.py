@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,11 +29,17 @@ UNLOADABLE = (OSError, ValueError, ImportError, KeyError)  # what transformers r
 
 @dataclass
 class Checkpoint:
-    """A loaded model, its tokenizer (None where there is none), and the dtype of its weights on disk."""
+    """A loaded model, its tokenizer (None where there is none), and the dtype of its weights on disk.
+
+    Attributes:
+        dtypes: of each tensor on disk, where they were widened for the computation: transformers keeps some
+            in another than the model's.
+    """
 
     model: nn.Module
     tokenizer: object
     dtype: torch.dtype
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
@@ -65,10 +71,11 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
-    stored = model.dtype
-    if computed_in_float32(stored, dtype, device):
+    loaded = Checkpoint(model.eval(), tokenizer, model.dtype)
+    if computed_in_float32(loaded.dtype, dtype, device):
+        loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.float()
-    return Checkpoint(model.eval(), tokenizer, stored)
+    return loaded
 
 
 def _require_whole(path: str, found: dict) -> None:
@@ -129,10 +136,8 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            computed = checkpoint.model.dtype
-            checkpoint.model.to(checkpoint.dtype)  # exact: weights came from it, or were rounded to it
-            checkpoint.model.save_pretrained(partial)
-            checkpoint.model.to(computed)
+            with _as_on_disk(checkpoint):
+                checkpoint.model.save_pretrained(partial)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(partial)
             if report is not None:
@@ -142,6 +147,21 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _as_on_disk(checkpoint: Checkpoint) -> Iterator[None]:
+    """Each tensor that was widened has its dtype on disk again, one after the other, for there may be no room
+    for two. Exact: weights came from that dtype, or were rounded to it."""
+    state = checkpoint.model.state_dict(keep_vars=True)
+    widened = {name: state[name].dtype for name in checkpoint.dtypes}
+    try:
+        for name, dtype in checkpoint.dtypes.items():
+            state[name].data = state[name].data.to(dtype)
+        yield
+    finally:
+        for name, dtype in widened.items():
+            state[name].data = state[name].data.to(dtype)
 
 
 def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
