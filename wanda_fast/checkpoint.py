@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.block_forward import multiplies_bf16
-from wanda_fast.errors import CheckpointError, OutputError, ResumeError
+from wanda_fast.durable import sync_folder, write_atomically
+from wanda_fast.errors import CheckpointError, OutputError, ResumeError, WandaFastError
 from wanda_fast.journal import RUN, partial_of, unfinished_run
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.report import Report
@@ -21,6 +22,7 @@ from wanda_fast.report import Report
 logger = logging.getLogger(__name__)
 
 REPORT = "wanda_fast.json"
+MODEL, REPLACED = "model", "replaced"  # in DIR.partial: what becomes DIR, and what was DIR
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NAMED = 3  # of the tensors that a checkpoint lacks
@@ -121,6 +123,9 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
         raise ResumeError(
             f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite"
         )
+    if folder.is_symlink() or folder.is_mount():
+        kind = "a symbolic link" if folder.is_symlink() else "a mount point"
+        raise OutputError(f"output {folder} is {kind}, which no rename replaces: name a folder of its own")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder} exists and is no folder")
     if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
@@ -132,21 +137,44 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
     """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
     partial = partial_of(folder)
+    model = partial / MODEL
     with writing(folder):
+        put_back_replaced(folder)
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
+            model.mkdir(parents=True)
             with _as_on_disk(checkpoint):
-                checkpoint.model.save_pretrained(partial)
+                checkpoint.model.save_pretrained(model)
             if checkpoint.tokenizer is not None:
-                checkpoint.tokenizer.save_pretrained(partial)
+                checkpoint.tokenizer.save_pretrained(model)
             if report is not None:
-                (partial / REPORT).write_text(report.to_json(), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-        finally:
+                save_report(report, model)
+            sync_folder(model, files=True)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+    with writing(folder, f"; the model is kept in {model}"):
+        take_place(model, folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_place(model: Path, folder: Path) -> None:
+    """`model`, all of it on disk, becomes `folder` by one rename; what was there is set aside."""
+    if folder.exists():
+        os.replace(folder, partial_of(folder) / REPLACED)
+    try:
+        os.replace(model, folder)
+    except OSError:
+        put_back_replaced(folder)
+        raise
+    sync_folder(folder.parent)
+
+
+def put_back_replaced(folder: Path) -> None:
+    """Where a run was killed between the two renames of `take_place`, what was `folder` is it again."""
+    replaced = partial_of(folder) / REPLACED
+    if replaced.exists() and not folder.exists():
+        os.replace(replaced, folder)
 
 
 @contextmanager
@@ -171,19 +199,26 @@ def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / f"log_{report.recipe['prune_method']}.txt"
             log.write_text(report.published_log(), encoding="utf-8")
-            (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+            save_report(report, folder)
     if file is not None:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")
 
 
+def save_report(report: Report, folder: Path) -> None:
+    with writing(folder):
+        write_atomically(folder / REPORT, lambda file: file.write_text(report.to_json(), encoding="utf-8"))
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, afterwards: str = "") -> Iterator[None]:
     try:
         yield
+    except WandaFastError:  # has its own sentence
+        raise
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"output {path} cannot be written: {first_line(error)}") from error
+        raise OutputError(f"output {path} cannot be written: {first_line(error)}{afterwards}") from error
 
 
 def locate(path: str) -> tuple[str, str | None]:

@@ -135,8 +135,10 @@ def prune(
     if resume and (report := _finished(Path(save_model), recipe)):
         checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
         return report
-    for folder in filter(None, (save, save_model)):
-        checkpoints.require_empty(Path(folder), overwrite, resume)
+    for folder in [save and Path(save).resolve(), save_model and Path(save_model)]:
+        if folder:
+            checkpoints.put_back_replaced(folder)
+            checkpoints.require_empty(folder, overwrite, resume)
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)
@@ -186,14 +188,13 @@ def prune(
         else:
             if resume:
                 logger.warning("a model that is held in memory as a whole is pruned from the start")
-            run_in_memory(job, LiveModel(model, blocks, target, clock))
+            run_in_memory(job, LiveModel(model, blocks, target, clock), loaded, folder)
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
     report.peak_memory = peak_memory()
     if folder is not None and not isinstance(loaded, Skeleton):
-        with clock.phase("write"):
-            checkpoints.save(loaded, folder, report)
+        checkpoints.save_report(report, folder)  # with all that was measured since the model was saved
     checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 

@@ -1,6 +1,8 @@
-"""What is written keeps each tensor's dtype, and leaves the model that was written as it was."""
+"""What is written keeps each tensor's dtype, leaves the model as it was, and outlives what fails after it."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from transformers import LlamaForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast import driver, errors, job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVALUATION = dict(eval_dataset=torch.arange(64), seqlen=32)
 
 
 def with_fp32_norms(model):
@@ -53,3 +58,95 @@ def test_what_transformers_keeps_in_fp32_is_written_so(family, tmp_path, pydoc_t
         kept = pruned[name] != 0
         assert torch.equal(pruned[name][kept], tensor[kept]), name
     assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+
+
+def prune(out, **options):
+    """A live model, pruned and saved."""
+    model = FAMILIES["smollm"]()
+    return wanda_fast.prune(model, dataset=token_ids(model, 2, 32), save_model=out, **options)
+
+
+def fail(*_args, **_options):
+    raise RuntimeError("the test says so")
+
+
+@pytest.mark.parametrize("what", ["masks", "perplexity", "zero-shot"])
+def test_a_late_failure_costs_no_model(what, tmp_path, monkeypatch):
+    """All of these come after the model is saved; the dense model's perplexity before."""
+    measure = [
+        fail if what == "perplexity" else lambda *_args, **_options: 9.0,
+        lambda *_args, **_options: 8.0,
+    ]
+    monkeypatch.setattr(job, "perplexity", lambda *args, **options: measure.pop()(*args, **options))
+    monkeypatch.setattr(driver, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(driver, "zero_shot", fail)
+    if what == "masks":
+        monkeypatch.setattr(job, "write_masks", fail)
+    with pytest.raises(RuntimeError, match="the test says so"):
+        prune(tmp_path / "out", save_mask=tmp_path / "masks", eval_zero_shot=True, **EVALUATION)
+    pruned = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert (pruned.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_saved_report_has_what_was_measured_after_the_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(driver, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
+    report = prune(tmp_path / "out", eval_zero_shot=True, **EVALUATION)
+    written = json.loads((tmp_path / "out" / "wanda_fast.json").read_text())
+    assert written["zero_shot"] == {"boolq": {"acc": 0.5}} and written["peak_memory"]
+    assert written["perplexity"] == report.perplexity and "pruned" in report.perplexity
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder with something in it, that a run may replace."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").touch()
+    return out
+
+
+def test_overwrite_leaves_the_new_model_alone(old):
+    prune(old, overwrite=True)
+    assert (old / "model.safetensors").is_file() and not (old / "kept").exists()
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_rename_that_fails_loses_neither_model(old, monkeypatch):
+    replace = os.replace
+
+    def last_fails(source, target):
+        if Path(target) == old and Path(source).name == "model":
+            raise OSError("no rename today")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", last_fails)
+    with pytest.raises(errors.OutputError, match="no rename today; the model is kept in .*out.partial/model"):
+        prune(old, overwrite=True)
+    assert list(old.iterdir()) == [old / "kept"]
+    LlamaForCausalLM.from_pretrained(old.with_name("out.partial") / "model")
+
+
+def test_what_a_killed_run_set_aside_comes_back(old):
+    aside = old.with_name("out.partial") / "replaced"
+    aside.parent.mkdir()
+    old.rename(aside)
+    with pytest.raises(errors.OutputError, match="not empty"):
+        prune(old)
+    assert list(old.iterdir()) == [old / "kept"]
+    prune(old, overwrite=True)
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a mount point"])
+def test_what_no_rename_replaces_is_refused_before_the_work(kind, tmp_path, monkeypatch):
+    real, out = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    if kind == "a symbolic link":
+        out.symlink_to(real)
+    else:
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    monkeypatch.setattr(job, "prune_blocks", fail)
+    with pytest.raises(errors.OutputError, match=f"out is {kind}"):
+        prune(out, overwrite=True)
