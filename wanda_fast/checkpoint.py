@@ -134,6 +134,17 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
         )
 
 
+def require_free(file: Path, overwrite: bool) -> None:
+    """Raise `OutputError` where `file` exists, unless it may be overwritten, or cannot come to be."""
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"output {file} cannot be written: {parent} is no folder that may be written to")
+    if file.exists() and not file.is_file():
+        raise OutputError(f"output {file} exists and is no regular file")
+    if file.exists() and not overwrite:
+        raise OutputError(f"output file {file} exists: name another, or pass --overwrite")
+
+
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
     """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
     partial = partial_of(folder)
@@ -203,7 +214,8 @@ def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
     if file is not None:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(report.published_log() + "\n" + report.to_json(), encoding="utf-8")
+            text = report.published_log() + "\n" + report.to_json()
+            write_atomically(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def save_report(report: Report, folder: Path) -> None:

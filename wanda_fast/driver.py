@@ -115,7 +115,8 @@ def prune(
         save_model: folder for the pruned model, its tokenizer and the report.
         save_log: file for the summary.
         save_mask: safetensors file for the packed masks (`wanda_fast.masks`).
-        overwrite: allow `save` and `save_model` to be folders that are not empty.
+        overwrite: allow `save` and `save_model` to be folders that are not empty, `save_log` and `save_mask`
+            to be files that exist.
         resume: go on with the unfinished run that `save_model` + ".partial" holds, if it does.
         progress: told of each block and phase.
     Returns: the `Report`.
@@ -139,6 +140,9 @@ def prune(
         if folder:
             checkpoints.put_back_replaced(folder)
             checkpoints.require_empty(folder, overwrite, resume)
+    going_on = resume and StreamedOutput.is_under_way(Path(save_model))  # the files may be its own
+    for file in filter(None, (save_log, save_mask)):
+        checkpoints.require_free(Path(file), overwrite or going_on)
     if eval_zero_shot:
         require_zero_shot()
     live = isinstance(model, nn.Module)

@@ -58,6 +58,10 @@ SENTENCES = {
     "zero-shot without harness": (["--eval_zero_shot"], ["lm-evaluation-harness", "wanda_fast[eval]"]),
     "output not empty": (["--save_model", "{folder}"], ["not empty", "--overwrite"]),
     "log folder not empty": (["--save", "{folder}"], ["not empty", "--overwrite"]),
+    "log file exists": (["--save_log", "{short}"], ["short.txt exists", "--overwrite"]),
+    "mask file exists": (["--save_mask", "{short}"], ["short.txt exists", "--overwrite"]),
+    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is no regular file"]),
+    "mask file under a file": (["--save_mask", "{short}/mask"], ["short.txt/mask", "short.txt is no folder"]),
     "output is a file": (["--save_model", "{short}"], ["short.txt", "no folder"]),
 }
 

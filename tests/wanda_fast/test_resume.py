@@ -289,6 +289,23 @@ def test_overwrite_drops_an_unfinished_run(llama, unbroken, broken_off, pruned):
     assert_same(out, unbroken, report)
 
 
+def test_a_resumed_run_replaces_its_own_mask_file(llama, tmp_path, unbroken, monkeypatch):
+    """It is written before the last rename, so a run may be killed with it there."""
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def stopped(*_):
+        raise errors.InterruptedRunError
+
+    with monkeypatch.context() as patch, pytest.raises(errors.InterruptedRunError):
+        patch.setattr(output.StreamedOutput, "finish", stopped)
+        resume(llama, out)
+    assert masks(out).is_file() and not out.exists()
+    log.touch()
+    resume(llama, out, save_log=log)
+    log.unlink()
+    assert_same(out, unbroken, resume(llama, out))
+
+
 def test_the_unbroken_run_twice(llama, tmp_path, unbroken):
     """That nothing else moves: two runs write the same file."""
     out = tmp_path / "out"
