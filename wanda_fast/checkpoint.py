@@ -145,6 +145,14 @@ def require_free(file: Path, overwrite: bool) -> None:
         raise OutputError(f"output file {file} exists: name another, or pass --overwrite")
 
 
+def require_outside(mask: Path, folder: Path) -> None:
+    """Raise `OutputError` where `mask` lies in the model's `folder`, or where that grows."""
+    if any(mask.resolve().is_relative_to(taken.resolve()) for taken in (folder, partial_of(folder))):
+        raise OutputError(
+            f"mask file {mask} lies in {folder}, whose files are read as weights: name a file beside it"
+        )
+
+
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
     """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
     partial = partial_of(folder)

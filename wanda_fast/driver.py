@@ -140,6 +140,8 @@ def prune(
         if folder:
             checkpoints.put_back_replaced(folder)
             checkpoints.require_empty(folder, overwrite, resume)
+    if save_mask and save_model:
+        checkpoints.require_outside(Path(save_mask), Path(save_model))
     going_on = resume and StreamedOutput.is_under_way(Path(save_model))  # the files may be its own
     for file in filter(None, (save_log, save_mask)):
         checkpoints.require_free(Path(file), overwrite or going_on)

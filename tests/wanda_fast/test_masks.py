@@ -78,6 +78,25 @@ def test_a_mask_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch)
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["out/mask.safetensors", "out/masks/mask", "out.partial/mask", "log/../out/m"]
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_mask_file_in_the_models_folder_is_refused(name, streamed, tmp_path, pydoc_text, monkeypatch):
+    """The folder is replaced as a whole; and its *.safetensors would be read as weights."""
+    monkeypatch.chdir(tmp_path)
+    model = FAMILIES["smollm"]()
+    if streamed:
+        save_checkpoint(model, "dense", pydoc_text[:20000])
+    there = sorted(tmp_path.iterdir())
+    options = dict(dataset=token_ids(model, 2, 32), save_model="out", save_mask=name)
+    with pytest.raises(errors.OutputError, match=f"mask file {name} lies in out"):
+        wanda_fast.prune("dense" if streamed else model, **options)
+    assert sorted(tmp_path.iterdir()) == there
+    wanda_fast.prune("dense" if streamed else model, **options | dict(save_mask="out.mask"))
+    assert {"out", "out.mask"} == {path.name for path in tmp_path.iterdir()} - {"dense"}
+
+
 def test_a_mask_applied_to_the_dense_model_gives_the_pruned_one(folders, run, tmp_path):
     dense, pruned, mask = folders
     again = tmp_path / "again"
