@@ -129,8 +129,9 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder} exists and is no folder")
     if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
+        other = " and holds no finished run of this recipe" if resume else ""
         raise OutputError(
-            f"output folder {folder} is not empty ({count} entries): name another, or pass --overwrite"
+            f"output folder {folder} is not empty ({count} entries){other}: name another, or pass --overwrite"
         )
 
 

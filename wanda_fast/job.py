@@ -100,7 +100,7 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
                 job.report.perplexity |= perplexities(source, activations, job.evaluation)
         job.write_masks()
         if output is not None:
-            job.report.peak_memory = peak_memory()
+            job.report.peak_memory, job.report.complete = peak_memory(), True
             with job.clock.phase("write"):
                 output.finish(job.report)
 
