@@ -194,7 +194,8 @@ def put_back_replaced(folder: Path) -> None:
     """Where a run was killed between the two renames of `take_place`, what was `folder` is it again."""
     replaced = partial_of(folder) / REPLACED
     if replaced.exists() and not folder.exists():
-        os.replace(replaced, folder)
+        with writing(folder):
+            os.replace(replaced, folder)
 
 
 @contextmanager
