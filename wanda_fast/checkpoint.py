@@ -123,7 +123,7 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
         raise ResumeError(
             f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite"
         )
-    if folder.is_symlink() or folder.is_mount():
+    if folder.is_symlink() or os.path.ismount(folder):
         kind = "a symbolic link" if folder.is_symlink() else "a mount point"
         raise OutputError(f"output {folder} is {kind}, which no rename replaces: name a folder of its own")
     if folder.exists() and not folder.is_dir():

@@ -51,7 +51,8 @@ class Journal:
 
 def partial_of(folder: Path) -> Path:
     """Where a run grows what is to become `folder`."""
-    return folder.with_name(folder.name + ".partial")
+    named = folder.resolve()  # "." has no name
+    return named.with_name(named.name + ".partial")
 
 
 def unfinished_run(folder: Path) -> Path | None:

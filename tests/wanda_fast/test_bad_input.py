@@ -82,6 +82,12 @@ def test_one_sentence_and_exit_code_2(case, llama, run, tmp_path):
     assert sorted(tmp_path.iterdir()) == [short]
 
 
+def test_the_folder_at_hand_is_an_output_like_any_other(llama, run, monkeypatch):
+    monkeypatch.chdir(llama)
+    code, said = run("prune", "--model", llama, *QUICK, "--save_model", ".")
+    assert code == 2 and "output folder . is not empty" in said
+
+
 @pytest.mark.parametrize("flag", ["--nsamples=0", "--batch_size=0", "--seqlen=x", "--no_such_flag"])
 def test_usage_errors_exit_with_2(flag, llama, run):
     code, said = run("prune", "--model", llama, *QUICK, flag)

@@ -146,7 +146,7 @@ def test_what_no_rename_replaces_is_refused_before_the_work(kind, tmp_path, monk
     if kind == "a symbolic link":
         out.symlink_to(real)
     else:
-        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
     monkeypatch.setattr(job, "prune_blocks", fail)
     with pytest.raises(errors.OutputError, match=f"out is {kind}"):
         prune(out, overwrite=True)
