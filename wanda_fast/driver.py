@@ -17,9 +17,9 @@ from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
 from wanda_fast.hessian_memory import place_hessians
-from wanda_fast.identity import run_identity, same_options
+from wanda_fast.identity import input_digests, run_identity, same_options
 from wanda_fast.job import Job, run_in_memory, run_streamed
-from wanda_fast.journal import chosen_before, partial_of
+from wanda_fast.journal import chosen_before, differences, partial_of
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
@@ -115,7 +115,8 @@ def prune(
         save_model: folder for the pruned model, its tokenizer and the report.
         save_log: file for the summary.
         save_mask: safetensors file for the packed masks (`wanda_fast.masks`).
-        overwrite: allow `save` and `save_model` to be folders that are not empty.
+        overwrite: allow `save` and `save_model` to be folders that are not empty, `save_log` and `save_mask`
+            to be files that exist.
         resume: go on with the unfinished run that `save_model` + ".partial" holds, if it does.
         progress: told of each block and phase.
     Returns: the `Report`.
@@ -132,14 +133,14 @@ def prune(
     recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
     if resume and save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
-    if resume and (report := _finished(Path(save_model), recipe)):
-        checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
-        return report
-    for folder in filter(None, (save, save_model)):
-        checkpoints.require_empty(Path(folder), overwrite, resume)
+    live = isinstance(model, nn.Module)
+    folder = save_model and Path(save_model)
+    if folder:
+        checkpoints.put_back_replaced(folder)
+    finished = _finished(folder, recipe) if resume and not live else None
+    _require_outputs(recipe, resume, overwrite or finished is not None)
     if eval_zero_shot:
         require_zero_shot()
-    live = isinstance(model, nn.Module)
     target = usable_device(device or (model.device if live else default_device()))
     clock = Clock(target)
     report = Report(recipe, seconds=clock.seconds)
@@ -152,7 +153,7 @@ def prune(
     blocks = find_blocks(model, tuple(ignore))
     survey(model, blocks, method, pattern, tuple(ignore), use_variant, report)
     if method.hessians is not None:
-        before = chosen_before(Path(save_model), "hessians_on_host") if resume else None
+        before = chosen_before(folder, "hessians_on_host") if resume else None
         place_hessians(blocks, target, hessian_device, method.hessians, before)
         method.hessians.stored = None if live and save_model is None else loaded.dtype
     seqlen = seqlen or min(DEFAULT_SEQLEN, context_of(model))
@@ -167,9 +168,15 @@ def prune(
             evaluation = evaluation_set(eval_dataset, tokenizer, seqlen, eval_windows, cache_dir)
             require_fit(model, evaluation.windows, "evaluation")
             report.perplexity["protocol"] = evaluation.protocol
+    if not live:
+        report.digests = input_digests(loaded, token_ids, evaluation)
+    if finished is not None and _nothing_to_do(finished, report):
+        shutil.rmtree(partial_of(folder), ignore_errors=True)  # killed after its last rename
+        logger.info("%s is complete: nothing to resume", folder)
+        checkpoints.save_logs(finished, save and Path(save), save_log and Path(save_log))
+        return finished
     masks = {} if save_mask is not None else None
     job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks, sequential=sequential)
-    folder = save_model and Path(save_model)
     if batch_size is None and resume:
         batch_size = chosen_before(folder, "batch_size")
     stored = loaded.dtype if isinstance(loaded, Skeleton) else None
@@ -180,20 +187,19 @@ def prune(
         if isinstance(loaded, Skeleton):
             source = StreamedModel(loaded, blocks, target, clock)
             on_host = method.hessians.on_host if method.hessians else frozenset()
-            identity = run_identity(recipe, source, token_ids, evaluation, job.batch_size, on_host)
+            identity = run_identity(recipe, report.digests, target, job.batch_size, on_host)
             output = folder and StreamedOutput(folder, source, identity, resume)
             run_streamed(job, source, output)
         else:
             if resume:
                 logger.warning("a model that is held in memory as a whole is pruned from the start")
-            run_in_memory(job, LiveModel(model, blocks, target, clock))
+            run_in_memory(job, LiveModel(model, blocks, target, clock), loaded, folder)
         if eval_zero_shot:
             with clock.phase("zero-shot"):
                 report.zero_shot = zero_shot(model, tokenizer)
-    report.peak_memory = peak_memory()
+    report.peak_memory, report.complete = peak_memory(), True
     if folder is not None and not isinstance(loaded, Skeleton):
-        with clock.phase("write"):
-            checkpoints.save(loaded, folder, report)
+        checkpoints.save_report(report, folder)  # with all that was measured since the model was saved
     checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 
@@ -225,6 +231,22 @@ def evaluate(
     )
 
 
+def _require_outputs(recipe: dict, resume: bool, may_replace: bool) -> None:
+    """Refuse before the work what cannot be written after it, or would be lost."""
+    save, folder, log, mask = (
+        recipe[option] and Path(recipe[option]) for option in ("save", "save_model", "save_log", "save_mask")
+    )
+    if folder:
+        checkpoints.require_empty(folder, may_replace, resume)
+    if folder and mask:
+        checkpoints.require_outside(mask, folder)
+    may_replace = may_replace or (resume and StreamedOutput.is_under_way(folder))  # they may be its own
+    if save:
+        checkpoints.require_empty(save.resolve(), may_replace, resume)
+    for file in filter(None, (log, mask)):
+        checkpoints.require_free(file, may_replace)
+
+
 def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
     """The checkpoint without its weights, to be streamed, or with them where that cannot be."""
     if whole:  # zero-shot tasks ask the whole model
@@ -238,16 +260,29 @@ def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool
 
 
 def _finished(folder: Path, recipe: dict) -> Report | None:
-    """The report of the same run where it is complete: it may have been killed after its last step."""
-    file = folder / checkpoints.REPORT
-    if StreamedOutput.is_under_way(folder) or not file.is_file():
+    """The report of a run with these options whose model is in `folder`, where there is one to be read."""
+    if StreamedOutput.is_under_way(folder):
         return None
-    report = Report.from_json(file.read_text(encoding="utf-8"))
-    if not same_options(report.recipe, recipe):
+    try:
+        report = Report.from_json((folder / checkpoints.REPORT).read_text(encoding="utf-8"))
+        return report if same_options(report.recipe, recipe) else None
+    except (OSError, ValueError, TypeError, AttributeError):  # absent, torn, or not of ours
         return None
-    shutil.rmtree(partial_of(folder), ignore_errors=True)  # killed after its last rename
-    logger.info("%s is complete: nothing to resume", folder)
-    return report
+
+
+def _nothing_to_do(finished: Report, report: Report) -> bool:
+    """Whether `finished` is of the same input as `report`, and left all that was asked for.
+
+    Raises: `ResumeError` where it is of other input, and may not be overwritten.
+    """
+    folder, mask = report.recipe["save_model"], report.recipe["save_mask"]
+    changed = differences(finished.digests, report.digests)
+    if changed and not report.recipe["overwrite"]:
+        raise ResumeError(
+            f"{folder} holds a finished run of other input ({'; '.join(changed)}): name another folder, or "
+            f"pass --overwrite"
+        )
+    return not changed and finished.complete and (mask is None or Path(mask).is_file())
 
 
 @contextmanager

@@ -18,7 +18,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
 def begin_write(path: Path, write: Callable[[Path], None]) -> Callable[[], str]:
     """The first half of `write_atomically`; what is returned is the second, which waits for the disk."""
     unfinished = path.with_name(path.name + ".tmp")
-    write(unfinished)
+    try:
+        write(unfinished)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     return partial(_take_place, unfinished, path)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
 from wanda_fast.activations import Activations, perplexities, record_activations
+from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.evaluation import EvaluationSet, perplexity
 from wanda_fast.masks import write_masks
@@ -67,16 +68,21 @@ class Job:
                 write_masks(self.masks, file, self.report.recipe)
 
 
-def run_in_memory(job: Job, source: LiveModel) -> None:
+def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None) -> None:
+    """The pruned model is saved first: what comes after it may fail."""
+    prunes = not isinstance(job.method, Dense)
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
-    if isinstance(job.method, Dense):
-        return job.write_masks()
-    with closing(Placement(job.activations, source.device)) as placement:
-        with job.clock.phase("block inputs"):
-            activations = record_activations(source, placement, job.token_ids, job.batch_size)
-        job.prune(source, activations)
-    _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
+    if prunes:
+        with closing(Placement(job.activations, source.device)) as placement:
+            with job.clock.phase("block inputs"):
+                activations = record_activations(source, placement, job.token_ids, job.batch_size)
+            job.prune(source, activations)
+    if folder is not None:
+        with job.clock.phase("write"):
+            checkpoints.save(loaded, folder, job.report)
     job.write_masks()
+    if prunes:
+        _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
@@ -94,7 +100,7 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
                 job.report.perplexity |= perplexities(source, activations, job.evaluation)
         job.write_masks()
         if output is not None:
-            job.report.peak_memory = peak_memory()
+            job.report.peak_memory, job.report.complete = peak_memory(), True
             with job.clock.phase("write"):
                 output.finish(job.report)
 

@@ -36,8 +36,8 @@ class Journal:
         before = _unsealed(self.folder / RUN)
         if before is None:
             self.begin()
-        elif differences := _differences(before["content"], self.identity):
-            raise ResumeError(f"{self.folder} cannot be resumed: {'; '.join(differences)}")
+        elif changed := differences(before["content"], self.identity):
+            raise ResumeError(f"{self.folder} cannot be resumed: {'; '.join(changed)}")
 
     def write(self, name: str, content: dict) -> None:
         note = {"run": self.run, "content": content}
@@ -81,7 +81,8 @@ def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(before: dict, now: dict) -> list[str]:
+def differences(before: dict, now: dict) -> list[str]:
+    """What two runs do not share, in words."""
     changed = [key for key in now if before.get(key) != now[key]]
     return [
         f"{CONTENTS[key]} differ{'s' * (key == 'model')}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wanda_fast.architecture import find_blocks
+from wanda_fast.durable import write_atomically
 from wanda_fast.errors import MaskError
 from wanda_fast.patterns import NM, Pattern
 from wanda_kernels import unpack_bits
@@ -35,9 +36,8 @@ def write_masks(masks: dict[str, Tensor], file: Path, recipe: dict) -> None:
     """`masks` by linear name, with the recipe's method and pattern as metadata."""
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {key: str(recipe[key]) for key in ("prune_method", "sparsity_type", "sparsity_ratio")}
-    save_file(
-        {f"{name}.weight": mask for name, mask in masks.items()}, file, metadata={"format": "pt", **about}
-    )
+    named = {f"{name}.weight": mask for name, mask in masks.items()}
+    write_atomically(file, lambda unfinished: save_file(named, unfinished, {"format": "pt", **about}))
 
 
 def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tensor]]:

@@ -8,7 +8,6 @@ DIR.partial/                 until all is done
     replaced/                what was DIR, from that rename to the end
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +21,15 @@ from torch import Tensor
 from wanda_fast.activations import Activations
 from wanda_fast.background import Background
 from wanda_fast.boundary import Boundary
-from wanda_fast.checkpoint import REPORT, writing
+from wanda_fast.checkpoint import MODEL, put_back_replaced, save_report, take_place, writing
 from wanda_fast.durable import sha256, sync_folder
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.interrupts import Interrupts
-from wanda_fast.journal import Journal, partial_of
+from wanda_fast.journal import RUN, Journal, partial_of
 from wanda_fast.layout import save_outside, save_surroundings
 from wanda_fast.report import LinearReport, Report
 from wanda_fast.shards import TensorFiles, begin_tensors
 from wanda_fast.sources import StreamedModel
-
-MODEL, REPLACED = "model", "replaced"
 
 
 class StreamedOutput:
@@ -56,10 +53,8 @@ class StreamedOutput:
         self.finished: dict[int, dict] = {}  # block -> its note
 
     def __enter__(self) -> "StreamedOutput":
-        replaced = self.partial / REPLACED
-        if replaced.exists() and not self.folder.exists():  # a run was killed between its last two renames
-            os.replace(replaced, self.folder)
-        if self.resume and self.model.is_dir():
+        put_back_replaced(self.folder)
+        if self.resume and self.is_under_way(self.folder):
             self.journal.require_same_run()
             notes = {index: self._sound_note(index) for index in range(self.nblocks)}
             self.finished = {index: note for index, note in notes.items() if note is not None}
@@ -134,17 +129,15 @@ class StreamedOutput:
             self.disk.wait()
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
             save_surroundings(self.source, self.model, shards)
-            (self.model / REPORT).write_text(report.to_json(), encoding="utf-8")
+            save_report(report, self.model)
             sync_folder(self.model, files=True)
-            if self.folder.exists():
-                os.replace(self.folder, self.partial / REPLACED)
-            os.replace(self.model, self.folder)
-            sync_folder(self.folder.parent)
+            take_place(self.model, self.folder)
 
     @staticmethod
     def is_under_way(folder: Path) -> bool:
         """Whether a run towards `folder` was left before its last rename."""
-        return (partial_of(folder) / MODEL).is_dir()
+        partial = partial_of(folder)
+        return (partial / RUN).is_file() and (partial / MODEL).is_dir()
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -41,6 +41,8 @@ class Report:
     predicted_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes above Python and torch
     peak_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes
     warnings: list[str] = field(default_factory=list)
+    digests: dict[str, str | None] = field(default_factory=dict)  # of model and tokens; none of a live model
+    complete: bool = False  # all that was asked for is measured and written
 
     @property
     def sparsity(self) -> float:

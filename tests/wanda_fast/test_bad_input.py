@@ -1,5 +1,6 @@
 """Every bad input ends as one sentence with the culprit and the numbers, exit code 2, nothing written."""
 
+import json
 import resource
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import wanda_fast
@@ -60,6 +62,10 @@ SENTENCES = {
     "zero-shot without harness": (["--eval_zero_shot"], ["lm-evaluation-harness", "wanda_fast[eval]"]),
     "output not empty": (["--save_model", "{folder}"], ["not empty", "--overwrite"]),
     "log folder not empty": (["--save", "{folder}"], ["not empty", "--overwrite"]),
+    "log file exists": (["--save_log", "{short}"], ["short.txt exists", "--overwrite"]),
+    "mask file exists": (["--save_mask", "{short}"], ["short.txt exists", "--overwrite"]),
+    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is no regular file"]),
+    "mask file under a file": (["--save_mask", "{short}/mask"], ["short.txt/mask", "short.txt is no folder"]),
     "output is a file": (["--save_model", "{short}"], ["short.txt", "no folder"]),
 }
 
@@ -80,6 +86,12 @@ def test_one_sentence_and_exit_code_2(case, llama, run, tmp_path):
     assert sorted(tmp_path.iterdir()) == [short]
 
 
+def test_the_folder_at_hand_is_an_output_like_any_other(llama, run, monkeypatch):
+    monkeypatch.chdir(llama)
+    code, said = run("prune", "--model", llama, *QUICK, "--save_model", ".")
+    assert code == 2 and "output folder . is not empty" in said
+
+
 @pytest.mark.parametrize("flag", ["--nsamples=0", "--batch_size=0", "--seqlen=x", "--no_such_flag"])
 def test_usage_errors_exit_with_2(flag, llama, run):
     code, said = run("prune", "--model", llama, *QUICK, flag)
@@ -94,6 +106,32 @@ def test_a_model_that_is_not_there(run, tmp_path):
     assert code == 2 and "is empty" in said
     code, said = run("prune", "--model", "someone/unheard-of", *QUICK)
     assert code == 2 and "someone/unheard-of cannot be loaded" in said
+
+
+LACKS = {  # family, how its second block's tensors are spoilt -> the words of the sentence
+    ("smollm", "one gone"): ["lacks 1 of its tensors: model.layers.1.mlp.down_proj.weight is absent"],
+    ("smollm", "all gone"): ["lacks 9 of its tensors", "model.layers.1", "and 6 more"],
+    ("smollm", "cut"): ["mlp.down_proj.weight is [47, 160] in the file, [48, 160] in the model"],
+    ("mixtral", "one gone"): ["cannot be loaded"],  # an expert: transformers fails to merge the others
+}
+
+
+@pytest.mark.parametrize(("family", "how"), LACKS)
+def test_a_checkpoint_that_lacks_tensors_is_not_filled_at_random(family, how, run, tmp_path, pydoc_text):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    save_checkpoint(FAMILIES[family](), folder, pydoc_text[:20000])
+    tensors = load_file(folder / "model.safetensors")
+    block = [name for name in tensors if ".layers.1." in name]
+    one = next(name for name in block if name.endswith(("down_proj.weight", "experts.0.w1.weight")))
+    cut = {one: tensors[one][:-1].contiguous()} if how == "cut" else {}
+    gone = block if how == "all gone" else [one]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    save_file(kept | cut, folder / "model.safetensors", metadata={"format": "pt"})
+    code, said = run("prune", "--model", folder, *QUICK, "--save_model", out)
+    assert code == 2 and "Traceback" not in said
+    for words in LACKS[family, how]:
+        assert words in said.splitlines()[-1]
+    assert not out.exists()
 
 
 def test_two_gguf_files_in_one_folder(run, tmp_path):
@@ -192,6 +230,27 @@ def test_full_disk_leaves_no_folder_that_looks_complete(llama, tmp_path):
     assert done.returncode == 2, done.stderr
     assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_that_names_an_absent_shard(llama, run, tmp_path):
+    folder = tmp_path / "part"
+    shutil.copytree(llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, said = run("prune", "--model", folder, *QUICK)
+    assert code == 2 and "model-00001-of-00001.safetensors" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("changed", [{"hidden_size": "many"}, {"hidden_size": 48}, {"num_hidden_layers": 3}])
+def test_a_configuration_at_odds_with_the_weights(changed, llama, run, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    code, said = run("prune", "--model", folder, *QUICK)
+    assert code == 2 and str(folder) in said and "Traceback" not in said
 
 
 ROWS = {

@@ -1,5 +1,6 @@
 """Masks as a product: saved by a run, applied again after the weights moved, and checked."""
 
+import os
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import cli
+from wanda_fast import cli, errors, masks
 
 CASES = [("wanda", "unstructured"), ("connect", "2:4"), ("magnitude", "unstructured"), ("wanda", "1:4")]
 
@@ -47,12 +48,53 @@ def test_the_file_holds_the_kept_weights_as_little_endian_bits(method, pattern, 
         model, prune_method=method, sparsity_type=pattern, dataset=token_ids(model, 2, 32),
         use_variant=use_variant, save_mask=file,
     )  # fmt: skip
-    masks = load_file(file)
-    assert masks.keys() == {f"{name}.weight" for name in report.linears}
-    for name, bits in masks.items():
+    packed = load_file(file)
+    assert packed.keys() == {f"{name}.weight" for name in report.linears}
+    for name, bits in packed.items():
         weight = model.get_parameter(name)
         expected = np.packbits((weight != 0).numpy(), axis=1, bitorder="little")
         assert np.array_equal(bits.numpy(), expected), name
+
+
+def test_a_mask_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, file = FAMILIES["smollm"](), tmp_path / "mask.safetensors"
+    options = dict(dataset=token_ids(model, 2, 32), save_mask=file, save_log=tmp_path / "log")
+    wanda_fast.prune(model, **options)
+    before, save_file = file.read_bytes(), masks.save_file
+
+    def half_full(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        os.truncate(path, 100)
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "save_file", half_full)
+        with pytest.raises(errors.OutputError, match="mask.safetensors cannot be written: no space left"):
+            wanda_fast.prune(model, overwrite=True, sparsity_ratio=0.75, **options)
+    assert file.read_bytes() == before and sorted(tmp_path.iterdir()) == [tmp_path / "log", file]
+    report = wanda_fast.prune(model, overwrite=True, sparsity_ratio=0.75, **options)
+    assert (
+        file.read_bytes() != before and "0.75" in (tmp_path / "log").read_text() and report.sparsity == 0.75
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["out/mask.safetensors", "out/masks/mask", "out.partial/mask", "log/../out/m"]
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_mask_file_in_the_models_folder_is_refused(name, streamed, tmp_path, pydoc_text, monkeypatch):
+    """The folder is replaced as a whole; and its *.safetensors would be read as weights."""
+    monkeypatch.chdir(tmp_path)
+    model = FAMILIES["smollm"]()
+    if streamed:
+        save_checkpoint(model, "dense", pydoc_text[:20000])
+    there = sorted(tmp_path.iterdir())
+    options = dict(dataset=token_ids(model, 2, 32), save_model="out", save_mask=name)
+    with pytest.raises(errors.OutputError, match=f"mask file {name} lies in out"):
+        wanda_fast.prune("dense" if streamed else model, **options)
+    assert sorted(tmp_path.iterdir()) == there
+    wanda_fast.prune("dense" if streamed else model, **options | dict(save_mask="out.mask"))
+    assert {"out", "out.mask"} == {path.name for path in tmp_path.iterdir()} - {"dense"}
 
 
 def test_a_mask_applied_to_the_dense_model_gives_the_pruned_one(folders, run, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
-from wanda_fast import checkpoint, driver, errors, job, layout
+from wanda_fast import checkpoint, driver, errors, job, layout, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +207,17 @@ def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_pat
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(errors.CheckpointError, match=f"model.safetensors {sentence}"):
         prune(folder, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
+    """The head, which goes from file to file behind the blocks: the model is at fault, not the output."""
+    file = folder_of("llama2") / "model.safetensors"
+    tensors = load_file(file)
+    shards.begin_tensors(file, tensors | {"lm_head.weight": tensors.pop("lm_head.weight")})()  # now the last
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(errors.CheckpointError, match="model.safetensors ends before its last tensor"):
+        wanda_fast.prune(str(file.parent), dataset="pydoc", save_model=tmp_path / "out", **QUICK)
     assert not any(tmp_path.iterdir())
 
 
