@@ -31,6 +31,7 @@ def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     """
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1],))
+    checks.require_same_device("x", x, acc)
     if x.numel():
         call("add_sq_norm_", acc, x, backend)
 
@@ -61,6 +62,8 @@ def add_coactivation_(
     checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    for name, operand in {"gate": gate, "x": x, "sq_norm": sq_norm}.items():
+        checks.require_same_device(name, operand, acc)
     checks.require_activation(activation)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
@@ -78,6 +81,7 @@ def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     """
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1], x.shape[-1]))
+    checks.require_same_device("x", x, acc)
     if x.numel():
         call("add_hessian_", acc, x, backend)
 
@@ -116,6 +120,8 @@ def add_gated_coactivation_(
     checks.require_accumulator(acc_up, (gate.shape[-1], x.shape[-1]), "acc_up")
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    for name, operand in {"acc_up": acc_up, "gate": gate, "up": up, "x": x, "sq_norm": sq_norm}.items():
+        checks.require_same_device(name, operand, acc_gate)
     checks.require_activation(activation)
     if x.numel() and gate.numel():
         call("add_gated_coactivation_", acc_gate, acc_up, gate, up, x, activation, sq_norm, backend)
