@@ -76,6 +76,19 @@ def why_not(backend: str) -> str:
 
 
 @cache
+def why_not_on_gpu(index: int) -> str:
+    """Why that GPU cannot run the CUDA library, which is loaded; empty where it can. Asks once a process."""
+    probe = ctypes.CDLL(str(library_path("cuda"))).wanda_cuda_why_not
+    probe.restype = ctypes.c_char_p
+    error = probe(index).decode()
+    if not error:
+        return ""
+    reason = f"{LIBRARIES['cuda']} cannot run on cuda:{index}: {error}"
+    logger.warning("%s", reason)
+    return reason
+
+
+@cache
 def _define_operations() -> torch.library.Library:
     library = torch.library.Library("wanda_kernels", "FRAGMENT")
     for schema in SCHEMAS:

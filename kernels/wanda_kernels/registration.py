@@ -33,7 +33,7 @@ SCHEMAS = {
 def _run(operation: str, tensor: Tensor, *args):
     *operands, backend = args
     device = tensor.device
-    run = backends.implementation(operation, backends.choose(operation, device.type, backend))
+    run = backends.implementation(operation, backends.choose(operation, device, backend))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             return run(tensor, *operands)

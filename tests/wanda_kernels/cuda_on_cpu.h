@@ -190,6 +190,15 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 
+using cudaError_t = int;
+struct cudaFuncAttributes {};
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+
 namespace wanda {
 
 inline size_t shared_memory_limit() { return emulator::shared_limit; }

@@ -63,6 +63,19 @@ def test_library_links(report):
     assert library.name == "libwanda_cuda.so" and library.stat().st_size > 100_000
 
 
+def test_library_says_why_a_gpu_cannot_run_it(report):
+    """There is no such GPU; loaded lazily, since a CPU torch lacks a function that the library calls."""
+    probe = (
+        "import ctypes, os, sys, torch\n"
+        "why_not = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY).wanda_cuda_why_not\n"
+        "why_not.restype = ctypes.c_char_p\n"
+        "print(why_not(torch.cuda.device_count()).decode())"
+    )
+    command = [sys.executable, "-c", probe, str(report[0])]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.strip(), said.stderr
+
+
 @pytest.mark.parametrize("sm", ["80", "90"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_spills(report, kernel, sm):
