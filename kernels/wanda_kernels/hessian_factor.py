@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import checks
+from wanda_kernels.precision import in_full_precision
 
 LEAF_COLUMNS = 64  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
 ATTEMPTS = 4  # the dampening asked for, then ten times more, up to a thousand times
@@ -35,6 +36,7 @@ class Factor:
     dampening: float
 
 
+@in_full_precision
 def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
     """Factor the inverse of hessian + dampening * mean(diagonal) * I.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import backends
+from wanda_kernels.precision import in_full_precision
 
 SELECTION = "Tensor(a!) weight, Tensor? scale, {rule}, Tensor(b!)? mask, str backend"
 SCHEMAS = {
@@ -30,6 +31,7 @@ SCHEMAS = {
 }
 
 
+@in_full_precision
 def _run(operation: str, tensor: Tensor, *args):
     *operands, backend = args
     device = tensor.device
