@@ -36,6 +36,7 @@ class Factor:
     dampening: float
 
 
+@torch.no_grad()
 @in_full_precision
 def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
     """Factor the inverse of hessian + dampening * mean(diagonal) * I.

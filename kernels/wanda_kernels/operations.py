@@ -10,7 +10,8 @@ Common arguments:
     check_finite: judge weight and scale first, which waits for a GPU. False: the caller has.
 
 Raises `ValueError`, with the numbers, on shapes, dtypes or counts that do not fit, and on NaN, infinity or a
-negative scale; the weight is then untouched.
+negative scale; the weight is then untouched. No operation has a gradient: parameters are changed in place as
+other tensors are, and no graph is kept.
 """
 
 from torch import Tensor

@@ -33,6 +33,9 @@ SCHEMAS = {
 
 @in_full_precision
 def _run(operation: str, tensor: Tensor, *args):
+    if torch.is_grad_enabled():  # asked first: to enter no_grad costs some microseconds
+        with torch.no_grad():
+            return _run(operation, tensor, *args)
     *operands, backend = args
     device = tensor.device
     run = backends.implementation(operation, backends.choose(operation, device, backend))
