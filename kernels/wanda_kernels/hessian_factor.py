@@ -79,7 +79,7 @@ def _factor(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor | None:
     del flipped, diagonal
     if info.item():
         return None
-    _invert_lower_(lower, torch.eye(LEAF_COLUMNS, device=lower.device))
+    _invert_lower_(lower, torch.eye(LEAF_COLUMNS, dtype=torch.float32, device=lower.device))
     upper = lower.flip(0, 1)
     del lower
     upper = upper.contiguous()  # LAPACK's factors have contiguous columns
