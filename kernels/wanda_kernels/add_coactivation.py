@@ -113,8 +113,9 @@ def _coactivation_kernel(
         gate = _operand(gate, ACTIVATION, POWER).to(OPERAND)  # act(0) = 0: padding adds nothing
         x = _operand(x, None, POWER).to(OPERAND)
         tile = tl.dot(gate, x, tile)
-        gate_ptr += BLOCK_K * stride_gt.to(tl.int64)
-        x_ptr += BLOCK_K * stride_xt.to(tl.int64)
+        # cast: a stride of 1 is a constant, which has no .to
+        gate_ptr += BLOCK_K * tl.cast(stride_gt, tl.int64)
+        x_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
     # half a tile at a time: to load all of acc beside the tile spills 256 bytes a thread
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))

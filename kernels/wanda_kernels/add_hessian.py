@@ -71,8 +71,9 @@ def _hessian_kernel(
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         tile = tl.dot(left, right, tile)
-        left_ptr += BLOCK_K * stride_xt.to(tl.int64)
-        right_ptr += BLOCK_K * stride_xt.to(tl.int64)
+        # cast: a stride of 1 is a constant, which has no .to
+        left_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
+        right_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
     # half a tile at a time: to load all of acc beside the tile takes more registers than there are
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
