@@ -25,11 +25,15 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 # The bits must equal the reference's: no contraction to FMA. Nobody reads errno or traps. GCC's own AVX-512
 # headers trip maybe-uninitialized.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+# A file's instructions are what launch*.cpp asks the machine for before it calls the file, and no more.
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-WIDEST = ("attention_avx512", "sparse_linear_avx512", "token_product_avx512")
+WIDEST = {
+    "attention_avx512": ["-mavx512bf16"],
+    "sparse_linear_avx512": ["-mavx512bf16", "-mavx512vbmi2"],
+    "token_product_avx512": ["-mavx512bf16"],
+}
 WITH_AVX2 = ("attention_avx2", "sparse_linear_avx2", "token_product_avx2")
-WIDEST_FLAGS = ["-mavx512bf16", "-mavx512vbmi2"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
@@ -74,9 +78,9 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
         **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
     }
     if platform.machine() in ("x86_64", "AMD64"):
-        known = [flag for flag in WIDEST_FLAGS if _knows(compiler, flag)]
         of_isa |= dict.fromkeys(WITH_AVX2, AVX2_FLAGS)
-        of_isa |= dict.fromkeys(WIDEST, [*AVX512_FLAGS, *known])
+        for name, wider in WIDEST.items():
+            of_isa[name] = [*AVX512_FLAGS, *(flag for flag in wider if _knows(compiler, flag))]
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []
     for name, each in flags.items():

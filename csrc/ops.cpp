@@ -36,10 +36,20 @@ void require_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
+// The tensor's memory, which this library's device reaches.
+void* data_of(const Tensor& tensor, const char* name) {
+#ifdef WANDA_CUDA
+  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a GPU");
+#else
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+#endif
+  return tensor.data_ptr();
+}
+
 wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, "'s rows must be contiguous");
-  return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
+  return {data_of(tensor, name), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
 const float* vector_of(const OptionalTensor& vector, const wanda::Matrix& weight, const char* name) {
@@ -47,7 +57,7 @@ const float* vector_of(const OptionalTensor& vector, const wanda::Matrix& weight
   require_floats(*vector, name);
   const bool fits = vector->dim() == 1 && vector->size(0) == weight.n_cols && vector->is_contiguous();
   STD_TORCH_CHECK(fits, name, " must be contiguous with ", weight.n_cols, " elements");
-  return static_cast<const float*>(vector->data_ptr());
+  return static_cast<const float*>(data_of(*vector, name));
 }
 
 uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
@@ -55,7 +65,7 @@ uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
   const int64_t n_bytes = weight.n_rows * ((weight.n_cols + 7) / 8);
   const bool fits = mask->scalar_type() == ScalarType::Byte && mask->numel() == n_bytes && mask->is_contiguous();
   STD_TORCH_CHECK(fits, "mask must be contiguous uint8 with ", n_bytes, " elements");
-  return static_cast<uint8_t*>(mask->data_ptr());
+  return static_cast<uint8_t*>(data_of(*mask, "mask"));
 }
 
 wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, const OptionalTensor& scale,
@@ -76,7 +86,7 @@ wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, 
 float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
   require_floats(acc, name);
   STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");
-  return static_cast<float*>(acc.data_ptr());
+  return static_cast<float*>(data_of(acc, name));
 }
 
 #ifdef WANDA_CUDA
@@ -176,7 +186,7 @@ wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const O
 void native_mark_lowest_(Tensor w, OptionalTensor root, OptionalTensor divisor, int64_t rank, Tensor pruned) {
   const wanda::Selection columns = columns_of(w, root, divisor, pruned);
   STD_TORCH_CHECK(0 <= rank && rank < w.numel(), "rank out of range");
-  wanda::mark_lowest(Surroundings(w).context(), columns, rank, static_cast<uint8_t*>(pruned.data_ptr()),
+  wanda::mark_lowest(Surroundings(w).context(), columns, rank, static_cast<uint8_t*>(data_of(pruned, "pruned")),
                      pruned.stride(0));
 }
 
@@ -190,7 +200,7 @@ void native_prune_and_update_(Tensor w, OptionalTensor root, OptionalTensor divi
   STD_TORCH_CHECK(m == 0 || (1 <= n && n < m && m <= 32 && width % m == 0), "n:m does not fit");
   wanda::prune_and_update(Surroundings(w).context(),
                           {columns, static_cast<const float*>(factor.data), factor.stride,
-                           static_cast<uint8_t*>(pruned.data_ptr()), pruned.stride(0), static_cast<int>(n),
+                           static_cast<uint8_t*>(data_of(pruned, "pruned")), pruned.stride(0), static_cast<int>(n),
                            static_cast<int>(m), accumulator_of(errors, w.numel(), "errors")});
 }
 
@@ -215,7 +225,7 @@ wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
                       tensor.size(0) == q.size(0) && tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
                   name, " must be like q, rows contiguous");
   for (int64_t dim = 0; dim < 3; ++dim) STD_TORCH_CHECK(tensor.stride(dim) % 2 == 0, name, "'s strides must be even");
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {data_of(tensor, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 void native_attend_(Tensor out, Tensor q, Tensor k, Tensor v, double scale) {
@@ -247,8 +257,8 @@ void native_rotate_(Tensor out, Tensor x, Tensor cos, Tensor sin) {
                     "cos and sin must be [batches, tokens, head_dim] of x's dtype, alike, rows contiguous");
   }
   wanda::rotate(Surroundings(x).context(),
-                {heads, target, cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.stride(1), dtype_of(x), x.size(0),
-                 x.size(1), x.size(2), x.size(3)});
+                {heads, target, data_of(cos, "cos"), data_of(sin, "sin"), cos.stride(0), cos.stride(1), dtype_of(x),
+                 x.size(0), x.size(1), x.size(2), x.size(3)});
 }
 
 void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
@@ -287,7 +297,7 @@ void native_rms_norm_(Tensor out, Tensor x, Tensor weight, double epsilon) {
   require_like(rows, target);
   STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == rows.n_cols && dtype_of(weight) == rows.dtype,
                   "weight must be contiguous, of x's dtype, with ", rows.n_cols, " elements");
-  wanda::rms_norm(Surroundings(x).context(), rows, weight.data_ptr(), static_cast<float>(epsilon), target);
+  wanda::rms_norm(Surroundings(x).context(), rows, data_of(weight, "weight"), static_cast<float>(epsilon), target);
 }
 
 void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
@@ -306,7 +316,7 @@ bool native_multiplies_sparse(Tensor weight) {
 
 bool native_sparse_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias) {
   const wanda::Linear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
-                           bias ? bias->data_ptr() : nullptr};
+                           bias ? data_of(*bias, "bias") : nullptr};
   const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
                     (!bias || (bias->is_contiguous() && bias->numel() == s.weight.n_rows));
   STD_TORCH_CHECK(fits, "the shapes of x, weight, bias and out do not fit");

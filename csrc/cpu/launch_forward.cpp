@@ -18,8 +18,9 @@ constexpr int64_t kPartsOfThread = 12;  // of a product with a pruned weight
 // Null: none for the instruction set in use.
 const cpu::AttentionKernels* attention_kernels() {
 #if defined(__x86_64__)
-  if (&kernels() == &cpu::kAvx512 && cpu::kAttentionAvx512.attend) return &cpu::kAttentionAvx512;
-  if (&kernels() == &cpu::kAvx2) return &cpu::kAttentionAvx2;
+  static const bool brain = cpu::kAttentionAvx512.attend && __builtin_cpu_supports("avx512bf16");
+  if (&kernels() == &cpu::kAvx512 && brain) return &cpu::kAttentionAvx512;
+  if (&kernels() != &cpu::kPortable) return &cpu::kAttentionAvx2;
 #endif
   return nullptr;
 }
@@ -65,14 +66,13 @@ void rotate(const Context& context, const Rotation& rotation) {
 
 bool attends(DType dtype, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (attention_kernels() == nullptr || head_dim % 32 != 0) return false;
-  if (attention_kernels() == &cpu::kAttentionAvx2) return dtype != DType::kHalf;  // no Intel with AVX2 was measured
-  static const bool brain = __builtin_cpu_supports("avx512bf16");
+  if (attention_kernels() == nullptr || head_dim % 32 != 0 || dtype == DType::kHalf) return false;
+  if (dtype == DType::kFloat || &kernels() == &cpu::kAvx2) return true;  // no Intel with AVX2 was measured
   static const bool tiles = [] {  // AMX-BF16, which torch's own kernel uses
     unsigned a, b, c, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
   }();
-  return dtype == DType::kFloat || (dtype == DType::kBFloat && brain && !tiles);
+  return attention_kernels() == &cpu::kAttentionAvx512 && !tiles;
 #else
   return false;
 #endif

@@ -18,8 +18,8 @@ const TokenProduct* token_product(bool in_bf16, bool square) {
   // MKL, torch's BLAS, takes its AVX2 path on AMD. That beats our AVX2, but not by as much as a square's half saves.
   static const bool amd = __builtin_cpu_is("amd"), brain = __builtin_cpu_supports("avx512bf16");
   const TokenProduct* found = nullptr;
-  if (&kernels() == &cpu::kAvx512 && in_bf16 && brain) found = &cpu::kBrainProductAvx512;
-  if (&kernels() == &cpu::kAvx512 && !in_bf16 && amd) found = &cpu::kProductAvx512;
+  if (&kernels() == &cpu::kAvx512 && brain && in_bf16) found = &cpu::kBrainProductAvx512;
+  if (&kernels() == &cpu::kAvx512 && brain && !in_bf16 && amd) found = &cpu::kProductAvx512;  // Zen 4 on has both
   if (&kernels() == &cpu::kAvx2 && !in_bf16 && amd && square) found = &cpu::kProductAvx2;
   return found && found->add_panels ? found : nullptr;
 #else

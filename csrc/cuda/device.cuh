@@ -114,11 +114,12 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(limit);
 }
 
+inline void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, int n_threads, size_t shared_bytes, void* stream, Args... args) {
-  if (shared_bytes > (48 << 10)) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  }
+void start(void (*kernel)(Params...), dim3 grid, int n_threads, size_t shared_bytes, void* stream, Args... args) {
   kernel<<<grid, n_threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError());
 }
@@ -133,5 +134,12 @@ __device__ inline unsigned char* dynamic_shared() {
 }
 
 #endif
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, int n_threads, size_t shared_bytes, void* stream, Args... args) {
+  // The 48 KiB that need no leave hold the kernel's static memory too.
+  if (shared_bytes > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+  start(kernel, grid, n_threads, shared_bytes, stream, args...);
+}
 
 }  // namespace wanda

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wanda_kernels import coactivation_paths
-from wanda_kernels.add_sq_norm import add_sq_norm_, add_total_, as_rows, slabs
+from wanda_kernels.add_sq_norm import add_sq_norm_, add_total_, slabs
+from wanda_kernels.native import as_rows
 
 # the interpreter keeps bf16 as integers and would multiply those in tl.dot, so there operands stay fp32
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,7 +76,7 @@ def _operand_kernel(
 
 
 @triton.jit
-def _add_tile(acc_ptr, stride_am, tile, offs_m, offs_n, n_out, n_in):
+def add_tile(acc_ptr, stride_am, tile, offs_m, offs_n, n_out, n_in):
     ptrs = acc_ptr + offs_m[:, None] * stride_am + offs_n[None, :]
     inside = (offs_m < n_out)[:, None] & (offs_n < n_in)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + tile, mask=inside)
@@ -113,15 +114,16 @@ def _coactivation_kernel(
         gate = _operand(gate, ACTIVATION, POWER).to(OPERAND)  # act(0) = 0: padding adds nothing
         x = _operand(x, None, POWER).to(OPERAND)
         tile = tl.dot(gate, x, tile)
-        gate_ptr += BLOCK_K * stride_gt.to(tl.int64)
-        x_ptr += BLOCK_K * stride_xt.to(tl.int64)
+        # cast: a stride of 1 is a constant, which has no .to
+        gate_ptr += BLOCK_K * tl.cast(stride_gt, tl.int64)
+        x_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
     # half a tile at a time: to load all of acc beside the tile spills 256 bytes a thread
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N // 2]
     offs_m, offs_n = first_m + offs_m, first_n + tl.arange(0, BLOCK_N // 2)
-    _add_tile(acc_ptr, stride_am, left, offs_m, offs_n, n_out, n_in)
-    _add_tile(acc_ptr, stride_am, right, offs_m, offs_n + BLOCK_N // 2, n_out, n_in)
+    add_tile(acc_ptr, stride_am, left, offs_m, offs_n, n_out, n_in)
+    add_tile(acc_ptr, stride_am, right, offs_m, offs_n + BLOCK_N // 2, n_out, n_in)
 
 
 def _block_sizes(n_out: int, n_in: int, activation: str | None) -> tuple[int, int, int, int, int]:

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wanda_kernels.add_coactivation import add_fused_, addmm_adds_to_fp32
-from wanda_kernels.add_sq_norm import add_total_, as_rows, slabs
+from wanda_kernels.add_sq_norm import add_total_, slabs
+from wanda_kernels.native import as_rows
 
 
 @triton.jit

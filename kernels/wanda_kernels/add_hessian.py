@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.add_coactivation import INTERPRETED, addmm_adds_to_fp32
-from wanda_kernels.add_sq_norm import as_rows
+from wanda_kernels.add_coactivation import INTERPRETED, add_tile, addmm_adds_to_fp32
+from wanda_kernels.native import as_rows
 
 # compute capability at least, in features at least, path; the first row that fits. Estimates until a
 # benchmark on a GPU: half the tiles, at some 95 % (sm_80) or 70 % (sm_90) of cuBLAS's rate, in whole waves
@@ -30,13 +30,6 @@ PATHS = (
 # terms' magnitudes in so many tokens. What is added to acc is then rounded to nearest.
 MOST_TOKENS = 16_384
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # 128 fp32 sums a thread; the most FLOP a byte of shared memory
-
-
-@triton.jit
-def _add_tile(acc_ptr, stride_am, tile, offs_m, offs_n, n_cols):
-    ptrs = acc_ptr + offs_m[:, None] * stride_am + offs_n[None, :]
-    inside = (offs_m < n_cols)[:, None] & (offs_n < n_cols)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + tile, mask=inside)
 
 
 @triton.jit
@@ -71,15 +64,16 @@ def _hessian_kernel(
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         tile = tl.dot(left, right, tile)
-        left_ptr += BLOCK_K * stride_xt.to(tl.int64)
-        right_ptr += BLOCK_K * stride_xt.to(tl.int64)
+        # cast: a stride of 1 is a constant, which has no .to
+        left_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
+        right_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
     # half a tile at a time: to load all of acc beside the tile takes more registers than there are
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     left_half, right_half = tl.split(halves)  # [BLOCK_M, BLOCK_N // 2]
     offs_m, offs_n = first_m + offs_m, first_n + tl.arange(0, BLOCK_N // 2)
-    _add_tile(acc_ptr, stride_am, left_half, offs_m, offs_n, n_cols)
-    _add_tile(acc_ptr, stride_am, right_half, offs_m, offs_n + BLOCK_N // 2, n_cols)
+    add_tile(acc_ptr, stride_am, left_half, offs_m, offs_n, n_cols, n_cols)
+    add_tile(acc_ptr, stride_am, right_half, offs_m, offs_n + BLOCK_N // 2, n_cols, n_cols)
 
 
 @triton.jit

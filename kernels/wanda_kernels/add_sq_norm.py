@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanda_kernels.native import as_rows
+
 TOKENS_PER_SLAB, MOST_SLABS = (
     128,
     256,
@@ -67,12 +69,6 @@ def add_total_(acc: Tensor, partial: Tensor) -> None:
     n_slabs, n_cols = partial.shape
     grid = (triton.cdiv(n_cols, 64),)
     _sq_norm_total_kernel[grid](acc, partial, n_slabs, n_cols, BLOCK_M=32, BLOCK_N=64, num_warps=4)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """[..., features] as [tokens, features] with contiguous rows; a copy only where there must be one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def add_sq_norm_(acc: Tensor, x: Tensor) -> None:

@@ -10,6 +10,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
+
 from wanda_kernels import native
 
 ORDER = {
@@ -71,14 +73,15 @@ TABLE = {
 }
 
 BACKENDS = ("torch", "triton", "cuda", "cpu")
+TRITON_AT_LEAST = (8, 0)  # compute capability: what the Triton kernels are compiled and measured for
 
 
 class BackendError(ValueError):
     """A backend was asked for by name that does not have the operation, or cannot run here."""
 
 
-def choose(operation: str, device: str, backend: str = "auto") -> str:
-    """Name of the backend that serves `operation` for tensors of `device` ("cuda" or "cpu")."""
+def choose(operation: str, device: torch.device | str, backend: str = "auto") -> str:
+    """Name of the backend that serves `operation` for tensors of `device`; "cuda" is the current GPU."""
     if backend == "auto":
         backend = os.environ.get("WANDA_KERNELS_BACKEND") or "auto"
     if backend == "auto":
@@ -92,27 +95,41 @@ def choose(operation: str, device: str, backend: str = "auto") -> str:
 
 
 @cache
-def _first_available(operation: str, device: str) -> str:
-    order = ORDER.get(device, ("torch",))
+def _first_available(operation: str, device: torch.device | str) -> str:
+    order = ORDER.get(torch.device(device).type, ("torch",))
     return next(backend for backend in order if not why_not(operation, device, backend))
 
 
 @cache
-def why_not(operation: str, device: str, backend: str) -> str:
+def why_not(operation: str, device: torch.device | str, backend: str) -> str:
     """Why `backend` cannot serve `operation` on `device`; empty where it can."""
     if backend not in TABLE[operation]:
         return "it has no such operation"
+    device = torch.device(device)
     if backend in native.LIBRARIES:
-        return f"it serves {backend} tensors" if device != backend else native.why_not(backend)
+        return _why_not_native(device, backend)
     if backend == "triton":
         return _why_not_triton(device)
     return ""
 
 
-def _why_not_triton(device: str) -> str:
+def _why_not_native(device: torch.device, backend: str) -> str:
+    if device.type != backend:
+        return f"it serves {backend} tensors"
+    reason = native.why_not(backend)
+    if reason or backend != "cuda":
+        return reason
+    return native.why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _why_not_triton(device: torch.device) -> str:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TRITON_AT_LEAST:
+            return f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for GPUs; with TRITON_INTERPRET=1 it interprets, slowly, on the CPU"
     return ""
 

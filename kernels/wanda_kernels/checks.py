@@ -28,8 +28,7 @@ def require_scale(scale: Tensor | None, weight: Tensor) -> None:
     if scale.shape not in (weight.shape, weight.shape[1:]):
         shapes = f"[{weight.shape[1]}] or {list(weight.shape)}"
         raise ValueError(f"scale must have shape {shapes} for this weight, got {list(scale.shape)}")
-    if scale.device != weight.device:
-        raise ValueError(f"scale is on {scale.device}, weight on {weight.device}")
+    require_same_device("scale", scale, weight)
 
 
 def require_mask(mask: Tensor | None, weight: Tensor) -> None:
@@ -38,6 +37,13 @@ def require_mask(mask: Tensor | None, weight: Tensor) -> None:
     shape = [weight.shape[0], -(-weight.shape[1] // 8)]
     if mask.dtype != torch.uint8 or list(mask.shape) != shape or not mask.is_contiguous():
         raise ValueError(f"mask must be contiguous uint8 {shape}, got {mask.dtype} {list(mask.shape)}")
+    require_same_device("mask", mask, weight)
+
+
+def require_same_device(name: str, tensor: Tensor | None, first: Tensor) -> None:
+    """Every operand lies where the first one does, which is where the operation runs."""
+    if tensor is not None and tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device}, the first operand on {first.device}")
 
 
 def require_accumulator(acc: Tensor, shape: tuple[int, ...], name: str = "acc") -> None:
@@ -77,16 +83,17 @@ def require_factor(upper: Tensor, dead: Tensor, weight: Tensor) -> None:
         raise ValueError(f"factor.upper must be contiguous float32 [{n_cols}, {n_cols}], got {got}")
     if dead.dtype != torch.bool or list(dead.shape) != [n_cols]:
         raise ValueError(f"factor.dead must be bool [{n_cols}], got {dead.dtype} {list(dead.shape)}")
-    if upper.device != weight.device or dead.device != weight.device:
-        raise ValueError(f"factor is on {upper.device}, weight on {weight.device}")
+    require_same_device("factor.upper", upper, weight)
+    require_same_device("factor.dead", dead, weight)
 
 
 def require_pruned(pruned: Tensor, weight: Tensor) -> None:
-    if pruned.dtype != torch.bool or pruned.shape != weight.shape or pruned.device != weight.device:
-        got = f"{pruned.dtype} {list(pruned.shape)} on {pruned.device}"
-        raise ValueError(f"pruned must be bool {list(weight.shape)} on {weight.device}, got {got}")
+    if pruned.dtype != torch.bool or pruned.shape != weight.shape:
+        got = f"{pruned.dtype} {list(pruned.shape)}"
+        raise ValueError(f"pruned must be bool {list(weight.shape)}, got {got}")
     if pruned.shape[1] > 1 and pruned.stride(1) != 1:
         raise ValueError(f"pruned's rows must be contiguous, got strides {list(pruned.stride())}")
+    require_same_device("pruned", pruned, weight)
 
 
 def require_finite(tensors: Mapping[str, Tensor | None]) -> None:

@@ -206,6 +206,8 @@ def _launch_coactivation() -> None:
     for size, (dtype, activation, power) in product((1024, 4096), FUSED):
         x = torch.empty(2048, size, dtype=dtype, device="meta")
         add_coactivation.add_fused_(torch.empty(size, size, device="meta"), x, x, activation, power)
+    one = torch.empty(2048, 1, dtype=torch.bfloat16, device="meta")  # a stride of 1 is a constant
+    add_coactivation.add_fused_(torch.empty(1, 1, device="meta"), one, one, "silu", 1)
 
 
 def _launch_gated_coactivation() -> None:
@@ -220,6 +222,8 @@ def _launch_hessian() -> None:
     acc, x = torch.empty(4096, 4096, device="meta"), torch.empty(2048, 4096, device="meta")
     add_hessian.add_symmetric_(acc, x.bfloat16())  # fp16 takes the same instructions
     add_hessian.mirror_(acc)
+    one = torch.empty(2048, 1, dtype=torch.bfloat16, device="meta")  # a stride of 1 is a constant
+    add_hessian.add_symmetric_(torch.empty(1, 1, device="meta"), one)
 
 
 def _launch_sparsegpt() -> None:

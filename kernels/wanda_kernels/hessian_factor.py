@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import checks
+from wanda_kernels.precision import in_full_precision
 
 LEAF_COLUMNS = 64  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
 ATTEMPTS = 4  # the dampening asked for, then ten times more, up to a thousand times
@@ -35,6 +36,8 @@ class Factor:
     dampening: float
 
 
+@torch.no_grad()
+@in_full_precision
 def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
     """Factor the inverse of hessian + dampening * mean(diagonal) * I.
 
@@ -76,7 +79,7 @@ def _factor(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor | None:
     del flipped, diagonal
     if info.item():
         return None
-    _invert_lower_(lower, torch.eye(LEAF_COLUMNS, device=lower.device))
+    _invert_lower_(lower, torch.eye(LEAF_COLUMNS, dtype=torch.float32, device=lower.device))
     upper = lower.flip(0, 1)
     del lower
     upper = upper.contiguous()  # LAPACK's factors have contiguous columns

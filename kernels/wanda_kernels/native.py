@@ -76,6 +76,19 @@ def why_not(backend: str) -> str:
 
 
 @cache
+def why_not_on_gpu(index: int) -> str:
+    """Why that GPU cannot run the CUDA library, which is loaded; empty where it can. Asks once a process."""
+    probe = ctypes.CDLL(str(library_path("cuda"))).wanda_cuda_why_not
+    probe.restype = ctypes.c_char_p
+    error = probe(index).decode()
+    if not error:
+        return ""
+    reason = f"{LIBRARIES['cuda']} cannot run on cuda:{index}: {error}"
+    logger.warning("%s", reason)
+    return reason
+
+
+@cache
 def _define_operations() -> torch.library.Library:
     library = torch.library.Library("wanda_kernels", "FRAGMENT")
     for schema in SCHEMAS:
@@ -111,7 +124,7 @@ def _cpu_string(function: str) -> str:
 
 
 def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
-    _op("native_add_sq_norm_")(acc, _as_rows(x))
+    _op("native_add_sq_norm_")(acc, as_rows(x))
 
 
 def add_coactivation_(
@@ -122,7 +135,7 @@ def add_coactivation_(
     Where the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16; sums stay fp32.
     """
     add_product_ = _product_of(x.dtype)
-    gate, x = _as_rows(gate), _as_rows(x)
+    gate, x = as_rows(gate), as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
     for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
@@ -140,7 +153,7 @@ def add_gated_coactivation_(
 ) -> None:
     """As add_coactivation_; one pass over gate and up makes both products' fp32 operands."""
     add_product_ = _product_of(x.dtype)
-    gate, up, x = _as_rows(gate), _as_rows(up), _as_rows(x)
+    gate, up, x = as_rows(gate), as_rows(up), as_rows(x)
     if sq_norm is not None:
         _op("native_add_sq_norm_")(sq_norm, x)
     n_out = gate.shape[1]
@@ -173,7 +186,7 @@ def add_hessian_(acc: Tensor, x: Tensor) -> None:
     fp32 matmul; then that is mirrored below."""
     in_bf16 = _in_bf16(x.dtype, squares())
     bands = [slice(i, min(i + HESSIAN_COLUMNS, len(acc))) for i in range(0, len(acc), HESSIAN_COLUMNS)]
-    for tokens in _as_rows(x).split(BLOCK_TOKENS):
+    for tokens in as_rows(x).split(BLOCK_TOKENS):
         tokens = tokens.float()
         if in_bf16 is not None:
             _op("native_add_square_")(acc, tokens, in_bf16)
@@ -234,7 +247,7 @@ def _op(name: str) -> Callable:
     return getattr(torch.ops.wanda_kernels, name).default
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """`[..., features]` as `[tokens, features]` with contiguous rows, copied only where it must be."""
     if x.dim() == 2 and x.stride(1) == 1:
         return x
@@ -248,9 +261,9 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if scale.dim() == 1:
         return scale.sqrt().contiguous(), None
-    return None, _as_rows(scale)
+    return None, as_rows(scale)
 
 
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
-    return _op("native_all_finite")(_as_rows(tensor), non_negative)
+    return _op("native_all_finite")(as_rows(tensor), non_negative)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import reused_memory
-from wanda_kernels.native import ACTIVATION_CODES, _as_rows, _op, why_not
+from wanda_kernels.native import ACTIVATION_CODES, _op, as_rows, why_not
 
 SPARSE_TOKENS = 64  # from here on a pruned weight's compression is paid back
 
@@ -22,7 +22,7 @@ def takes_rows(*tensors: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight * (x / sqrt(mean of x^2 over features + epsilon)) of `[..., features]`, computed in fp32; the
     quotient is rounded to x's dtype before it meets the weight, as in Llama."""
-    rows = _as_rows(x)
+    rows = as_rows(x)
     out = reused_memory.empty(*rows.shape, dtype=x.dtype)
     _op("native_rms_norm_")(out, rows, weight, epsilon)
     return out.view(x.shape)
@@ -32,7 +32,7 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor 
     """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. out: gate or up themselves, or
     another contiguous tensor like them."""
     out = reused_memory.empty(*gate.shape, dtype=gate.dtype) if out is None else out
-    _op("native_gated_product_")(_as_rows(out), _as_rows(gate), _as_rows(up), ACTIVATION_CODES[activation])
+    _op("native_gated_product_")(as_rows(out), as_rows(gate), as_rows(up), ACTIVATION_CODES[activation])
     return out
 
 
@@ -110,7 +110,7 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
             so it is after 2:4, 4:8, 8:16, and in bf16 16:32.
         bias: contiguous `[out]`, or None.
     """
-    rows = _as_rows(x)
+    rows = as_rows(x)
     out = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
     fits = _op("native_sparse_linear_")(out, rows, weight, bias)
     return out.view(*x.shape[:-1], len(weight)) if fits else None

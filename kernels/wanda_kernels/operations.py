@@ -10,7 +10,8 @@ Common arguments:
     check_finite: judge weight and scale first, which waits for a GPU. False: the caller has.
 
 Raises `ValueError`, with the numbers, on shapes, dtypes or counts that do not fit, and on NaN, infinity or a
-negative scale; the weight is then untouched.
+negative scale; the weight is then untouched. No operation has a gradient: parameters are changed in place as
+other tensors are, and no graph is kept.
 """
 
 from torch import Tensor
@@ -31,6 +32,7 @@ def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     """
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1],))
+    checks.require_same_device("x", x, acc)
     if x.numel():
         call("add_sq_norm_", acc, x, backend)
 
@@ -61,6 +63,8 @@ def add_coactivation_(
     checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    for name, operand in {"gate": gate, "x": x, "sq_norm": sq_norm}.items():
+        checks.require_same_device(name, operand, acc)
     checks.require_activation(activation)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
@@ -78,6 +82,7 @@ def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
     """
     checks.require_activations(x)
     checks.require_accumulator(acc, (x.shape[-1], x.shape[-1]))
+    checks.require_same_device("x", x, acc)
     if x.numel():
         call("add_hessian_", acc, x, backend)
 
@@ -116,6 +121,8 @@ def add_gated_coactivation_(
     checks.require_accumulator(acc_up, (gate.shape[-1], x.shape[-1]), "acc_up")
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+    for name, operand in {"acc_up": acc_up, "gate": gate, "up": up, "x": x, "sq_norm": sq_norm}.items():
+        checks.require_same_device(name, operand, acc_gate)
     checks.require_activation(activation)
     if x.numel() and gate.numel():
         call("add_gated_coactivation_", acc_gate, acc_up, gate, up, x, activation, sq_norm, backend)

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.score_keys import RAW_BITS, load_keys, mask_arguments, pack_mask, scale_arguments
+from wanda_kernels.score_keys import (
+    RAW_BITS,
+    load_keys,
+    mask_arguments,
+    nan_key,
+    pack_mask,
+    scale_arguments,
+)
 
 
 @triton.jit
@@ -75,7 +82,8 @@ def _prune_up_to_kernel(
     inside = offs < n_cols
     w_ptrs = w_ptr + row * stride_wm + offs
     keys = load_keys(w_ptrs, scale_ptr + row * stride_sm + offs, inside, SCALE)  # [BLOCK]
-    kept = keys > tl.load(threshold_ptr).to(tl.int32)
+    threshold = tl.load(threshold_ptr).to(tl.int32)
+    kept = (keys > threshold) | (threshold == nan_key(w_ptr.dtype.element_ty, SCALE))  # no score is <= NaN
     tl.store(w_ptrs, tl.where(kept, tl.load(w_ptrs, mask=inside), 0.0), mask=inside)
     if HAS_MASK:
         offs = tl.program_id(1) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)

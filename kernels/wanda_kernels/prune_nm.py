@@ -103,8 +103,8 @@ def _prune_nm_kernel(
     SCALE: tl.constexpr, MASK: tl.constexpr, BY_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    first_col = tl.program_id(0) * (BLOCK_N // GROUP * M)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    first_col = tl.program_id(1) * (BLOCK_N // GROUP * M)
     slots = tl.arange(0, BLOCK_N)[None, :]
     if GROUP == M:
         cols = first_col + slots  # [1, BLOCK_N]
@@ -157,7 +157,8 @@ def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor
     packed, stride_mm = mask_arguments(weight, kept)
     by_rank = group == m and m * weight.element_size() <= 16  # a group is within one thread's load
     block_m, block_n, num_warps = _block_sizes(by_rank, n_cols)
-    grid = (triton.cdiv(n_cols // m, block_n // group), triton.cdiv(n_rows, block_m))
+    # rows first: the other dimensions of a grid end at 65,535
+    grid = (triton.cdiv(n_rows, block_m), triton.cdiv(n_cols // m, block_n // group))
     _prune_nm_kernel[grid](
         weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols,
         N_PRUNED=m - n, M=m, GROUP=group, SCALE=kind,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import backends
+from wanda_kernels.precision import in_full_precision
 
 SELECTION = "Tensor(a!) weight, Tensor? scale, {rule}, Tensor(b!)? mask, str backend"
 SCHEMAS = {
@@ -30,10 +31,14 @@ SCHEMAS = {
 }
 
 
+@in_full_precision
 def _run(operation: str, tensor: Tensor, *args):
+    if torch.is_grad_enabled():  # asked first: to enter no_grad costs some microseconds
+        with torch.no_grad():
+            return _run(operation, tensor, *args)
     *operands, backend = args
     device = tensor.device
-    run = backends.implementation(operation, backends.choose(operation, device.type, backend))
+    run = backends.implementation(operation, backends.choose(operation, device, backend))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             return run(tensor, *operands)

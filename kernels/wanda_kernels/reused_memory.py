@@ -9,7 +9,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -64,7 +64,8 @@ def _mapped(n_bytes: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"can't allocate memory: {n_bytes} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that was built without such pages
+            region.madvise(mmap.MADV_HUGEPAGE)
     return region
 
 

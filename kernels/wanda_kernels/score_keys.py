@@ -29,11 +29,22 @@ def exact_float(w):
 
 
 @triton.jit
+def nan_key(dtype: tl.constexpr, SCALE: tl.constexpr):
+    """The key of every NaN among weights of that dtype: above all others'."""
+    if SCALE != RAW_BITS:
+        key = 0x7F800001
+    elif dtype == tl.float16:
+        key = 0x7C01
+    else:
+        key = 0x7F81
+    return key
+
+
+@triton.jit
 def keys_of(w, scale, inside, SCALE: tl.constexpr):
     """int32 keys of weights `w` under the loaded `scale`; PAD_KEY where not inside."""
     if SCALE == RAW_BITS:
-        nan_key: tl.constexpr = 0x7C01 if w.dtype == tl.float16 else 0x7F81
-        keys = tl.minimum(w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, nan_key)
+        magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
     else:
         score = tl.abs(exact_float(w))
         if SCALE == SQUARE_OVER_VECTOR:
@@ -42,8 +53,8 @@ def keys_of(w, scale, inside, SCALE: tl.constexpr):
             score = score * scale
         if SCALE == SCALE_MATRIX:
             score = score * tl.sqrt_rn(scale)
-        keys = tl.minimum(score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
-    return tl.where(inside, keys, PAD_KEY)
+        magnitude = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(inside, tl.minimum(magnitude, nan_key(w.dtype, SCALE)), PAD_KEY)
 
 
 @triton.jit

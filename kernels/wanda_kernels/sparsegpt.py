@@ -54,7 +54,7 @@ def prune_in_blocks_(
     if pruned is None:
         pruned = torch.empty(n_rows, n_cols, dtype=torch.bool, device=weight.device)
     width = block_width(m)
-    workspace = torch.empty(n_rows * width, device=weight.device)
+    workspace = torch.empty(n_rows * width, dtype=torch.float32, device=weight.device)
     for first in range(0, n_cols, width):
         end = min(first + width, n_cols)
         block = slice(first, end)

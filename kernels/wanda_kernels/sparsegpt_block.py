@@ -15,7 +15,14 @@ from torch import Tensor
 
 from wanda_kernels.add_coactivation import INTERPRETED
 from wanda_kernels.prune_matrix import ranked_key
-from wanda_kernels.score_keys import NO_SCALE, PAD_KEY, ROOT_VECTOR, SQUARE_OVER_VECTOR, keys_of
+from wanda_kernels.score_keys import (
+    NO_SCALE,
+    PAD_KEY,
+    ROOT_VECTOR,
+    SQUARE_OVER_VECTOR,
+    keys_of,
+    nan_key,
+)
 from wanda_kernels.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
 
 
@@ -38,7 +45,8 @@ def _mark_up_to_key_kernel(
     inside = (rows < n_rows) & (cols < n_cols)
     w = tl.load(w_ptr + rows * stride_wm + cols, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_N]
     keys = keys_of(w, _load_scale(scale_ptr, cols, n_cols, SCALE), inside, SCALE)
-    pruned = keys <= tl.load(key_ptr).to(tl.int32)
+    key = tl.load(key_ptr).to(tl.int32)
+    pruned = (keys <= key) & (key != nan_key(tl.float32, SCALE))  # no score is <= NaN
     tl.store(pruned_ptr + rows * stride_pm + cols, pruned.to(tl.uint8), mask=inside)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import wanda_kernels
-from wanda_kernels import backends, coactivation_paths
+from wanda_kernels import backends, coactivation_paths, native
 
 
 def test_every_cell_of_the_table_is_a_function():
@@ -29,6 +29,41 @@ def test_triton_serves_the_cpu_only_interpreted(monkeypatch):
 def test_triton_may_be_absent(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert backends.why_not.__wrapped__("prune_rows_", "cuda", "triton") == "triton is not installed"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for the table alone, on which the CUDA library loads; its answers are not kept."""
+    monkeypatch.delenv("WANDA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(native, "why_not", lambda backend: "")
+    monkeypatch.setattr(native, "why_not_on_gpu", lambda index: "")
+    for cached in (backends.why_not, backends._first_available):
+        cached.cache_clear()
+    yield torch.device("cuda", 1)
+    for cached in (backends.why_not, backends._first_available):
+        cached.cache_clear()
+
+
+def test_auto_takes_triton_where_the_cuda_library_has_no_code_for_the_gpu(gpu, monkeypatch):
+    assert backends.choose("prune_rows_", gpu) == "cuda"
+    other = torch.device("cuda", 2)
+    said = "no kernel image is available"
+    monkeypatch.setattr(native, "why_not_on_gpu", lambda index: said if index == 2 else "")
+    assert backends.choose("prune_rows_", other) == "triton"
+    assert backends.choose("prune_rows_", gpu) == "cuda"
+    with pytest.raises(wanda_kernels.BackendError, match=f"on cuda:2 tensors: {said}"):
+        backends.choose("prune_rows_", other, "cuda")
+
+
+def test_auto_takes_torch_where_the_gpu_is_too_old_for_triton(gpu, monkeypatch):
+    assert backends.choose("add_hessian_", gpu) == "triton"
+    backends.why_not.cache_clear()
+    backends._first_available.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backends.choose("add_hessian_", gpu) == "torch"
+    assert backends.why_not("add_hessian_", gpu, "triton").endswith("capability 8.0, cuda:1 has 7.5")
 
 
 def test_auto_never_interprets(monkeypatch):

@@ -4,12 +4,10 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
-from wanda_kernels import native, reference
+from wanda_kernels import backends, native, reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(bool(native.why_not("cuda")), reason=native.why_not("cuda")),
-]
+WHY_NOT = backends.why_not("prune_rows_", "cuda", "cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 
 def assert_same(operation, weight, scale, *args):

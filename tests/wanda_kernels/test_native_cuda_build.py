@@ -23,6 +23,7 @@ KERNELS = (
     "sum_slab_kernel",
     "add_slabs_kernel",
 )
+MOST_STATIC_BYTES = 9 << 10  # of shared memory: what cuda_on_cpu.h and prune_rows.cu count on
 MOST_REGISTERS = 64  # 1024 threads fit a multiprocessor; prune_rows_ launches that many for long rows
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """(library, {(kernel, sm): [(registers, stack, spilled bytes), ...]})"""
+    """(library, {(kernel, sm): [(registers, stack, spilled bytes, static shared bytes), ...]})"""
     folder = tmp_path_factory.mktemp("cuda")
     settings = {"WANDA_FAST_CUDA": "1", "WANDA_FAST_CUDA_ARCHITECTURES": "80 90"}
     said = subprocess.run(
@@ -44,15 +45,16 @@ def report(tmp_path_factory):
     return Path(said.stdout.split()[-1]), _usage(said.stdout)
 
 
-def _usage(text: str) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+def _usage(text: str) -> dict[tuple[str, str], list[tuple[int, int, int, int]]]:
     pattern = (
         r"entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+        r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
     )
-    usage: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-    for name, sm, stack, stores, loads, registers in re.findall(pattern, text, re.DOTALL):
+    usage: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
+    for name, sm, *sizes in re.findall(pattern, text, re.DOTALL):
         kernel = next((each for each in KERNELS if each in name), name)
-        usage.setdefault((kernel, sm), []).append((int(registers), int(stack), int(stores) + int(loads)))
+        stack, stores, loads, registers, shared = (int(each or 0) for each in sizes)
+        usage.setdefault((kernel, sm), []).append((registers, stack, stores + loads, shared))
     return usage
 
 
@@ -61,12 +63,25 @@ def test_library_links(report):
     assert library.name == "libwanda_cuda.so" and library.stat().st_size > 100_000
 
 
+def test_library_says_why_a_gpu_cannot_run_it(report):
+    """There is no such GPU; loaded lazily, since a CPU torch lacks a function that the library calls."""
+    probe = (
+        "import ctypes, os, sys, torch\n"
+        "why_not = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY).wanda_cuda_why_not\n"
+        "why_not.restype = ctypes.c_char_p\n"
+        "print(why_not(torch.cuda.device_count()).decode())"
+    )
+    command = [sys.executable, "-c", probe, str(report[0])]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.strip(), said.stderr
+
+
 @pytest.mark.parametrize("sm", ["80", "90"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_spills(report, kernel, sm):
     variants = report[1][kernel, sm]
     assert variants
-    for registers, stack, spilled in variants:
+    for registers, stack, spilled, _ in variants:
         assert spilled == 0 and stack == 0, (
             f"{kernel} sm_{sm}: {registers} registers, {stack} B stack, {spilled} B"
         )
@@ -74,4 +89,9 @@ def test_no_spills(report, kernel, sm):
 
 @pytest.mark.parametrize("sm", ["80", "90"])
 def test_rows_leave_room_for_1024_threads(report, sm):
-    assert max(registers for registers, _, _ in report[1]["prune_rows_kernel", sm]) <= MOST_REGISTERS
+    assert max(registers for registers, *_ in report[1]["prune_rows_kernel", sm]) <= MOST_REGISTERS
+
+
+def test_static_shared_memory_is_within_what_is_counted_on(report):
+    most = {kernel: max(shared for *_, shared in variants) for kernel, variants in report[1].items()}
+    assert 8 << 10 < max(most.values()) <= MOST_STATIC_BYTES, most

@@ -109,6 +109,12 @@ def test_long_rows(blocks, recipe, shared_bytes):
     assert_same(blocks, "prune_rows_", weight, scale, 8500)
 
 
+def test_rows_that_fit_48_kib_but_for_static_memory(blocks):
+    """Keys of 43 KiB beside 8.4 KiB of static memory: the driver wants to be asked before the launch."""
+    weight, scale = make("normal", (1, 11_008), torch.bfloat16, "vector")
+    assert_same(blocks, "prune_rows_", weight, scale, 5504)
+
+
 @pytest.mark.parametrize("m", range(2, 33))
 def test_every_m(blocks, m):
     for recipe, dtype, scale in (("ties", torch.bfloat16, "vector"), ("normal", torch.float32, "matrix")):

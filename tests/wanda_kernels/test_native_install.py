@@ -1,6 +1,9 @@
 """Installing without a compiler ends well in pure Python, and says what is missing."""
 
+import importlib.util
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -53,3 +56,21 @@ def test_a_failing_compiler_leaves_the_library_out(tree):
 def test_a_wrong_setting_is_named(tree):
     said = build_wheel(tree, WANDA_FAST_CPU="yes")
     assert said.returncode != 0 and "WANDA_FAST_CPU must be 0, 1 or auto, got 'yes'" in said.stderr
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets of x86")
+def test_no_file_has_instructions_that_nobody_asks_the_machine_for(tmp_path):
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+    native_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native_build)
+    if native_build.why_not("cpu"):
+        pytest.skip(native_build.why_not("cpu"))
+    steps = native_build._cpu_steps(tmp_path / "libwanda_cpu.so", sanitize=False)
+    flags = {
+        target.stem: {flag[2:] for flag in command if flag.startswith("-m")} for target, _, command in steps
+    }
+    dispatch = "".join(path.read_text() for path in (ROOT / "csrc" / "cpu").glob("launch*.cpp"))
+    assert set().union(*flags.values()) <= set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', dispatch))
+    assert [name for name in flags if "avx512vbmi2" in flags[name]] == ["cpu_sparse_linear_avx512"]
+    assert not any("avx512bf16" in each for name, each in flags.items() if name.startswith("cpu_kernels"))
+    assert not flags["cpu_launch"] | flags["cpu_ops"]

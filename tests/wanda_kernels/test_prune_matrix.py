@@ -12,11 +12,13 @@ from tests.wanda_kernels.cases import (
     assert_only_view_changes,
     assert_refuses_nonfinite,
     assert_same_selection,
+    bits,
     edge_weight,
     make_scale,
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
+from wanda_kernels import reference
 
 OPERATION = "prune_matrix_"
 
@@ -50,6 +52,20 @@ def test_only_the_slice_it_is_given(backend, device, dtype):
 
 def test_nonfinite_operands_raise(backend, device):
     assert_refuses_nonfinite(OPERATION, backend, device, 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_threshold_prunes_nothing(backend, device, dtype):
+    """The finiteness check, which would refuse the weight, may be left out."""
+    for scale in (None, torch.ones(40)):
+        weight = random_weight(3, 40, dtype)
+        weight[1] = float("nan")
+        for rank in (79, 80, 119):  # the highest number, the lowest and the highest of the NaNs
+            expected, got = weight.clone(), weight.to(device, copy=True)
+            reference.prune_matrix_(expected, scale, rank, None)
+            scale_there = None if scale is None else scale.to(device)
+            wanda_kernels.prune_matrix_(got, scale_there, rank, backend=backend, check_finite=False)
+            assert torch.equal(bits(got), bits(expected)) and (expected == 0).any() == (rank == 79)
 
 
 def test_empty(backend, device):

@@ -1,3 +1,5 @@
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +74,17 @@ def test_nonfinite_operands_raise(backend, device):
 
 def test_empty(backend, device):
     assert_empty_is_nothing(OPERATION, backend, device, 2, 4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (2, 5)])
+def test_triton_grid_holds_the_rows_of_a_large_vocabulary(monkeypatch, n, m):
+    triton_nm = pytest.importorskip("wanda_kernels.prune_nm")
+    kernel = MagicMock()
+    monkeypatch.setattr(triton_nm, "_prune_nm_kernel", kernel)
+    weight = torch.empty(128_256, 4080, dtype=torch.bfloat16, device="meta")
+    triton_nm.prune_nm_(weight, None, n, m, None)
+    (grid,) = kernel.__getitem__.call_args.args
+    assert grid[0] < 2**31 and grid[1] <= 65_535
 
 
 @settings(max_examples=25, deadline=None)

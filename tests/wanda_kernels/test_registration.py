@@ -3,10 +3,12 @@ import torch
 
 import wanda_kernels
 from tests.wanda_kernels.cases import random_weight
-from wanda_kernels.registration import OPERATIONS
+from tests.wanda_kernels.native_cases import needs_cpu
+from wanda_kernels.registration import OPERATIONS, call
 
 
 def arguments(operation: str, backend: str) -> tuple:
+    torch.manual_seed(0)
     weight, scale = random_weight(3, 16, torch.float32), torch.rand(16)
     mask = torch.zeros(3, 2, dtype=torch.uint8)
     x, gate = torch.rand(5, 16), torch.rand(5, 3)
@@ -29,6 +31,39 @@ def test_opcheck(operation):
     """Schema, aliasing, fake tensors and tracing are as the operation declares them."""
     result = torch.library.opcheck(OPERATIONS[operation], arguments(operation, "torch"))
     assert len(result) == 4 and set(result.values()) == {"SUCCESS"}
+
+
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_cpu)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_parameters_are_changed_as_other_tensors_are(operation, backend):
+    expected, given = arguments(operation, backend), arguments(operation, backend)
+    floats = [each for each in given if torch.is_tensor(each) and each.is_floating_point()]
+    for tensor in floats:
+        tensor.requires_grad_()
+    with torch.no_grad():
+        call(operation, *expected)
+    call(operation, *given)
+    for right, got in zip(expected, given, strict=True):
+        assert torch.equal(got, right) if torch.is_tensor(right) else got == right
+    assert all(tensor.is_leaf for tensor in floats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_activations_keep_no_graph(backend):
+    acc, x = torch.zeros(16, 16), torch.rand(5, 16, requires_grad=True)
+    wanda_kernels.add_hessian_(acc, x * 2, backend=backend)
+    assert not acc.requires_grad and acc.grad_fn is None
+    assert not wanda_kernels.factor_hessian(acc.requires_grad_()).upper.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_models_own_weight_is_pruned(backend):
+    linear = torch.nn.Linear(16, 3)
+    wanda_kernels.prune_rows_(linear.weight, torch.ones(16), 7, backend=backend)
+    assert (linear.weight == 0).sum() == 21 and linear.weight.is_leaf
 
 
 def test_compiled_without_a_graph_break():

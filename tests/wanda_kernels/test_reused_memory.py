@@ -84,6 +84,12 @@ def test_a_thread_has_its_own_unless_it_runs_in_the_context():
         assert found == [None, reused_memory._regions.get()]
 
 
+def test_small_pages_where_the_kernel_has_no_large_ones(monkeypatch):
+    monkeypatch.setattr(reused_memory.mmap, "MADV_HUGEPAGE", 9999, raising=False)  # EINVAL
+    with reused_memory.reused_memory():
+        assert taken(*SHAPE).fill_(2.0).sum() == 2 * 512 * 1024
+
+
 def test_no_memory_left_is_said_as_torch_says_it():
     with reused_memory.reused_memory(), pytest.raises(MemoryError, match="can't allocate memory: 1125899"):
         taken(2**48)

@@ -188,6 +188,17 @@ def test_less_error_than_the_same_pattern_without_update(backend, device, patter
     assert errors[0] < 0.9 * errors[1]
 
 
+def test_torchs_default_dtype_is_of_no_account(backend, device):
+    hessian, weight = correlated_hessian(24), edge_weight(5, 24, torch.float32)
+    expected = run(backend, device, weight, factor_hessian(hessian), "2:4")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = run(backend, device, weight, factor_hessian(hessian), "2:4")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_all_inputs_dead(backend, device):
     got, _ = run(backend, device, torch.ones(3, 8), factor_hessian(torch.zeros(8, 8)), "2:4")
     assert (got == 0).all()

@@ -93,3 +93,16 @@ def test_marks_up_to_the_ranked_score_and_its_ties(selector):
             operands = view_of(w, POISON), view_of(u, POISON), pruned, selector, root.to(GPU), rank
             sparsegpt_block.mark_lowest(*operands)
             assert torch.equal(pruned.cpu(), expected) and surroundings(pruned).all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_nan_score_at_the_rank_marks_nothing(selector):
+    w, u, root = weights(5, 24), upper(24), torch.ones(24)
+    w[2] = float("nan")
+    for rank in (95, 96):  # the highest number, the lowest of the NaNs
+        expected = torch.zeros(5, 24, dtype=torch.bool)
+        reference_sparsegpt.mark_lowest(w, u, expected, selector, root, rank)
+        pruned = view_of(~expected, True)
+        operands = view_of(w, POISON), view_of(u, POISON), pruned, selector, root.to(GPU), rank
+        sparsegpt_block.mark_lowest(*operands)
+        assert torch.equal(pruned.cpu(), expected) and expected.any() == (rank == 95)

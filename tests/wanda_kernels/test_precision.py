@@ -1,0 +1,51 @@
+"""Inside an operation fp32 matmuls are fp32, and outside they are what the caller made them."""
+
+import pytest
+import torch
+
+import wanda_kernels
+from wanda_kernels import backends, hessian_factor
+
+
+@pytest.fixture(params=["high", "medium", "of a device"])
+def lower_precision(request):
+    """A way to read what the caller has set, which is not full precision."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    if request.param == "of a device":
+        cuda.fp32_precision = "tf32"
+        yield lambda: (cuda.fp32_precision, cpu.fp32_precision)
+    else:
+        torch.set_float32_matmul_precision(request.param)
+        yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_operations_run_in_full_precision(lower_precision, monkeypatch):
+    inside = []
+    spy = lambda *operands: inside.append(torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(backends, "implementation", lambda *cell: spy)
+    before = lower_precision()
+    wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4))
+    torch.ops.wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4), "auto")
+    assert inside == ["highest"] * 2 and lower_precision() == before
+
+
+def test_hessians_are_factored_in_full_precision(lower_precision, monkeypatch):
+    inside = []
+    invert = hessian_factor._invert_lower_
+
+    def spy(*operands):
+        inside.append(torch.get_float32_matmul_precision())
+        invert(*operands)
+
+    monkeypatch.setattr(hessian_factor, "_invert_lower_", spy)
+    before = lower_precision()
+    wanda_kernels.factor_hessian(torch.eye(4))
+    assert inside == ["highest"] and lower_precision() == before
+
+
+def test_the_callers_precision_returns_after_an_error(lower_precision):
+    before = lower_precision()
+    with pytest.raises(wanda_kernels.NotPositiveDefiniteError):
+        wanda_kernels.factor_hessian(-torch.eye(4))
+    assert lower_precision() == before
