@@ -146,7 +146,10 @@ def prune(
     eval_dataset: EvalDataset = "auto",
     eval_windows: EvalWindows = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Allow --save and --save_model folders that are not empty.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Allow folders to save to that are not empty, and files that exist."
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished run of the same --save-model folder.")

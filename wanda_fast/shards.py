@@ -116,17 +116,12 @@ class TensorFiles:
         return found.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write, fsync, rename; returns the file's sha256."""
-    return begin_tensors(path, tensors)()
-
-
 def begin_tensors(
     path: Path,
     tensors: dict[str, Tensor],
     parts: Callable[[str, Tensor], Iterable[Tensor]] = lambda _name, tensor: [tensor],
 ) -> Callable[[], str]:
-    """The first half of `write_tensors`; what is returned is the second, which waits for the disk.
+    """Write; what is returned waits for the disk, gives the file its name, and returns its sha256.
 
     Args:
         parts: what a tensor consists of, on the host, so that no second copy of all of it is needed; with it,
