@@ -1,4 +1,4 @@
-"""One-shot pruning of transformers: magnitude, Wanda, its variant, Wanda-CoNNect; unstructured or N:M."""
+"""One-shot pruning of transformers: magnitude, Wanda and its variant, CoNNect, gated, SparseGPT; any N:M."""
 
 from wanda_fast import errors
 from wanda_fast.driver import prune

@@ -72,7 +72,10 @@ class BlockInputs:
 def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:
     """The calls of one forward: a container that blocks share has one copy, which they share too."""
     copies: dict[int, object] = {}
-    own = lambda leaf: deepcopy(leaf, copies) if _is_container(leaf) else leaf  # noqa: E731
+
+    def own(leaf: object) -> object:
+        return deepcopy(leaf, copies) if _is_container(leaf) else leaf
+
     return [BlockCall(*tree_map(own, (call.args, call.kwargs))) for call in calls]
 
 

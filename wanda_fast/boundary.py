@@ -24,7 +24,7 @@ class Boundary:
     """`boundary-K.safetensors`: the inputs of block K; the note says which is the one that counts."""
 
     def __init__(self, journal: Journal):
-        self.journal, self.block = journal, 0
+        self.journal = journal
         self._file: Path | None = None
         self._written, self._cost = time.monotonic(), FIRST_COST
 
@@ -39,8 +39,8 @@ class Boundary:
         if not file.is_file() or sha256(file) != note["sha256"]:
             return 0
         activations.restore_(file)
-        self.block, self._file = note["block"], file
-        return self.block
+        self._file = file
+        return note["block"]
 
     def due(self) -> bool:
         """Whether another is worth its time."""
@@ -61,7 +61,7 @@ class Boundary:
             self.journal.write(NOTE, {"block": block, "file": file.name, "sha256": finish()})
             if self._file is not None and self._file != file:
                 self._file.unlink(missing_ok=True)
-            self.block, self._file = block, file
+            self._file = file
             self._cost = spent + time.monotonic() - began
 
         return make_it_count

@@ -1,7 +1,10 @@
 """A streamed model's folder, around the blocks' shards: what else `from_pretrained` looks for."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from wanda_fast.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.sources import StreamedModel
@@ -9,10 +12,20 @@ from wanda_fast.sources import StreamedModel
 ONE_FILE = 2**28  # bytes of tensors that leave as one model.safetensors instead of a shard for each block
 
 
-def save_outside(source: StreamedModel, shard: Path) -> None:
-    """Write all tensors that are outside of the blocks, which nothing changes, from file to file."""
+def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], bool]) -> None:
+    """Write all tensors that are outside of the blocks, which nothing changes, from file to file.
+
+    Raises: `InterruptedError` between two pieces where it is `abandoned`.
+    """
     files, dtype = source.skeleton.files, source.skeleton.dtype
-    begin_tensors(shard, files.on_meta(source.outside, dtype), lambda name, _: files.pieces(name, dtype))()
+
+    def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
+        for piece in files.pieces(name, dtype):
+            if abandoned():
+                raise InterruptedError(f"{shard} was abandoned")
+            yield piece
+
+    begin_tensors(shard, files.on_meta(source.outside, dtype), pieces)()
 
 
 def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -> None:

@@ -9,6 +9,7 @@ DIR.partial/                 until all is done
 """
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,6 +51,7 @@ class StreamedOutput:
         self.boundary = Boundary(self.journal)
         self.interrupts = Interrupts()
         self.disk = Background("wanda-fast-disk")  # fsync and checksum, while the next block is at work
+        self.abandoned = threading.Event()
         self.finished: dict[int, dict] = {}  # block -> its note
 
     def __enter__(self) -> "StreamedOutput":
@@ -63,12 +65,14 @@ class StreamedOutput:
             with self._writing():
                 self.model.mkdir(parents=True)
                 self.journal.begin()
-        self.disk.do(partial(save_outside, self.source, self._shard(-1)))
+        self.disk.do(partial(save_outside, self.source, self._shard(-1), self.abandoned.is_set))
         self.interrupts.__enter__()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.interrupts.__exit__()
+        if error is not None:
+            self.abandoned.set()  # what is outside of the blocks, which is copied before the first one counts
         self.disk.close()
         refused = isinstance(error, WandaFastError) and isinstance(error, ValueError)
         if error is None or refused or not self.finished:  # done, or the same fault would return

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import wanda_fast
 from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint, token_ids
-from wanda_fast import boundary, cli, driver, errors, output, pipeline
+from wanda_fast import boundary, cli, driver, errors, job, output, pipeline, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,6 +161,26 @@ def test_the_command_line_prints_the_command(llama, tmp_path, monkeypatch, capsy
     assert (out / "config.json").is_file() and not partial(out).exists()
     assert run(monkeypatch, [*words, "--resume"]) == 0  # complete: nothing to do, nothing lost
     assert "perplexity, pruned" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_copy(llama, tmp_path, monkeypatch):
+    pieces, copied = shards.TensorFiles.pieces, []
+
+    def many(self, name, dtype=None):
+        piece = next(pieces(self, name, dtype))
+        for _ in range(1000):
+            time.sleep(0.01)
+            copied.append(name)
+            yield piece
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.TensorFiles, "pieces", many)
+    monkeypatch.setattr(job, "record_activations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wanda_fast.prune(str(llama), save_model=tmp_path / "out", **QUICK)
+    assert len(copied) < 500 and list(tmp_path.iterdir()) == []
 
 
 def run(monkeypatch, words):
