@@ -38,7 +38,10 @@ bool adds_squares(bool in_bf16);  // the same for x^T x, of which torch sums mor
 void add_product(const Context&, const Matrix& a, const Matrix& b, bool in_bf16, const Matrix& acc);
 // acc += x^T x on and above the diagonal; some of what is below changes too.
 void add_square(const Context&, const Matrix& x, bool in_bf16, const Matrix& acc);
+// What is above the diagonal of a square fp32 matrix, below it too.
+void mirror(const Context&, const Matrix& acc);
 bool all_finite(const Context&, const Matrix& x, bool non_negative);
+int64_t count_zeros(const Context&, const Matrix& x);
 void rms_norm(const Context&, const Matrix& x, const void* weight, float epsilon, const Matrix& out);
 void gated_product(const Context&, const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out);
 void rotate(const Context&, const Rotation&);

@@ -281,9 +281,18 @@ void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
   wanda::add_square(Surroundings(acc).context(), rows, in_bf16, sums);
 }
 
+void native_mirror_(Tensor acc) {
+  require_floats(acc, "acc");
+  const wanda::Matrix sums = matrix_of(acc, "acc");
+  STD_TORCH_CHECK(sums.n_rows == sums.n_cols, "acc must be square");
+  wanda::mirror(Surroundings(acc).context(), sums);
+}
+
 bool native_all_finite(Tensor x, bool non_negative) {
   return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
 }
+
+int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(Surroundings(x).context(), matrix_of(x, "x")); }
 
 // fp32 or bf16, all of one dtype and of x's shape.
 void require_like(const wanda::Matrix& x, const wanda::Matrix& other) {
@@ -342,7 +351,9 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_add_product_", TORCH_BOX(&native_add_product_));
   library.impl("native_add_square_", TORCH_BOX(&native_add_square_));
+  library.impl("native_mirror_", TORCH_BOX(&native_mirror_));
   library.impl("native_all_finite", TORCH_BOX(&native_all_finite));
+  library.impl("native_count_zeros", TORCH_BOX(&native_count_zeros));
   library.impl("native_attends", TORCH_BOX(&native_attends));
   library.impl("native_attend_", TORCH_BOX(&native_attend_));
   library.impl("native_rotate_", TORCH_BOX(&native_rotate_));

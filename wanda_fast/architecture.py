@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import wanda_kernels
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
 GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
@@ -214,4 +215,4 @@ def _matches(pattern: str, names: list[str]) -> list[str]:
 
 def sparsity(tensor: torch.Tensor) -> float:
     """Fraction of exact zeros."""
-    return 1 - torch.count_nonzero(tensor).item() / max(tensor.numel(), 1)
+    return wanda_kernels.count_zeros(tensor).item() / max(tensor.numel(), 1)

@@ -54,7 +54,7 @@ def prune_block(
             statistics.hessians.pop(linear.name, None)  # gone with its last linear
         if masks is not None:
             masks[linear.name] = mask.cpu()
-        done.zeros = weight.numel() - weight.count_nonzero()  # a sum of bools has an int64 copy of them
+        done.zeros = wanda_kernels.count_zeros(weight)
         pruned.append(done)
     _require_finite_still(block, pruned)
     counts = torch.stack([done.zeros for done in pruned]).tolist() if pruned else []  # waits for the device
@@ -75,7 +75,6 @@ class _Pruned:
     fallback: str | None = None
     lap: tuple = ()  # two marks of the clock
     zeros: Tensor | None = None
-    finite: Tensor | None = None
     energies: tuple[Tensor, Tensor] | None = None
 
 
@@ -95,7 +94,7 @@ def _prune_(
     operation = method.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
     if use.stored is not None:
         weight.copy_(weight.to(use.stored))
-    return _Pruned(operation, hessian.factor.dampening, finite=weight.isfinite().all())
+    return _Pruned(operation, hessian.factor.dampening)
 
 
 def _report(
@@ -161,10 +160,13 @@ def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
 
 
 def _require_finite_still(block: Block, pruned: list[_Pruned]) -> None:
-    updated = [(linear, done) for linear, done in zip(block.linears, pruned, strict=True) if done.dampening]
-    if updated and not torch.stack([done.finite for _, done in updated]).all():
-        linear = next(linear for linear, done in updated if not done.finite)
+    updated = {
+        f"{linear.name}.weight": linear.module.weight.data
+        for linear, done in zip(block.linears, pruned, strict=True)
+        if done.dampening
+    }
+    if name := wanda_kernels.first_not_finite(updated):
         raise NonFiniteError(
-            f"block {block.name}: {linear.name}.weight ({linear.module.weight.dtype}) is not finite after "
+            f"block {block.name}: {name} ({updated[name].dtype}) is not finite after "
             f"its update: a larger --dampening or a wider --dtype helps"
         )

@@ -207,23 +207,26 @@ class Head {
   void soften(int64_t row, int64_t n_visible, int64_t n_keys) {
     const float* scores = w_.scores + row * kKeys;
     Numerator* numerators = w_.numerators + row * kKeys;
-    const auto visible = [&](int64_t key) { return Simd::first(std::clamp<int64_t>(n_visible - key, 0, kWidth)); };
+    n_visible = std::clamp<int64_t>(n_visible, 0, n_keys);
+    const int64_t n_whole = n_visible / kWidth * kWidth, end = rounded_up(n_visible, kWidth);
+    const auto last = Simd::first(n_visible - n_whole);  // of the vector that the diagonal crosses
     const Simd::Float scale = Simd::broadcast(a_.scale);
     const Simd::Float least = Simd::broadcast(-std::numeric_limits<float>::infinity());
     Simd::Float high = least;
-    for (int64_t key = 0; key < n_keys; key += kWidth) {
+    for (int64_t key = 0; key < end; key += kWidth) {
       const Simd::Float scaled = Simd::multiply(Simd::load(scores + key), scale);
-      high = Simd::max(high, Simd::select(visible(key), scaled, least));
+      high = Simd::max(high, key < n_whole ? scaled : Simd::select(last, scaled, least));
     }
     const float maximum = std::max(w_.maxima[row], Simd::highest(high));
     const Simd::Float minus = Simd::broadcast(-maximum);
     Simd::Float total = Simd::broadcast(0.0f);
-    for (int64_t key = 0; key < n_keys; key += kWidth) {
+    for (int64_t key = 0; key < end; key += kWidth) {
       const Simd::Float power = exponential(Simd::multiply_add(Simd::load(scores + key), scale, minus));
-      const Simd::Float numerator = Simd::zero_unless(visible(key), power);
+      const Simd::Float numerator = key < n_whole ? power : Simd::zero_unless(last, power);
       total = Simd::add(total, numerator);
       T::store(numerators + key, numerator);
     }
+    for (int64_t key = end; key < n_keys; key += kWidth) T::store(numerators + key, Simd::broadcast(0.0f));
     const Simd::Float fall = Simd::broadcast(w_.maxima[row] - maximum);
     const float past = w_.totals[row] == 0 ? 0 : Simd::first_lane(exponential(fall));
     w_.totals[row] = w_.totals[row] * past + Simd::sum(total);

@@ -44,6 +44,7 @@ struct Kernels {
                          int64_t end);
   // Whether rows [begin, end) are free of NaN and infinity (and of negative numbers).
   bool (*all_finite)(const Matrix& x, bool non_negative, int64_t begin, int64_t end);
+  int64_t (*count_zeros)(const Matrix& x, int64_t begin, int64_t end);
   // Rows [begin, end) of fp32 or bf16: x / root of its mean square * weight; act(gate) * up.
   void (*rms_norm)(const Matrix& x, const void* weight, float epsilon, const Matrix& out, int64_t begin, int64_t end);
   void (*gated_product)(const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out, int64_t begin,

@@ -205,6 +205,14 @@ bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
   return finite;
 }
 
+int64_t count_zeros(const Context& context, const Matrix& x) {
+  std::atomic<int64_t> n_zeros{0};
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / x.n_cols);
+  const Kernels& isa = kernels();
+  parallel_for(context, x.n_rows, grain, [&](int64_t begin, int64_t end) { n_zeros += isa.count_zeros(x, begin, end); });
+  return n_zeros;
+}
+
 }  // namespace wanda
 
 // For `wanda-fast doctor`: the instruction set in use, and all that this machine could run, comma-separated.

@@ -11,6 +11,7 @@ namespace {
 using cpu::TokenProduct;
 
 constexpr int64_t kBandsOfThread = 4;
+constexpr int64_t kMirrorTile = 16;  // a line of the cache
 
 // Null: torch's products are better, or there are none of ours.
 const TokenProduct* token_product(bool in_bf16, bool square) {
@@ -66,11 +67,12 @@ void add_product(const Context& context, const Matrix& a, const Matrix& b, bool 
   const TokenProduct& product = *token_product(in_bf16, false);
   const Packed columns = packed(context, product, b);
   const int64_t band = panels_of_band(context, product, a.n_cols), n_panels = product.panels_of(a.n_cols);
-  parallel_for(context, (n_panels + band - 1) / band, 1, [&](int64_t begin, int64_t end) {
+  share_out(context, (n_panels + band - 1) / band, [&](Items& bands) {
     const Packed rows(product, a.n_rows, band);
-    for (int64_t panel = begin * band; panel < std::min(end * band, n_panels); panel += band) {
-      const int64_t first = panel * product.panel, n_rows = std::min(band * product.panel, a.n_cols - first);
-      for (int64_t i = 0; i < product.panels_of(n_rows); ++i) product.pack_panel(a, panel + i, rows.panel(i));
+    for (int64_t i; bands.take(i);) {
+      const int64_t panel = i * band, first = panel * product.panel;
+      const int64_t n_rows = std::min(band * product.panel, a.n_cols - first);
+      for (int64_t j = 0; j < product.panels_of(n_rows); ++j) product.pack_panel(a, panel + j, rows.panel(j));
       product.add_panels(rows.panel(0), columns.panel(0), rows.n_units,
                          static_cast<float*>(acc.data) + first * acc.stride, acc.stride, n_rows, b.n_cols, false);
     }
@@ -82,12 +84,27 @@ void add_square(const Context& context, const Matrix& x, bool in_bf16, const Mat
   const Packed columns = packed(context, product, x);
   const int64_t band = panels_of_band(context, product, x.n_cols);
   const int64_t n_bands = (product.panels_of(x.n_cols) + band - 1) / band;
-  parallel_for(context, n_bands, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {  // long rows and short ones in turn: every thread has its share of both
-      const int64_t panel = band * (i % 2 == 0 ? i / 2 : n_bands - 1 - i / 2), first = panel * product.panel;
+  share_out(context, n_bands, [&](Items& bands) {  // the longest rows first
+    for (int64_t i; bands.take(i);) {
+      const int64_t panel = band * i, first = panel * product.panel;
       product.add_panels(columns.panel(panel), columns.panel(panel), columns.n_units,
                          static_cast<float*>(acc.data) + first * (acc.stride + 1), acc.stride,
                          std::min(band * product.panel, x.n_cols - first), x.n_cols - first, true);
+    }
+  });
+}
+
+void mirror(const Context& context, const Matrix& acc) {
+  float* const values = static_cast<float*>(acc.data);
+  share_out(context, (acc.n_rows + kMirrorTile - 1) / kMirrorTile, [&](Items& bands) {
+    for (int64_t i; bands.take(i);) {
+      const int64_t first = i * kMirrorTile, end = std::min(first + kMirrorTile, acc.n_rows);
+      for (int64_t begin = 0; begin <= first; begin += kMirrorTile) {  // rows above the band, or the band's own
+        for (int64_t row = first; row < end; ++row) {
+          const int64_t stop = std::min(begin + kMirrorTile, row);
+          for (int64_t col = begin; col < stop; ++col) values[row * acc.stride + col] = values[col * acc.stride + row];
+        }
+      }
     }
   });
 }

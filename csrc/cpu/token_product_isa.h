@@ -14,7 +14,8 @@ using wanda::Matrix;
 constexpr int64_t kPanel = Simd::kWidth;
 constexpr int kRows = 4, kVectors = kPanel == 16 ? 6 : 3;  // of a tile: its sums take three quarters of the registers
 constexpr int64_t kPanelsAtOnce = kPanel == 16 ? 1 : 8;  // of a; with AVX-512 not measured
-constexpr int64_t kUnits = 128;  // summed before they join acc: short chains of fp32 lose less
+// Summed before they join acc: a strip of b that stays in the first cache, in chains of fp32 that lose little.
+constexpr int64_t kUnits = kPanel == 16 ? 128 : 256;
 
 struct Single {
   static constexpr int kTokens = 1;

@@ -4,7 +4,7 @@ A leaf: it knows tensors, not models.
 """
 
 from wanda_kernels.backends import BackendError
-from wanda_kernels.checks import require_finite
+from wanda_kernels.checks import first_not_finite, require_finite
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.operations import (
     add_coactivation_,
@@ -18,6 +18,7 @@ from wanda_kernels.operations import (
     sparsegpt_,
 )
 from wanda_kernels.reference import pack_bits, unpack_bits
+from wanda_kernels.zeros import count_zeros
 
 __all__ = [
     "BackendError",
@@ -27,7 +28,9 @@ __all__ = [
     "add_hessian_",
     "add_gated_coactivation_",
     "add_sq_norm_",
+    "count_zeros",
     "factor_hessian",
+    "first_not_finite",
     "pack_bits",
     "prune_matrix_",
     "prune_nm_",

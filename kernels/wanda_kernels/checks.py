@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import native
+from wanda_kernels.native import DTYPES
 from wanda_kernels.reference import ACTIVATIONS
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def require_weight(weight: Tensor) -> None:
@@ -103,22 +102,25 @@ def require_finite(tensors: Mapping[str, Tensor | None]) -> None:
         tensors: operands by the name the sentence shall use; None is passed over. A name that ends in "scale"
             must hold no negative number. All are judged on their device and waited for once.
     """
-    named = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
-    if not named:
+    name = first_not_finite(tensors)
+    if name is None:
         return
-    bad = torch.stack([_is_bad(name, tensor) for name, tensor in named.items()])
-    if not bad.any():
-        return
-    name = list(named)[int(bad.int().argmax())]
-    tensor = named[name]
+    tensor = tensors[name]
     where = ~tensor.isfinite() | (tensor < 0) if name.endswith("scale") else ~tensor.isfinite()
     position = tuple(where.nonzero()[0].tolist())
     raise ValueError(f"{name} holds {tensor[position].item()} at {list(position)}; nothing was pruned")
 
 
+def first_not_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """The name of the first tensor that `require_finite` would refuse; None where all are good."""
+    named = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
+    bad = torch.stack([_is_bad(name, tensor) for name, tensor in named.items()]) if named else None
+    return list(named)[int(bad.int().argmax())] if named and bad.any() else None
+
+
 def _is_bad(name: str, tensor: Tensor) -> Tensor:
     non_negative = name.endswith("scale")
-    if tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.dim() and not native.why_not("cpu"):
+    if native.reads(tensor):
         return torch.tensor(not native.all_finite(tensor, non_negative))
     lowest, highest = torch.aminmax(tensor)  # one read, no temporary; NaN and infinities come through
     bad = ~(lowest.isfinite() & highest.isfinite())

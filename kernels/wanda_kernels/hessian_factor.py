@@ -14,7 +14,7 @@ from torch import Tensor
 from wanda_kernels import checks
 from wanda_kernels.precision import in_full_precision
 
-LEAF_COLUMNS = 64  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
+LEAF_COLUMNS = 128  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
 ATTEMPTS = 4  # the dampening asked for, then ten times more, up to a thousand times
 
 
@@ -75,14 +75,14 @@ def _factor(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor | None:
     diagonal = flipped.diagonal()
     diagonal.masked_fill_(dead.flip(0), 1.0)
     diagonal += (dampening * diagonal.double().mean()).float()  # an fp32 sum could overflow
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    transposed, info = torch.linalg.cholesky_ex(flipped, upper=True)
     del flipped, diagonal
     if info.item():
         return None
+    lower = transposed.mT  # LAPACK's factors have contiguous columns: these are rows
     _invert_lower_(lower, torch.eye(LEAF_COLUMNS, dtype=torch.float32, device=lower.device))
-    upper = lower.flip(0, 1)
-    del lower
-    upper = upper.contiguous()  # LAPACK's factors have contiguous columns
+    upper = lower.flip(0, 1).contiguous()
+    del lower, transposed
     lowest, highest = torch.aminmax(upper)
     usable = lowest.isfinite() & highest.isfinite() & (upper.diagonal() > 0).all()
     return upper if usable else None

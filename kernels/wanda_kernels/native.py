@@ -21,6 +21,7 @@ from wanda_kernels.sparsegpt import prune_in_blocks_
 
 logger = logging.getLogger(__name__)
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights and activations
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
 
 # One definition for both libraries. `root`: square root of a [in] statistic; `scale`: a [out, in] statistic.
@@ -38,7 +39,9 @@ SCHEMAS = (
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_add_product_(Tensor(a!) acc, Tensor a, Tensor b, bool in_bf16) -> ()",
     "native_add_square_(Tensor(a!) acc, Tensor x, bool in_bf16) -> ()",
+    "native_mirror_(Tensor(a!) acc) -> ()",
     "native_all_finite(Tensor x, bool non_negative) -> bool",
+    "native_count_zeros(Tensor x) -> int",
     "native_attends(Tensor q) -> bool",
     "native_attend_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float scale) -> ()",
     "native_rotate_(Tensor(a!) out, Tensor x, Tensor cos, Tensor sin) -> ()",
@@ -193,10 +196,7 @@ def add_hessian_(acc: Tensor, x: Tensor) -> None:
             continue
         for band in bands:
             acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
-    for band in bands:
-        square = acc[band, band]
-        square.copy_(square.triu() + square.triu(1).t())  # a matmul's rounding need not be symmetric
-        acc[band.stop :, band] = acc[band, band.stop :].t()
+    _op("native_mirror_")(acc)  # the bands' too: a matmul's rounding need not be symmetric
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
@@ -264,6 +264,17 @@ def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return None, as_rows(scale)
 
 
+def reads(tensor: Tensor) -> bool:
+    """Whether `all_finite` and `count_zeros` take a tensor: on the CPU, of a weight's dtype, not empty."""
+    fits = tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.dim() and tensor.numel()
+    return bool(fits) and not why_not("cpu")
+
+
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
-    """Whether a CPU tensor of a weight's dtype holds no NaN, no infinity and, if asked, nothing negative."""
+    """Whether a tensor holds no NaN, no infinity and, if asked, nothing negative."""
     return _op("native_all_finite")(as_rows(tensor), non_negative)
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """How many elements are +0.0 or -0.0."""
+    return _op("native_count_zeros")(as_rows(tensor))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import wanda_kernels
 from tests.wanda_kernels.native_cases import DTYPES, needs_cpu
 from wanda_kernels import native, reference
 
@@ -163,6 +164,30 @@ def test_verdict_on_finiteness(isa, dtype):
     assert native.all_finite(torch.tensor([0.0, -0.0, 1.0], dtype=dtype), True)
     smallest = torch.tensor([1], dtype=torch.int16 if dtype != torch.float32 else torch.int32).view(dtype)
     assert native.all_finite(-smallest, False) and not native.all_finite(-smallest, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_of_both_signs_are_counted(isa, dtype):
+    for shape in ((1, 1), (37, 129), (300, 257)):
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randint(0, 4, (shape[0], shape[1] + 5), generator=generator).to(dtype)[:, 2:-3]
+        x[x == 1] = -0.0
+        x[x == 2] = torch.finfo(dtype).smallest_normal / 2  # subnormal, not zero
+        x[x == 3] = float("nan")
+        counted = sum(value == 0 for value in x.flatten().tolist())
+        assert native.count_zeros(x) == counted == wanda_kernels.count_zeros(x)
+    assert wanda_kernels.count_zeros(torch.zeros(0, 4, dtype=dtype)) == 0
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 70, 257])
+def test_mirror(isa, n):
+    """Whatever is below the diagonal; what lies beside a view's columns stays."""
+    whole = torch.randn(n, n + 3, generator=torch.Generator().manual_seed(n))
+    expected = whole[:, 2 : n + 2].triu() + whole[:, 2 : n + 2].triu(1).t()
+    beside = whole[:, :2].clone(), whole[:, n + 2 :].clone()
+    native._op("native_mirror_")(whole[:, 2 : n + 2])
+    assert torch.equal(whole[:, 2 : n + 2], expected)
+    assert torch.equal(whole[:, :2], beside[0]) and torch.equal(whole[:, n + 2 :], beside[1])
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
