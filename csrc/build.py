@@ -33,7 +33,7 @@ WIDEST = {
     "sparse_linear_avx512": ["-mavx512bf16", "-mavx512vbmi2"],
     "token_product_avx512": ["-mavx512bf16"],
 }
-WITH_AVX2 = ("attention_avx2", "sparse_linear_avx2", "token_product_avx2")
+WITH_AVX2 = ("attention_avx2", "dense_linear_avx2", "sparse_linear_avx2", "token_product_avx2")
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]

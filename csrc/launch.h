@@ -48,10 +48,11 @@ void rotate(const Context&, const Rotation&);
 // Whether this machine has a kernel for causal attention of that dtype and head_dim, and torch has no better one.
 bool attends(DType dtype, int64_t head_dim);
 void attend(const Context&, const Attention&);
-// Whether this machine multiplies a pruned weight of that dtype faster than a dense one.
-bool multiplies_sparse(DType dtype);
+// Whether this machine has a product with a weight of that dtype that is faster than torch's: with a pruned one, without
+// the products of its zeros, or with any.
+bool multiplies(DType dtype, bool sparse);
 // False, and `out` is unfinished: the weight holds more than the format for pruned ones does.
-bool sparse_linear(const Context&, const Linear&);
+bool linear(const Context&, const Linear&, bool sparse);
 
 // GPU alone: bytes of scratch for an operation on this operand.
 size_t sq_norm_scratch_bytes(const Matrix& x);

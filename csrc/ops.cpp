@@ -317,13 +317,13 @@ void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activatio
   wanda::gated_product(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), target);
 }
 
-bool native_multiplies_sparse(Tensor weight) {
+bool native_multiplies(Tensor weight, bool sparse) {
   const auto dtype = weight.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return false;
-  return wanda::multiplies_sparse(dtype_of(weight));
+  return wanda::multiplies(dtype_of(weight), sparse);
 }
 
-bool native_sparse_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias) {
+bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bool sparse) {
   const wanda::Linear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
                            bias ? data_of(*bias, "bias") : nullptr};
   const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
@@ -332,8 +332,8 @@ bool native_sparse_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor b
   const bool alike = s.x.dtype == s.weight.dtype && s.out.dtype == s.weight.dtype &&
                      (!bias || dtype_of(*bias) == s.weight.dtype);
   STD_TORCH_CHECK(alike, "x, weight, bias and out must have one dtype");
-  STD_TORCH_CHECK(wanda::multiplies_sparse(s.weight.dtype), "no product with a pruned weight of this dtype here");
-  return wanda::sparse_linear(Surroundings(x).context(), s);
+  STD_TORCH_CHECK(wanda::multiplies(s.weight.dtype, sparse), "no product with a weight of this dtype here");
+  return wanda::linear(Surroundings(x).context(), s, sparse);
 }
 
 #endif
@@ -359,8 +359,8 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_rotate_", TORCH_BOX(&native_rotate_));
   library.impl("native_rms_norm_", TORCH_BOX(&native_rms_norm_));
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
-  library.impl("native_multiplies_sparse", TORCH_BOX(&native_multiplies_sparse));
-  library.impl("native_sparse_linear_", TORCH_BOX(&native_sparse_linear_));
+  library.impl("native_multiplies", TORCH_BOX(&native_multiplies));
+  library.impl("native_linear_", TORCH_BOX(&native_linear_));
 #endif
 }
 

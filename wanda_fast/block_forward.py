@@ -80,9 +80,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
     if not alike or wants_gradient or weight.dim() != 2 or not x.numel():
         return None
-    sparse = native_forward.multiplies_sparse(x, weight, bias)
+    sparse = native_forward.multiplies(x, weight, bias, sparse=True)
     if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
         return output
+    if native_forward.multiplies(x, weight, bias, sparse=False):
+        return native_forward.dense_linear(x, weight, bias)
     if x.dtype == torch.bfloat16 and not multiplies_bf16():
         return _linear_in_fp32(x, weight, bias)
     if x.dtype == torch.float32 and _onednn_is_faster():

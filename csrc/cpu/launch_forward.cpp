@@ -8,12 +8,12 @@
 
 #include "attention.h"
 #include "launching.h"
-#include "sparse_linear.h"
+#include "linear.h"
 
 namespace wanda {
 namespace {
 
-constexpr int64_t kPartsOfThread = 12;  // of a product with a pruned weight
+constexpr int64_t kPartsOfThread = 12;  // of a linear
 
 // Null: none for the instruction set in use.
 const cpu::AttentionKernels* attention_kernels() {
@@ -25,15 +25,18 @@ const cpu::AttentionKernels* attention_kernels() {
   return nullptr;
 }
 
-// The kernels for a weight of this dtype where they are faster here than torch's own product; else null.
-const cpu::SparseKernels* sparse_kernels(DType dtype) {
+// The kernels for a pruned weight of this dtype, or for a dense one, where they are faster here than torch's own
+// product; else null.
+const cpu::LinearKernels* linear_kernels(DType dtype, bool sparse) {
   if (dtype == DType::kHalf) return nullptr;
 #if defined(__x86_64__)
+  static const bool amd = __builtin_cpu_is("amd");
   // Permutations and multiply-adds have ports of their own on AMD's cores; on Intel's they share two.
-  static const bool permutes = cpu::kSparseAvx512.rows && __builtin_cpu_is("amd") &&
-                               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
-  if (&kernels() == &cpu::kAvx512 && permutes) return &cpu::kSparseAvx512;
-  if (&kernels() == &cpu::kAvx2) return &cpu::kSparseAvx2;
+  static const bool permutes = cpu::kSparseAvx512.rows && amd && __builtin_cpu_supports("avx512bf16") &&
+                               __builtin_cpu_supports("avx512vbmi2");
+  if (&kernels() == &cpu::kAvx512) return sparse && permutes ? &cpu::kSparseAvx512 : nullptr;
+  if (&kernels() == &cpu::kAvx2 && sparse) return &cpu::kSparseAvx2;
+  if (&kernels() == &cpu::kAvx2 && amd) return &cpu::kDenseAvx2;  // no Intel was measured
 #endif
   return nullptr;
 }
@@ -86,10 +89,10 @@ void attend(const Context& context, const Attention& attention) {
   });
 }
 
-bool multiplies_sparse(DType dtype) { return sparse_kernels(dtype) != nullptr; }
+bool multiplies(DType dtype, bool sparse) { return linear_kernels(dtype, sparse) != nullptr; }
 
-bool sparse_linear(const Context& context, const Linear& s) {
-  const cpu::SparseKernels& way = *sparse_kernels(s.weight.dtype);
+bool linear(const Context& context, const Linear& s, bool sparse) {
+  const cpu::LinearKernels& way = *linear_kernels(s.weight.dtype, sparse);
   const size_t group_bytes = way.group_bytes(s.weight);
   const int64_t n_groups = (s.weight.n_rows + way.rows - 1) / way.rows;
   const int64_t n_cached = std::clamp<int64_t>(way.cache_bytes / group_bytes, 1, n_groups);

@@ -10,10 +10,9 @@
 #include "simd_avx2.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
-#include "sparse_linear.h"
+#include "aligned_floats.h"
+#include "linear.h"
 
 namespace wanda::cpu {
 namespace {
@@ -28,14 +27,6 @@ constexpr int64_t kRows = 96;       // a group; its sums are 36 KiB
 constexpr double kMostKept = 0.75;  // of a group's weights: beyond it a dense product is faster
 
 constexpr int64_t chunks_of(int64_t n_cols) { return (n_cols + kChunk - 1) / kChunk; }
-constexpr size_t rounded_up(size_t n_bytes) { return (n_bytes + 63) / 64 * 64; }
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats floats(size_t n) { return Floats(static_cast<float*>(std::aligned_alloc(64, rounded_up(n * sizeof(float))))); }
 
 // tile[n_cols, kTokens] = x[token, ...]; past the end: the last token again.
 template <typename T>
@@ -225,7 +216,7 @@ void multiply(const Linear& s, void* groups, int64_t first_row, int64_t end_row,
 }  // namespace
 
 // 16 MiB: the groups are read once a tile, in order, and need not lie near.
-extern const SparseKernels kSparseAvx2 = {kRows, kTokens, 1 << 24, group_bytes, prepare, multiply};
+extern const LinearKernels kSparseAvx2 = {kRows, kTokens, 1 << 24, group_bytes, prepare, multiply};
 
 }  // namespace wanda::cpu
 #endif

@@ -6,7 +6,7 @@
 // a step is row i's. Each step then permutes a token's chunk so that every row finds its own elements in its lane:
 // one permutation and one multiply-add where the dense product has two multiply-adds.
 #if defined(__x86_64__)
-#include "sparse_linear.h"
+#include "linear.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 #define WANDA_ISA wanda_avx512_sparse
@@ -164,14 +164,14 @@ void multiply_sparse(const Linear& s, void* compressed, int64_t first_row, int64
 }  // namespace
 
 // 4 MiB, which a shared L3 holds.
-extern const SparseKernels kSparseAvx512 = {kSparseRows,      kSparseTokens, 1 << 22,
+extern const LinearKernels kSparseAvx512 = {kSparseRows,      kSparseTokens, 1 << 22,
                                             compressed_bytes, compress_rows, multiply_sparse};
 
 }  // namespace wanda::cpu
 #else
 namespace wanda::cpu {
 
-extern const SparseKernels kSparseAvx512 = {};
+extern const LinearKernels kSparseAvx512 = {};
 
 }  // namespace wanda::cpu
 #endif

@@ -47,8 +47,8 @@ SCHEMAS = (
     "native_rotate_(Tensor(a!) out, Tensor x, Tensor cos, Tensor sin) -> ()",
     "native_rms_norm_(Tensor(a!) out, Tensor x, Tensor weight, float epsilon) -> ()",
     "native_gated_product_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
-    "native_multiplies_sparse(Tensor weight) -> bool",
-    "native_sparse_linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias) -> bool",
+    "native_multiplies(Tensor weight, bool sparse) -> bool",
+    "native_linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool sparse) -> bool",
 )
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # kernels.h, enum Activation
 BLOCK_TOKENS = 1024  # of fp32 copies: 1024 x 11008 is 45 MB

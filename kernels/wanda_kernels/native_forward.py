@@ -9,7 +9,7 @@ from torch import Tensor
 from wanda_kernels import reused_memory
 from wanda_kernels.native import ACTIVATION_CODES, _op, as_rows, why_not
 
-SPARSE_TOKENS = 64  # from here on a pruned weight's compression is paid back
+LINEAR_TOKENS = 64  # from here on a weight's preparation is paid back
 
 
 def takes_rows(*tensors: Tensor) -> bool:
@@ -87,30 +87,39 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     return out
 
 
-def multiplies_sparse(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `sparse_linear` takes these operands, and is faster here than a dense product can be.
+def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, sparse: bool) -> bool:
+    """Whether `sparse_linear`, or `dense_linear`, takes these operands, and is faster here than torch's product.
 
-    That is so for fp32 and bf16, from some tokens on: with AVX2 and no AVX-512, and on AMD's cores with
-    AVX-512-BF16 and VBMI2.
+    That is so for fp32 and bf16, from some tokens on. Sparse: with AVX2 and no AVX-512, and on AMD's cores with
+    AVX-512-BF16 and VBMI2. Dense: on AMD's cores with AVX2 and no AVX-512.
     """
     operands = [each for each in (x, weight, bias) if each is not None]
     alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
-    enough = x.numel() >= SPARSE_TOKENS * x.shape[-1] > 0
+    enough = x.numel() >= LINEAR_TOKENS * x.shape[-1] > 0
     rows = weight.dim() == 2 and weight.numel() > 0 and weight.stride(1) == 1
-    return alike and enough and rows and not why_not("cpu") and _op("native_multiplies_sparse")(weight)
+    return alike and enough and rows and not why_not("cpu") and _op("native_multiplies")(weight, sparse)
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x weight^T + bias, without the products of the weight's zeros; None where too few of them lie right.
 
     Args:
-        x: fp32 or bf16 `[..., in]`, such that `multiplies_sparse`.
+        x: fp32 or bf16 `[..., in]`, such that `multiplies`.
         weight: `[out, in]`. AVX2: of 96 rows, counted from the first, at most three quarters of the elements
             may be other than zero. AVX-512: of every 64 bytes of a row, counted from its begin, at most half:
             so it is after 2:4, 4:8, 8:16, and in bf16 16:32.
         bias: contiguous `[out]`, or None.
     """
+    return _linear(x, weight, bias, sparse=True)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, summed in fp32, of operands such that `multiplies`; shapes as in `sparse_linear`."""
+    return _linear(x, weight, bias, sparse=False)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, sparse: bool) -> Tensor | None:
     rows = as_rows(x)
     out = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
-    fits = _op("native_sparse_linear_")(out, rows, weight, bias)
+    fits = _op("native_linear_")(out, rows, weight, bias, sparse)
     return out.view(*x.shape[:-1], len(weight)) if fits else None

@@ -1,4 +1,4 @@
-"""RMSNorm, the gated product, the rotary embedding and the product with a pruned weight in C++, against
+"""RMSNorm, the gated product, the rotary embedding and products with a weight in C++, against
 formulas in fp64 or torch's own operations; what they do not take, they refuse."""
 
 import pytest
@@ -31,8 +31,13 @@ def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
 
 
 def require_sparse(x, weight, bias=None):
-    if not native_forward.multiplies_sparse(x, weight, bias):
+    if not native_forward.multiplies(x, weight, bias, sparse=True):
         pytest.skip("with AVX-512 it needs an AMD with BF16 and VBMI2; the portable kernels have none")
+
+
+def require_dense(x, weight, bias=None):
+    if not native_forward.multiplies(x, weight, bias, sparse=False):
+        pytest.skip("AVX2 on AMD alone has a dense product")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +203,51 @@ def test_threads_and_batches_change_no_bit_of_a_sparse_product(isa):
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_what_no_sparse_product_takes():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64), (5, 64, 65), (24, 577, 64), (33, 100, 70), (192, 1160, 513), (50, 7, 131)]
+)
+def test_dense_linear(isa, shape, dtype):
+    n_out, n_in, n_tokens = shape
+    x = torch.randn(n_tokens, 2 * n_in)[:, n_in:].to(dtype)
+    weight, bias = torch.randn(n_out + 1, n_in + 3)[1:, 3:].to(dtype), torch.randn(n_out).to(dtype)
+    require_dense(x, weight, bias)
+    for b in (None, bias):
+        found = native_forward.dense_linear(x, weight, b)
+        wanted = x.double() @ weight.double().t() + (0 if b is None else b.double())
+        torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=SUM_TOLERANCE)
+
+
+def test_dense_linear_of_panels_of_rows(isa):
+    """More rows than are prepared at once: 8 MiB."""
+    x, weight = torch.randn(2, 33, 1024), torch.randn(2100, 1024)
+    require_dense(x, weight)
+    wanted = x.double() @ weight.double().t()
+    found = native_forward.dense_linear(x, weight).double()
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE[x.dtype], atol=SUM_TOLERANCE)
+
+
+def test_dense_linear_carries_infinity_and_nan_within_their_token(isa):
+    x, weight = torch.randn(70, 40).abs(), torch.randn(30, 40).abs()
+    x[3, 5], x[69, 0] = float("inf"), float("nan")
+    require_dense(x, weight)
+    found = native_forward.dense_linear(x, weight)
+    assert found[3].isinf().all() and found[69].isnan().all()
+    assert found.isfinite().all(dim=1).sum() == 68
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_batches_change_no_bit_of_a_dense_product(isa, dtype):
+    x, weight = torch.randn(600, 1300).to(dtype), torch.randn(50, 1300).to(dtype)
+    require_dense(x, weight)
+    whole, threads = native_forward.dense_linear(x, weight), torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts = [native_forward.dense_linear(part, weight) for part in x.split(75)]
+    torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_what_no_product_takes():
     x, weight = torch.randn(64, 32), torch.zeros(4, 32)
     refused = (
         (x.half(), weight.half()),
@@ -210,4 +259,5 @@ def test_what_no_sparse_product_takes():
         (x, torch.zeros(32, 4).t()),
         (x.to("meta"), weight.to("meta")),
     )
-    assert not any(native_forward.multiplies_sparse(*each) for each in refused)
+    for sparse in (True, False):
+        assert not any(native_forward.multiplies(*each, sparse=sparse) for each in refused)

@@ -1,4 +1,4 @@
-// out = x weight^T + bias on the CPU for a pruned weight: how it is prepared, and the product of what was prepared.
+// out = x weight^T + bias on the CPU: how a weight is prepared, and the product of what was prepared.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 namespace wanda::cpu {
 
 // Of one instruction set, for fp32 and bf16.
-struct SparseKernels {
+struct LinearKernels {
   int64_t rows;        // of the weight that are prepared together, as one group
   int64_t tokens;      // of x that meet a group at once
   size_t cache_bytes;  // of prepared groups that all tokens meet before the next ones are prepared
@@ -20,8 +20,9 @@ struct SparseKernels {
 };
 
 #if defined(__x86_64__)
-extern const SparseKernels kSparseAvx512;  // rows 0 where the compiler knows no AVX-512-BF16 or VBMI2
-extern const SparseKernels kSparseAvx2;
+extern const LinearKernels kSparseAvx512;  // rows 0 where the compiler knows no AVX-512-BF16 or VBMI2
+extern const LinearKernels kSparseAvx2;
+extern const LinearKernels kDenseAvx2;  // whose format holds every weight
 #endif
 
 }  // namespace wanda::cpu
