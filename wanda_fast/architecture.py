@@ -11,7 +11,8 @@ from torch import nn
 import wanda_kernels
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
-GATED_MLP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"))  # Llama and its like; Mixtral's and InternLM's
+# gate, up and down: Llama and its like; Mixtral's and InternLM's
+GATED_MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 FUSED_NAME = "gate_up_proj"  # Phi-3's and GLM-4's
 ACTIVATION_NAMES = (
     "act_fn",
@@ -32,6 +33,7 @@ class GatedMLP:
     gate: nn.Linear
     up: nn.Linear
     activation: Callable[[torch.Tensor], torch.Tensor]
+    down: nn.Linear | None = None
 
     @property
     def fused(self) -> bool:
@@ -167,16 +169,17 @@ def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
         activation = next((getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None)
         if not callable(activation):
             continue
-        for gate_name, up_name in GATED_MLP_NAMES:
-            gate, up = getattr(parent, gate_name, None), getattr(parent, up_name, None)
+        for names in GATED_MLP_NAMES:
+            gate, up, down = (getattr(parent, name, None) for name in names)
             linears = isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)
             if linears and gate.weight.shape == up.weight.shape:
-                mlp = GatedMLP(gate, up, activation)
+                reads = isinstance(down, nn.Linear) and down.in_features == gate.out_features
+                mlp = GatedMLP(gate, up, activation, down if reads else None)
                 yield from ((gate, mlp), (up, mlp))
         both, down = getattr(parent, FUSED_NAME, None), getattr(parent, "down_proj", None)
         linears = isinstance(both, nn.Linear) and isinstance(down, nn.Linear)
         if linears and both.out_features == 2 * down.in_features:
-            yield both, GatedMLP(both, both, activation)
+            yield both, GatedMLP(both, both, activation, down)
 
 
 def _router_names(model: nn.Module) -> set[str]:

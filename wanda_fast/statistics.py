@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wanda_fast.architecture import Block, GatedMLP, Linear
 from wanda_fast.coactivation import Coactivation, GatedCoactivation
+from wanda_fast.dense_inputs import DenseInputs, dense_inputs
 from wanda_fast.hessian import Hessian
 from wanda_fast.sharing import SharedByInput
 from wanda_fast.sq_norm import SquaredNorm
@@ -30,9 +31,10 @@ class _Forward(threading.local):
         self.outputs: dict[nn.Module, Tensor] = {}  # of gated MLPs' projections
         self.added: set[nn.Module] = set()  # projections yet to be called, whose MLP's batch is added
         self.deferred: dict[nn.Module, SquaredNorm] = {}  # gates whose norm their MLP's statistic adds
+        self.entered: set[DenseInputs] = set()  # one of whose projections was called, the other not yet
 
     def begin(self) -> None:
-        for known in (self.calls, self.outputs, self.added, self.deferred):
+        for known in (self.calls, self.outputs, self.added, self.deferred, self.entered):
             known.clear()
 
 
@@ -59,7 +61,8 @@ class BlockStatistics:
         hessian: makes a linear's Hessian; None: none is gathered.
         before_call: complete each linear's statistic before the linear itself is called, for it will be
             pruned then. What a statistic reads of that linear's own output, or of a later one's, is computed
-            from the weights as they are: a gated MLP's two projections are both scored while both are dense.
+            from the weights as they are: a gated MLP's two projections are both scored while both are dense,
+            and so is what reads their product (`dense_inputs.py`).
         timed: makes a context around each addition.
     """
 
@@ -78,7 +81,9 @@ class BlockStatistics:
         self.hessians: dict[str, Hessian] = self._hessians.by_name
         self._now = _Forward()
         self._gated = _gated_statistics(block, statistic)
-        self._names = {name for gated in self._gated for name in gated.by_name}
+        self._dense = dense_inputs(block, statistic) if before_call else {}
+        self.by_name.update({name: each.norm for name, each in self._dense.items()})
+        self._names = {name for gated in self._gated for name in gated.by_name} | set(self._dense)
 
     @property
     def calls(self) -> list[str]:
@@ -91,6 +96,9 @@ class BlockStatistics:
         handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
         for linear in self.block.linears:
             handles.append(linear.module.register_forward_pre_hook(partial(self._read, linear)))
+        for each in self._dense.values():
+            for module in each.projections:
+                handles.append(module.register_forward_pre_hook(partial(self._enter, each)))
         for gated in self._gated:
             for module in gated.pruned if self.before_call else ():
                 handles.append(module.register_forward_pre_hook(partial(self._add_ahead, gated)))
@@ -131,6 +139,16 @@ class BlockStatistics:
         with self.timed():
             self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
         self._now.added.update(gated.pruned.union(gated.reads) - {module})
+
+    def _enter(self, dense: DenseInputs, _module: nn.Module, args: tuple) -> None:
+        """The first of an MLP's projections that a forward calls; both see the same input."""
+        entered = self._now.entered
+        if dense in entered:
+            entered.remove(dense)
+            return
+        dense.add(args[0])
+        if not dense.mlp.fused:
+            entered.add(dense)
 
     def _was_added(self, module: nn.Module) -> bool:
         known = module in self._now.added

@@ -88,10 +88,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 
 
 def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, sparse: bool) -> bool:
-    """Whether `sparse_linear`, or `dense_linear`, takes these operands, and is faster here than torch's product.
+    """Whether `sparse_linear`, or `dense_linear`, takes these operands, and is faster here than torch's own.
 
-    That is so for fp32 and bf16, from some tokens on. Sparse: with AVX2 and no AVX-512, and on AMD's cores with
-    AVX-512-BF16 and VBMI2. Dense: on AMD's cores with AVX2 and no AVX-512.
+    That is so for fp32 and bf16, from some tokens on. Sparse: with AVX2 and no AVX-512, and on AMD's cores
+    with AVX-512-BF16 and VBMI2. Dense: on AMD's cores with AVX2 and no AVX-512.
     """
     operands = [each for each in (x, weight, bias) if each is not None]
     alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
