@@ -12,7 +12,7 @@ from torch import Tensor
 from wanda_fast.architecture import Block, GatedMLP, Linear
 from wanda_fast.sq_norm import SquaredNorm
 
-SHARE = 4  # one sequence in so many; of tokens that a router sent, one token
+SHARE = 8  # one sequence in so many; of tokens that a router sent, one token
 
 
 class DenseInputs:
