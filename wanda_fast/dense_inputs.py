@@ -12,7 +12,7 @@ from torch import Tensor
 from wanda_fast.architecture import Block, GatedMLP, Linear
 from wanda_fast.sq_norm import SquaredNorm
 
-SHARE = 8  # one sequence in so many; of tokens that a router sent, one token
+SEQUENCES, TOKENS = 8, 9  # one in so many; in an even number of tokens each sequence's first could always be
 
 
 class DenseInputs:
@@ -25,7 +25,8 @@ class DenseInputs:
 
     def add(self, x: Tensor) -> None:
         """x `[sequences, tokens, in]` or `[tokens, in]`, before either projection is pruned."""
-        part = x[-self._seen % SHARE :: SHARE]
+        every = SEQUENCES if x.dim() > 2 else TOKENS
+        part = x[-self._seen % every :: every]
         self._seen += len(x)
         if not part.numel():
             return

@@ -99,7 +99,8 @@ def prune(
         batch_size: calibration sequences a forward; default: as many as make about 4096 (CPU) or 16384 (GPU)
             tokens, fewer where free memory is less; a resumed run keeps to its first choice.
         sequential: "block", as published, or "linear": one pass instead of two, in which each linear is
-            pruned as soon as its input is known, and what follows sees its pruned output.
+            pruned as soon as its input is known, and what follows sees its pruned output; a gated MLP's
+            down projection is scored while the other two are dense, on an eighth of the sequences.
         activations: where the hidden states of all sequences lie: on the "device", in "host" memory, in a
             file on "disk" (in `save_model` + ".partial", or the system's folder for temporary files), or
             "auto": the first of these that has room. The results are the same.

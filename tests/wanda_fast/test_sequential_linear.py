@@ -11,7 +11,9 @@ import torch
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import errors
-from wanda_fast.architecture import find_blocks
+from wanda_fast.architecture import GatedMLP, Linear, find_blocks
+from wanda_fast.dense_inputs import DenseInputs
+from wanda_fast.sq_norm import SquaredNorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +102,23 @@ def test_downs_share_of_the_calibration_does_not_depend_on_the_batches():
             wanda_fast.prune(model, dataset=ids, batch_size=batch_size, sequential="linear")
             pruned.append(model)
         assert zeros_in_common(*pruned[:2]) > 0.9995 < zeros_in_common(*pruned[1:])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape, every", [((20, 3, 4), 8), ((40, 4), 9)])
+def test_the_dense_share_runs_on_from_batch_to_batch(shape, every, fused):
+    gate, up = (torch.nn.Linear(4, 12 if fused else 6, bias=False) for _ in range(2))
+    up = gate if fused else up
+    down = torch.nn.Linear(6, 4)
+    norm = SquaredNorm(Linear("down", down))
+    dense, x = DenseInputs(GatedMLP(gate, up, torch.nn.SiLU(), down), norm), torch.randn(shape)
+    with torch.no_grad():
+        for part in x.split([1, 0, 6, 2, len(x) - 9]):
+            dense.add(part)
+        outputs = [module(x[::every]) for module in (gate, up)]
+        outputs = outputs[0].chunk(2, dim=-1) if fused else outputs
+        wanted = (torch.nn.functional.silu(outputs[0]) * outputs[1]).reshape(-1, 6).square().sum(0)
+    torch.testing.assert_close(norm.acc, wanted)
 
 
 def test_a_fault_ends_all_batches():
