@@ -33,28 +33,25 @@ class Case:
     flops: int = 0
 
 
+def _linear(name: str, x: torch.Tensor, weight: torch.Tensor, ours: Callable, sparse: bool) -> Case:
+    return Case(
+        name,
+        f"{len(x)}x{x.shape[1]} to {len(weight)}",
+        native_forward.multiplies(x, weight, sparse=sparse),
+        lambda: ours(x, weight),
+        lambda: F.linear(x, weight),
+        2 * x.numel() * len(weight),
+    )
+
+
 def cases(n_tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     hidden, wide = shapes.SMOLLM2.hidden, shapes.SMOLLM2.intermediate
     for n_out, n_in in ((hidden, hidden), (wide, hidden), (hidden, wide)):
         x, weight = torch.randn(n_tokens, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype)
-        yield Case(
-            "linear",
-            f"{n_tokens}x{n_in} to {n_out}",
-            native_forward.multiplies(x, weight, sparse=False),
-            lambda x=x, weight=weight: native_forward.dense_linear(x, weight),
-            lambda x=x, weight=weight: F.linear(x, weight),
-            2 * n_tokens * n_in * n_out,
-        )
-        weight = weight.clone()
-        wanda_kernels.prune_nm_(weight, None, 2, 4)
-        yield Case(
-            "linear, weight 2:4",
-            f"{n_tokens}x{n_in} to {n_out}",
-            native_forward.multiplies(x, weight, sparse=True),
-            lambda x=x, weight=weight: native_forward.sparse_linear(x, weight),
-            lambda x=x, weight=weight: F.linear(x, weight),
-            2 * n_tokens * n_in * n_out,
-        )
+        yield _linear("linear", x, weight, native_forward.dense_linear, sparse=False)
+        pruned = weight.clone()
+        wanda_kernels.prune_nm_(pruned, None, 2, 4)
+        yield _linear("linear, weight 2:4", x, pruned, native_forward.sparse_linear, sparse=True)
     q, k, v = (
         torch.randn(n_tokens // SEQUENCE, SEQUENCE, heads, HEAD).to(dtype).transpose(1, 2)
         for heads in (HEADS, SHARED, SHARED)

@@ -82,7 +82,6 @@ class BlockStatistics:
         self._now = _Forward()
         self._gated = _gated_statistics(block, statistic)
         self._dense = dense_inputs(block, statistic) if before_call else {}
-        self.by_name.update({name: each.norm for name, each in self._dense.items()})
         self._names = {name for gated in self._gated for name in gated.by_name} | set(self._dense)
 
     @property
@@ -96,9 +95,9 @@ class BlockStatistics:
         handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
         for linear in self.block.linears:
             handles.append(linear.module.register_forward_pre_hook(partial(self._read, linear)))
-        for each in self._dense.values():
-            for module in each.projections:
-                handles.append(module.register_forward_pre_hook(partial(self._enter, each)))
+        for name, dense in self._dense.items():
+            for module in dense.projections:
+                handles.append(module.register_forward_pre_hook(partial(self._enter, name, dense)))
         for gated in self._gated:
             for module in gated.pruned if self.before_call else ():
                 handles.append(module.register_forward_pre_hook(partial(self._add_ahead, gated)))
@@ -140,12 +139,13 @@ class BlockStatistics:
             self._add(gated, [each.forward(args[0]) for each in gated.reads], args[0])
         self._now.added.update(gated.pruned.union(gated.reads) - {module})
 
-    def _enter(self, dense: DenseInputs, _module: nn.Module, args: tuple) -> None:
+    def _enter(self, name: str, dense: DenseInputs, _module: nn.Module, args: tuple) -> None:
         """The first of an MLP's projections that a forward calls; both see the same input."""
         entered = self._now.entered
         if dense in entered:
             entered.remove(dense)
             return
+        self.by_name[name] = dense.norm
         dense.add(args[0])
         if not dense.mlp.fused:
             entered.add(dense)

@@ -14,6 +14,7 @@ from wanda_fast import errors
 from wanda_fast.architecture import GatedMLP, Linear, find_blocks
 from wanda_fast.dense_inputs import DenseInputs
 from wanda_fast.sq_norm import SquaredNorm
+from wanda_fast.statistics import BlockStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,6 +120,17 @@ def test_the_dense_share_runs_on_from_batch_to_batch(shape, every, fused):
         outputs = outputs[0].chunk(2, dim=-1) if fused else outputs
         wanted = (torch.nn.functional.silu(outputs[0]) * outputs[1]).reshape(-1, 6).square().sum(0)
     torch.testing.assert_close(norm.acc, wanted)
+
+
+def test_a_down_projection_that_no_token_reached_has_no_statistic():
+    """As any other linear: a warning names it."""
+    block = find_blocks(FAMILIES["llama2"]())[0]
+    down = next(linear.name for linear in block.linears if linear.module is block.linears[-2].gated.down)
+    statistics = BlockStatistics(block, SquaredNorm, before_call=True)
+    with statistics.gathering(), torch.no_grad():
+        assert statistics.by_name == {}
+        block.module.mlp(torch.randn(1, 3, block.linears[-2].module.in_features))
+        assert statistics.by_name[down].acc.sum() > 0
 
 
 def test_a_fault_ends_all_batches():
