@@ -1,4 +1,4 @@
-"""A block's forward on a CPU: the same modules, with faster attention and matmuls under them.
+"""A block's forward: the same modules, with kernels of ours under them; on a CPU attention and matmuls too.
 
 Chosen by machine and dtype alone, never by timing, so that two runs on one machine give the same bytes.
 `WANDA_KERNELS_BACKEND=torch` leaves everything to torch.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from wanda_kernels import native, native_forward, reused_memory
+from wanda_kernels.backends import why_not
 
 WIDENED_TOKENS = 512  # that a product of bf16 in fp32 takes at once: its copies stay small
 
@@ -26,20 +28,30 @@ def faster_forward(device: torch.device):
 
 
 def replacements() -> dict[Callable, Callable]:
-    """torch's function -> what stands in for it here, and returns None where it leaves a call to torch."""
-    return _of_this_machine() if may_replace() else {}
+    """torch's function -> what stands in for it on a CPU, and returns None where it leaves a call to torch."""
+    return _of_this_machine() if _may_replace("cpu") else {}
 
 
-def may_replace() -> bool:
-    return os.environ.get("WANDA_KERNELS_BACKEND", "") in ("", "auto", "cpu")
+def elementwise_kernels(device: torch.device) -> ModuleType | None:
+    """Where `rms_norm`, `gated_product` and `rotary` for tensors of that device are; None: torch's are used."""
+    if device.type == "cpu" and _may_replace("cpu"):
+        return None if native.why_not("cpu") else native_forward
+    if device.type == "cuda" and _may_replace("triton") and not why_not("add_sq_norm_", device, "triton"):
+        from wanda_kernels import triton_forward  # needs triton
+
+        return triton_forward
+    return None
+
+
+def _may_replace(backend: str) -> bool:
+    return os.environ.get("WANDA_KERNELS_BACKEND", "") in ("", "auto", backend)
 
 
 def described(device: torch.device) -> list[str]:
     """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
-    if device.type != "cpu" or not may_replace():
-        return []
-    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm", "rotary"]
-    return sorted([*modules, *(function.__name__ for function in replacements())])
+    modules = [] if elementwise_kernels(device) is None else ["gated_product", "rms_norm", "rotary"]
+    functions = replacements() if device.type == "cpu" else {}
+    return sorted([*modules, *(function.__name__ for function in functions)])
 
 
 class _Replacing(TorchFunctionMode):

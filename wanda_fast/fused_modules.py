@@ -13,10 +13,9 @@ from types import FunctionType
 
 from torch import Tensor, nn
 
-from wanda_fast.block_forward import may_replace
+from wanda_fast.block_forward import elementwise_kernels
 from wanda_fast.coactivation import kernel_activation
 from wanda_fast.forwards import forwards_replaced
-from wanda_kernels import native_forward
 
 ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 
@@ -24,26 +23,29 @@ ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 @contextmanager
 def fused_modules(block: nn.Module) -> Iterator[None]:
     """Inside, the block's norms, MLPs and rotary embeddings run by kernels, on operands that these take."""
-    modules = [module for module in block.modules() if "forward" not in vars(module)] if may_replace() else []
+    devices = {parameter.device for parameter in block.parameters()}
+    served = any(elementwise_kernels(device) is not None for device in devices)
+    modules = [module for module in block.modules() if served and "forward" not in vars(module)]
     fusions = {module: fusion for module in modules if (fusion := _fusion(type(module)))}
     with forwards_replaced({m: partial(fusion, m, m.forward) for m, fusion in fusions.items()}):
         yield
 
 
 def _rms_norm(norm: nn.Module, own: Callable, hidden_states: Tensor) -> Tensor:
-    if not native_forward.takes_rows(hidden_states, norm.weight):
+    kernels = elementwise_kernels(hidden_states.device)
+    if kernels is None or not kernels.takes_rows(hidden_states, norm.weight):
         return own(hidden_states)
-    return native_forward.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+    return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
 def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
-    activation = kernel_activation(mlp.act_fn)
-    if activation is None or not native_forward.takes_rows(x):
+    activation, kernels = kernel_activation(mlp.act_fn), elementwise_kernels(x.device)
+    if activation is None or kernels is None or not kernels.takes_rows(x):
         return own(x)
     outputs = {mlp.gate_proj: mlp.gate_proj(x), mlp.up_proj: mlp.up_proj(x)}
     # The product lies in the memory of one of them: of one that nobody else was given.
     free = (output for linear, output in outputs.items() if _is_plain(linear) and output.is_contiguous())
-    product = native_forward.gated_product(*outputs.values(), activation, out=next(free, None))
+    product = kernels.gated_product(*outputs.values(), activation, out=next(free, None))
     return mlp.down_proj(product)
 
 
@@ -64,9 +66,10 @@ def _attention(attention: nn.Module, own: Callable, *args, **kwargs) -> object:
 
 
 def _rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-    if kwargs or not all(native_forward.rotates(each, cos, sin) for each in (q, k)):
+    kernels = None if kwargs else elementwise_kernels(q.device)
+    if kernels is None or not all(kernels.rotates(each, cos, sin) for each in (q, k)):
         return own(q, k, cos, sin, **kwargs)
-    return native_forward.rotary(q, cos, sin), native_forward.rotary(k, cos, sin)
+    return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
 
 
 def _fusion(kind: type[nn.Module]) -> Callable | None:

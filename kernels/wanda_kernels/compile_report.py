@@ -31,6 +31,7 @@ from wanda_kernels import (
     prune_rows,
     prune_variant,
     sparsegpt_block,
+    triton_forward,
 )
 from wanda_kernels.reference import ACTIVATIONS
 
@@ -45,6 +46,7 @@ MODULES = (
     prune_matrix,
     prune_variant,
     sparsegpt_block,
+    triton_forward,
 )
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -127,6 +129,8 @@ class _Recorder:
 def _type_of(value, parameter) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
     if parameter.is_constexpr or value == 1 and not parameter.do_not_specialize:
         return "constexpr"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -149,6 +153,7 @@ def variants() -> list[Variant]:
         _launch_gated_coactivation()
         _launch_hessian()
         _launch_sparsegpt()
+        _launch_forward()
     finally:
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
@@ -234,6 +239,19 @@ def _launch_sparsegpt() -> None:
         dead, scale = torch.empty(size, dtype=torch.bool, device="meta"), torch.empty(size, device="meta")
         scale = scale if selector == "wanda" else None
         sparsegpt_block.sparsegpt_(weight, upper, dead, ratio, n, m, selector, scale, None, None)
+
+
+def _launch_forward() -> None:
+    for dtype in FLOATS:
+        for size in (4096, triton_forward.MOST_COLUMNS):
+            x, weight = (torch.empty(*shape, size, dtype=dtype, device="meta") for shape in ((2048,), ()))
+            triton_forward.rms_norm(x, weight, 1e-5)
+        for activation in ("silu", "gelu"):
+            triton_forward.gated_product(x, x, activation)
+        for n_heads, head_dim in ((32, 128), (8, 128), (40, 80)):
+            x = torch.empty(8, 2048, n_heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+            turn = torch.empty(1, 2048, head_dim, dtype=dtype, device="meta")
+            triton_forward.rotary(x, turn, turn)
 
 
 def compile_variant(variant: Variant, arch: int) -> Usage:

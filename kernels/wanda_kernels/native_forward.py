@@ -36,12 +36,17 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor 
     return out
 
 
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether shapes and strides are a rotary embedding's: heads of an even size, features side by side."""
+    shapes = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and cos.stride() == sin.stride()
+    fit = shapes and cos.shape[1:] == x.shape[2:] and cos.shape[0] in (1, x.shape[0])
+    even = fit and x.shape[-1] % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:3])
+    return even and x.stride(-1) == cos.stride(-1) == 1
+
+
 def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotary` takes these: fp32 or bf16 of one dtype, on the CPU, of an even head_dim."""
-    shapes = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and cos.stride() == sin.stride()
-    turns = shapes and cos.shape[1:] == x.shape[2:] and cos.shape[0] in (1, x.shape[0])
-    even = turns and x.shape[-1] % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:3])
-    return even and x.stride(-1) == cos.stride(-1) == 1 and takes_rows(x, cos, sin)
+    return turns(x, cos, sin) and takes_rows(x, cos, sin)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
-from wanda_fast import errors
+from wanda_fast import errors, lockstep
 from wanda_fast.architecture import GatedMLP, Linear, find_blocks
 from wanda_fast.dense_inputs import DenseInputs
 from wanda_fast.sq_norm import SquaredNorm
@@ -68,6 +69,38 @@ def test_equals_the_definition(name):
     wanda_fast.prune(published, dataset=ids, batch_size=2)
     equal, otherwise = zeros_in_common(model, expected), zeros_in_common(model, published)
     assert equal > 0.9995 > otherwise  # a swapped pair is a tie but for the last bit of a sum
+
+
+class CallsOfThisThread(TorchFunctionMode):
+    """Counts the calls of matmuls and attention; a mode is of the thread that enters it."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.count, self.fails_at = 0, fails_at
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in lockstep.LIBRARIES
+        if self.count == self.fails_at:
+            raise torch.OutOfMemoryError("no memory left")
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_one_thread_calls_the_libraries(monkeypatch):
+    """The same results as in the batches' own threads, and its faults end the run."""
+    monkeypatch.setenv("WANDA_KERNELS_BACKEND", "torch")  # no CPU kernels in the place of the two
+    dense = FAMILIES["llama3"]()
+    own, asked, ids = copy.deepcopy(dense), copy.deepcopy(dense), token_ids(dense, 6, 16)
+    with CallsOfThisThread() as calls:
+        wanda_fast.prune(own, dataset=ids, batch_size=2, sequential="linear")
+    assert calls.count == 0
+    monkeypatch.setattr(lockstep, "_on_gpu", lambda x: True)
+    with CallsOfThisThread() as calls:
+        wanda_fast.prune(asked, dataset=ids, batch_size=2, sequential="linear")
+    assert calls.count >= 3 * len(find_blocks(dense)) * 8  # batches, linears and attention
+    for mine, other in zip(own.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with CallsOfThisThread(fails_at=20), pytest.raises(errors.OutOfMemoryError):
+        wanda_fast.prune(dense, dataset=ids, batch_size=2, sequential="linear")
 
 
 def zeros_in_common(model, other):
