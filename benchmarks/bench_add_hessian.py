@@ -12,6 +12,7 @@ from benchmarks.workloads import Operands, Workload, dtypes
 
 WIDEST = 14_336  # its Hessian is 0.8 GB, the next one's 3.3
 TOLERANCE = 1e-5  # fp32 sums of a few thousand terms, in any order, relative to the largest
+CUT_OFF = 2**-24 / 16  # a token: tensor cores cut a running sum off every 16 tokens (add_hessian.py)
 
 
 def published(acc: Tensor, x: Tensor, seen: int = 0) -> None:
@@ -50,7 +51,7 @@ def _workload(n_tokens: int, width: int, dtype: torch.dtype, device: str, headli
         n_flops=n_tokens * width * (width + 1),
         bound="flops",
         error=error_of_largest,
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE + (n_tokens * CUT_OFF if device == "cuda" and dtype.itemsize == 2 else 0),
         headline=headline and dtype == torch.bfloat16,
     )
 

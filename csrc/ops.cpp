@@ -96,7 +96,9 @@ float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc"
 class Surroundings {
  public:
   explicit Surroundings(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
+    // by its code: the macro that judges it has another name in every version of torch's headers
+    const auto code = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream);
+    STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "torch has no current stream on GPU ", tensor.get_device_index());
     if (scratch_bytes == 0) return;
     scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(scratch_bytes)}, ScalarType::Byte);
     context_.scratch = scratch_->data_ptr();

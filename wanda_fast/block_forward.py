@@ -28,12 +28,12 @@ def faster_forward(device: torch.device):
 
 
 def replacements() -> dict[Callable, Callable]:
-    """torch's function -> what stands in for it on a CPU, and returns None where it leaves a call to torch."""
+    """On a CPU: torch's function -> what stands in for it, and returns None where a call is left to torch."""
     return _of_this_machine() if _may_replace("cpu") else {}
 
 
 def elementwise_kernels(device: torch.device) -> ModuleType | None:
-    """Where `rms_norm`, `gated_product` and `rotary` for tensors of that device are; None: torch's are used."""
+    """The module with `rms_norm`, `gated_product` and `rotary` for that device's tensors, or None."""
     if device.type == "cpu" and _may_replace("cpu"):
         return None if native.why_not("cpu") else native_forward
     if device.type == "cuda" and _may_replace("triton") and not why_not("add_sq_norm_", device, "triton"):

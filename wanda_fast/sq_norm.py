@@ -5,6 +5,7 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.architecture import Linear
+from wanda_kernels import column_squares
 
 
 class SquaredNorm:
@@ -16,4 +17,8 @@ class SquaredNorm:
         self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
     def add(self, x: Tensor) -> None:
-        wanda_kernels.add_sq_norm_(self.acc, x)
+        left = column_squares.left_with(x)
+        if left is None:
+            wanda_kernels.add_sq_norm_(self.acc, x)
+        else:
+            self.acc += left.sum(0)

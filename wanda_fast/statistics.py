@@ -18,6 +18,7 @@ from wanda_fast.dense_inputs import DenseInputs, dense_inputs
 from wanda_fast.hessian import Hessian
 from wanda_fast.sharing import SharedByInput
 from wanda_fast.sq_norm import SquaredNorm
+from wanda_kernels.column_squares import squares_left
 
 OfMLP = Coactivation | GatedCoactivation
 Statistic = SquaredNorm | OfMLP
@@ -80,6 +81,7 @@ class BlockStatistics:
         self.by_name: dict[str, Statistic] = self._norms.by_name
         self.hessians: dict[str, Hessian] = self._hessians.by_name
         self._now = _Forward()
+        self._reads_norms = any(isinstance(statistic(linear), SquaredNorm) for linear in block.linears[-1:])
         self._gated = _gated_statistics(block, statistic)
         self._dense = dense_inputs(block, statistic) if before_call else {}
         self._names = {name for gated in self._gated for name in gated.by_name} | set(self._dense)
@@ -104,7 +106,8 @@ class BlockStatistics:
             for module in () if self._ahead(gated) else gated.reads:
                 handles.append(module.register_forward_hook(partial(self._keep_output, gated)))
         try:
-            yield
+            with squares_left() if self._reads_norms else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

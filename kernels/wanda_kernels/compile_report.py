@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -33,6 +34,7 @@ from wanda_kernels import (
     sparsegpt_block,
     triton_forward,
 )
+from wanda_kernels.column_squares import squares_left
 from wanda_kernels.reference import ACTIVATIONS
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have: A100; H100 and H200
@@ -242,16 +244,17 @@ def _launch_sparsegpt() -> None:
 
 
 def _launch_forward() -> None:
-    for dtype in FLOATS:
-        for size in (4096, triton_forward.MOST_COLUMNS):
-            x, weight = (torch.empty(*shape, size, dtype=dtype, device="meta") for shape in ((2048,), ()))
-            triton_forward.rms_norm(x, weight, 1e-5)
-        for activation in ("silu", "gelu"):
-            triton_forward.gated_product(x, x, activation)
-        for n_heads, head_dim in ((32, 128), (8, 128), (40, 80)):
-            x = torch.empty(8, 2048, n_heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-            turn = torch.empty(1, 2048, head_dim, dtype=dtype, device="meta")
-            triton_forward.rotary(x, turn, turn)
+    for dtype, summed in product(FLOATS, (squares_left, nullcontext)):
+        with summed():
+            for size in (4096, triton_forward.MOST_COLUMNS):
+                x, weight = (torch.empty(*shape, size, dtype=dtype, device="meta") for shape in ((2048,), ()))
+                triton_forward.rms_norm(x, weight, 1e-5)
+            for activation in ("silu", "gelu"):
+                triton_forward.gated_product(x, x, activation)
+    for dtype, (n_heads, head_dim) in product(FLOATS, ((32, 128), (8, 128), (40, 80))):
+        x = torch.empty(8, 2048, n_heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        turn = torch.empty(1, 2048, head_dim, dtype=dtype, device="meta")
+        triton_forward.rotary(x, turn, turn)
 
 
 def compile_variant(variant: Variant, arch: int) -> Usage:

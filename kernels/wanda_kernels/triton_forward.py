@@ -7,6 +7,9 @@ rounded to the operands' dtype wherever torch's separate operations round. The r
 - `gated_product`: gate and up read, one written, 6 bytes a value.
 - `rotary`: x read and written, 4 bytes a value; cosines and sines come from L2.
 
+Where `column_squares` are wanted, the first two leave those of their output on the way: fixed slabs of rows,
+so the same bits on every run.
+
 Source: transformers' Llama, which writes them as 6, 2 and 7 passes.
 """
 
@@ -15,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanda_kernels import column_squares
 from wanda_kernels.add_coactivation import _activate
 from wanda_kernels.native import DTYPES, as_rows
 from wanda_kernels.native_forward import turns
 
 MOST_COLUMNS = 16384  # of a norm: a program's registers
+SLAB = 32  # rows that a program sums the squares of: partial sums are a thirtieth of what is written
 
 
 @triton.jit
@@ -27,17 +32,25 @@ def _rms_norm_kernel(
     out_ptr, stride_om,
     x_ptr, stride_xm,
     weight_ptr,
-    n_cols, epsilon,
-    BLOCK: tl.constexpr,
+    partial_ptr,  # fp32 [slabs, n_cols], column sums of out^2 where SLAB is not 0
+    n_rows, n_cols, epsilon,
+    SLAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * max(SLAB, 1)
     cols = tl.arange(0, BLOCK)
     inside = cols < n_cols
-    x = tl.load(x_ptr + row * stride_xm + cols, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
-    quotient = x * tl.rsqrt(tl.sum(x * x) / n_cols + epsilon)
-    quotient = quotient.to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * stride_om + cols, (weight * quotient).to(out_ptr.dtype.element_ty), mask=inside)
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for row in range(first, tl.minimum(first + max(SLAB, 1), n_rows)):
+        x = tl.load(x_ptr + row * stride_xm + cols, mask=inside, other=0.0).to(tl.float32)
+        quotient = x * tl.rsqrt(tl.sum(x * x) / n_cols + epsilon)
+        quotient = quotient.to(out_ptr.dtype.element_ty).to(tl.float32)
+        out = (weight * quotient).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * stride_om + cols, out, mask=inside)
+        if SLAB:
+            sums += out.to(tl.float32) * out.to(tl.float32)
+    if SLAB:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, sums, mask=inside)
 
 
 @triton.jit
@@ -45,16 +58,24 @@ def _gated_product_kernel(
     out_ptr, stride_om,
     gate_ptr, stride_gm,
     up_ptr, stride_um,
-    n_cols,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr,  # fp32 [slabs, n_cols], column sums of out^2 where SLAB is not 0
+    n_rows, n_cols,
+    ACTIVATION: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * max(SLAB, 1)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < n_cols
-    gate = tl.load(gate_ptr + row * stride_gm + cols, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
-    up = tl.load(up_ptr + row * stride_um + cols, mask=inside, other=0.0).to(tl.float32)
-    activated = _activate(gate, ACTIVATION).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * stride_om + cols, (activated * up).to(out_ptr.dtype.element_ty), mask=inside)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for row in range(first, tl.minimum(first + max(SLAB, 1), n_rows)):
+        gate = tl.load(gate_ptr + row * stride_gm + cols, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
+        up = tl.load(up_ptr + row * stride_um + cols, mask=inside, other=0.0).to(tl.float32)
+        activated = _activate(gate, ACTIVATION).to(out_ptr.dtype.element_ty).to(tl.float32)
+        out = (activated * up).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * stride_om + cols, out, mask=inside)
+        if SLAB:
+            sums += out.to(tl.float32) * out.to(tl.float32)
+    if SLAB:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, sums, mask=inside)
 
 
 @triton.jit
@@ -103,9 +124,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n_rows, n_cols = rows.shape
     block = triton.next_power_of_2(n_cols)
-    _rms_norm_kernel[(n_rows,)](
-        out, n_cols, rows, rows.stride(0), weight, n_cols, epsilon,
-        BLOCK=block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
+    slab, partial = _sums_of(out, n_rows)
+    _rms_norm_kernel[(triton.cdiv(n_rows, max(slab, 1)),)](
+        out, n_cols, rows, rows.stride(0), weight, partial, n_rows, n_cols, epsilon,
+        SLAB=slab, BLOCK=block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -117,11 +139,22 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor 
     into, gate_rows, up_rows = as_rows(out), as_rows(gate), as_rows(up)
     n_rows, n_cols = gate_rows.shape
     block = min(1024, triton.next_power_of_2(max(n_cols, 256)))  # 8 values a thread: two loads of 16 bytes
-    _gated_product_kernel[(n_rows, triton.cdiv(n_cols, block))](
-        into, into.stride(0), gate_rows, gate_rows.stride(0), up_rows, up_rows.stride(0), n_cols,
-        ACTIVATION=activation, BLOCK=block, num_warps=block // 256, enable_fp_fusion=False,
+    slab, partial = _sums_of(out, n_rows)
+    _gated_product_kernel[(triton.cdiv(n_rows, max(slab, 1)), triton.cdiv(n_cols, block))](
+        into, into.stride(0), gate_rows, gate_rows.stride(0), up_rows, up_rows.stride(0), partial,
+        n_rows, n_cols,
+        ACTIVATION=activation, SLAB=slab, BLOCK=block, num_warps=block // 256, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def _sums_of(out: Tensor, n_rows: int) -> tuple[int, Tensor]:
+    """(rows that a program sums up, where sums go); (0, any tensor) where nobody wants them."""
+    if not column_squares.are_wanted():
+        return 0, out
+    partial = torch.empty(triton.cdiv(n_rows, SLAB), out.shape[-1], dtype=torch.float32, device=out.device)
+    column_squares.leave(out, partial)
+    return SLAB, partial
 
 
 def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
