@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast.fused_modules import fused_modules
 from wanda_fast.placement import Placement, on_host
 
 pytestmark = [
@@ -83,3 +84,35 @@ def test_no_copy_overtakes_what_it_waits_for(kind, tmp_path):
 def test_host_memory_is_pinned(tmp_path):
     hidden = Placement("host", torch.device("cuda", 0)).empty((2, 8, 4), torch.bfloat16)
     assert hidden._stored.is_pinned() and hidden[0:2].is_cuda
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_fused_forward_gives_the_models_own_results(name, monkeypatch):
+    """The kernels are asked, what they put out is the model's, and the sums they leave are the norms'."""
+    from wanda_kernels import triton_forward
+
+    model, ids = FAMILIES[name]().cuda(), token_ids(FAMILIES[name](), 2, 40).cuda()
+    used = []
+    for kernel in ("rms_norm", "gated_product", "rotary"):
+        own = getattr(triton_forward, kernel)
+        monkeypatch.setattr(
+            triton_forward, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
+        )
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with fused_modules(model):
+            found = model(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert set(used) == {"rms_norm", "gated_product", "rotary"}
+
+
+@pytest.mark.parametrize("sequential", ["block", "linear"])
+def test_masks_with_and_without_kernels(sequential, monkeypatch):
+    """fp32: kernels for norms, statistics and selection against torch's own, on one GPU."""
+    ids, masks = token_ids(FAMILIES["llama3"](), 6, 128), []
+    for backend in ("", "torch"):
+        monkeypatch.setenv("WANDA_KERNELS_BACKEND", backend)
+        model = FAMILIES["llama3"]()
+        wanda_fast.prune(model, dataset=ids, batch_size=2, device="cuda", sequential=sequential)
+        masks.append(torch.cat([parameter.flatten() == 0 for parameter in model.parameters()]).cpu())
+    assert (masks[0] == masks[1]).float().mean() > 0.999
