@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 UNKNOWN = "unknown"
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a waiting thread spins by default
-GPU_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+GPU_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,temperature.gpu"
 
 
 def describe(device: str) -> dict[str, str | int | float]:

@@ -35,19 +35,19 @@ class _Batch:
         self.error: BaseException | None = None
         self._forward, self._stopped = forward, False
         self._asked: Callable[[], object] | None = None
-        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._waits = threading.Lock(), threading.Lock()  # taken: a semaphore in Python costs more
+        self._go.acquire()
+        self._waits.acquire()
         own = partial(copy_context().run, self._run)
         self.thread = threading.Thread(target=own, name="wanda-fast-batch", daemon=True)
         self.thread.start()
 
     def go_on(self) -> None:
         """Wake the batch, and wait until it waits again; meanwhile compute what it asks for."""
-        self._go.release()
-        self._waits.acquire()
+        self._wake()
         while self._asked is not None:
             self._answer, self._asked = self._asked(), None
-            self._go.release()
-            self._waits.acquire()
+            self._wake()
         if self.error is not None:
             raise self.error
 
@@ -63,16 +63,20 @@ class _Batch:
         self.at = linear
         self._pause()
 
+    def stop(self) -> None:
+        self._stopped = True
+        _release(self._go)
+        self.thread.join()
+
+    def _wake(self) -> None:
+        _release(self._go)
+        self._waits.acquire()
+
     def _pause(self) -> None:
-        self._waits.release()
+        _release(self._waits)
         self._go.acquire()
         if self._stopped:
             raise _Stop
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._go.release()
-        self.thread.join()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -86,7 +90,13 @@ class _Batch:
         except BaseException as error:  # noqa: B902  (raised again in the thread that waits for this one)
             self.error = error
         self.at = None
-        self._waits.release()
+        _release(self._waits)
+
+
+def _release(lock: threading.Lock) -> None:
+    """It may be free already: of a batch that is stopped while it runs, after an interrupt."""
+    if lock.locked():
+        lock.release()
 
 
 class _LibrariesElsewhere(TorchFunctionMode):

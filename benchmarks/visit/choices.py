@@ -40,7 +40,9 @@ def choices(rows: Iterable[Row], facts: dict) -> list[Choice]:
 
 def chosen(ours: dict[str, Row], device: str) -> Row | None:
     """The row of the backend that `auto` takes there: the first of the device's order that was measured."""
-    order = backends.ORDER[device] if device == "cuda" else ("triton", *backends.ORDER[device])
+    operation = next(iter(ours.values())).operation
+    order = backends.order(operation, device)
+    order = order if device == "cuda" else ("triton", *order)
     return next((ours[backend] for backend in order if backend in ours), None)
 
 
@@ -53,7 +55,7 @@ def _choice(ours: dict[str, Row], facts: dict) -> Choice | None:
     paths = {name.partition(", ")[2]: each for name, each in ours.items() if "," in name}
     if fastest.provider == row.provider and len(paths) > 1:
         return _path_choice(row, paths, facts)
-    order = f"backends.ORDER: {fastest.provider} before {row.provider} for {row.operation}"
+    order = f"backends.order: {fastest.provider} before {row.provider} for {row.operation}"
     return Choice(row, fastest, order)
 
 

@@ -14,12 +14,14 @@ import torch
 from benchmarks import machine, roofs, timing
 
 REPEATS = 10
+SUSTAINED, SUSTAINED_S = "bf16 matmul 8192x8192x8192, for 4 s", 4.0
 SHAPE = (11008, 4096)  # of the co-activation's sum in Llama-2-7B
 TOKENS = (2048, 8192, 16384, 32768)
 
 
 def rates(device: str, quick: bool) -> list[dict]:
-    """fp32 matmuls without TF32, and 16-bit matmuls that contract over tokens, added to fp32 and plain."""
+    """fp32 matmuls without TF32; 16-bit matmuls that contract over tokens, added to fp32 and plain; and what
+    a card keeps up once its power limit has slowed it down."""
     torch.backends.cuda.matmul.allow_tf32 = False
     side = 256 if quick else 4096
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
@@ -35,7 +37,28 @@ def rates(device: str, quick: bool) -> list[dict]:
 
         found.append(_rate(f"bf16 addmm to fp32 {size}", add, flops, device))
         found.append(_rate(f"bf16 matmul {size}", lambda gate=gate, x=x: gate.t() @ x, flops, device))
-    return found
+    return [*found, _sustained(device, quick)]
+
+
+def _sustained(device: str, quick: bool) -> dict:
+    """bf16 matmuls without a pause, by the second half of the time; the clock and power while they run."""
+    side, calls, seconds = (64, 2, 0.1) if quick else (8192, 100, SUSTAINED_S)
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    out, stopwatch = torch.empty_like(a), timing.stopwatch_of(device)
+
+    def many() -> None:
+        for _ in range(calls):
+            torch.mm(a, b, out=out)
+
+    laps: list[float] = []
+    while sum(laps) < seconds:
+        laps.append(stopwatch(many))
+    later = laps[len(laps) // 2 :]
+    many()
+    clocks = machine.clocks() if device == "cuda" else {}
+    note = ", ".join(f"{name} {clocks[name]}" for name in ("clocks.sm", "power.draw") if name in clocks)
+    value = 2 * side**3 * calls * len(later) / sum(later) / 1e12
+    return {"name": SUSTAINED, "value": value, "unit": "TFLOP/s", "note": note}
 
 
 def _rate(name: str, call: Callable[[], object], flops: int, device: str) -> dict:

@@ -14,12 +14,19 @@ using Count = unsigned long long;
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16, kLowBits = 16;
 constexpr int kThreads = 512;  // 1024 left ptxas 32 registers, and it spilled
 constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
-constexpr int64_t kPieceColumns = 16384;
+// Blocks whose 64 KB of counters fit on a multiprocessor.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kBlocksAtOnce = 3;
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
+constexpr int64_t kPieceColumns = 8192;
 constexpr int64_t kMaxCount = 65535;  // of a counter
-constexpr int kMaxBlocks = 512;
+constexpr int kMaxBlocks = 396;  // 3 for each of an H100's 132 multiprocessors: all that fit at once
+constexpr int kAtOnce = 2;       // pieces that a thread has loads under way from
 
 struct Scratch {
-  Count high[kHighBins], low[kLowBins];
+  Count high[kHighBins], low[kLowBins];  // low: not cleared for narrow keys
   Count rest;          // the position within the high bin
   uint32_t high_bin;   // narrow keys: this is the threshold
   uint32_t threshold;  // keys up to it are pruned; kNone: none
@@ -51,15 +58,37 @@ struct Pieces {
       : per_row((matrix.n_cols + kPieceColumns - 1) / kPieceColumns), total(per_row * matrix.n_rows) {}
 };
 
-// body(key) for each weight of a piece.
+// body(key) for each weight of a block's next kAtOnce pieces, the first of which is `piece`.
 template <typename T, bool kNarrow, typename Body>
 __device__ void for_keys(const Selection& s, const Pieces& pieces, int64_t piece, bool aligned, const Body& body) {
-  const int64_t row = piece / pieces.per_row, begin = piece % pieces.per_row * kPieceColumns;
-  const int64_t end = begin + kPieceColumns < s.weight.n_cols ? begin + kPieceColumns : s.weight.n_cols;
-  for (int64_t col = begin + threadIdx.x * kVector; col < end; col += kThreads * kVector) {
-    Pack<T, kVector> pack;
-    pack.load(row_of<T>(s.weight, row), col, end, aligned);
-    for (int i = 0; i < kVector && col + i < end; ++i) body(matrix_key<T, kNarrow>(s, pack.values[i], row, col + i));
+  const T* weights[kAtOnce];
+  int64_t row[kAtOnce];
+  int begin[kAtOnce], end[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    const int64_t each = piece + i * static_cast<int64_t>(gridDim.x);
+    const bool is_row = pieces.per_row == 1;  // as a rule: a 64-bit division costs as much as a dozen weights
+    row[i] = is_row ? each : each / pieces.per_row;
+    const int64_t first = is_row ? 0 : each % pieces.per_row * kPieceColumns, left = s.weight.n_cols - first;
+    begin[i] = static_cast<int>(first);
+    end[i] = begin[i] + static_cast<int>(left < kPieceColumns ? left : kPieceColumns);
+    if (each >= pieces.total) end[i] = begin[i];
+    weights[i] = row_of<T>(s.weight, row[i]);
+  }
+  for (int offset = threadIdx.x * kVector; offset < kPieceColumns; offset += kThreads * kVector) {
+    Pack<T, kVector> packs[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin[i] + offset < end[i]) packs[i].load(weights[i], begin[i] + offset, end[i], aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int col = begin[i] + offset;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        if (col + j < end[i]) body(matrix_key<T, kNarrow>(s, packs[i].values[j], row[i], col + j));
+      }
+    }
   }
 }
 
@@ -75,14 +104,15 @@ __device__ inline void flush(uint32_t* bins, Count* total) {
 }
 
 template <typename T, bool kNarrow>
-__global__ void __launch_bounds__(kThreads) count_high_kernel(Selection s, Scratch* scratch, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kNarrow ? kBlocksAtOnce : 2) count_high_kernel(Selection s, Scratch* scratch, bool aligned) {
   uint32_t* bins = reinterpret_cast<uint32_t*>(dynamic_shared());  // two counters a word
   for (int word = threadIdx.x; word < kHighBins / 2; word += kThreads) bins[word] = 0;
   __syncthreads();
   const Pieces pieces(s.weight);
-  const int64_t largest = s.weight.n_cols < kPieceColumns ? s.weight.n_cols : kPieceColumns;
+  const int64_t largest = kAtOnce * (s.weight.n_cols < kPieceColumns ? s.weight.n_cols : kPieceColumns);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kAtOnce;
   int64_t n_counted = 0;
-  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += gridDim.x) {
+  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += stride) {
     if (n_counted + largest > kMaxCount) {
       flush(bins, scratch->high);
       n_counted = 0;
@@ -100,15 +130,54 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) count_low_kernel(Selection s, Scratch* scratch, bool aligned) {
   const Pieces pieces(s.weight);
   const uint32_t high = scratch->high_bin;
-  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += gridDim.x) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kAtOnce;
+  for (int64_t piece = blockIdx.x; piece < pieces.total; piece += stride) {
     for_keys<T, false>(s, pieces, piece, aligned, [&](uint32_t key) {
       if (key >> kLowBits == high) atomicAdd(&scratch->low[key & (kLowBins - 1)], Count{1});
     });
   }
 }
 
+// As find_place, for counters in global memory: neighbouring lanes read neighbouring bins, a thread's share at a time.
+template <int kBins>
+__device__ Place<Count> find_global_place(const Count* bins, Count position) {
+  constexpr int kEach = kBins / kThreads, kPerLane = kEach / kWarp;
+  __shared__ Count of_share[kThreads];
+  __shared__ Place<Count> place;
+  __shared__ int share;
+  __shared__ Count before_share;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll 4
+  for (int i = 0; i < kWarp; ++i) {
+    const Count* first = bins + (warp * kWarp + i) * kEach;
+    Count sum = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) sum += first[j * kWarp + lane];
+    sum = inclusive_scan_of_warp(sum);
+    if (lane == kWarp - 1) of_share[warp * kWarp + i] = sum;
+  }
+  __syncthreads();
+  const Count sum = of_share[threadIdx.x], before = exclusive_scan_of_block(sum);
+  if (before <= position && position < before + sum) {  // true of one thread
+    share = threadIdx.x;
+    before_share = before;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    Count counted = before_share;
+    for (int j = 0; j < kPerLane; ++j) {
+      const int bin = share * kEach + j * kWarp + lane;
+      const Count count = bins[bin], inclusive = counted + inclusive_scan_of_warp(count);
+      if (inclusive - count <= position && position < inclusive) place = {bin, position - (inclusive - count), count};
+      counted = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+    }
+  }
+  __syncthreads();
+  return place;
+}
+
 __global__ void __launch_bounds__(kThreads) find_high_kernel(Scratch* scratch, Count rank, uint32_t nan) {
-  const Place<Count> place = find_place(scratch->high, kHighBins, rank);
+  const Place<Count> place = find_global_place<kHighBins>(scratch->high, rank);
   if (threadIdx.x != 0) return;
   scratch->high_bin = static_cast<uint32_t>(place.bin);
   scratch->rest = place.rest;
@@ -116,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) find_high_kernel(Scratch* scratch, C
 }
 
 __global__ void __launch_bounds__(kThreads) find_low_kernel(Scratch* scratch, uint32_t nan) {
-  const Place<Count> place = find_place(scratch->low, kLowBins, scratch->rest);
+  const Place<Count> place = find_global_place<kLowBins>(scratch->low, scratch->rest);
   if (threadIdx.x != 0) return;
   const uint32_t key = scratch->high_bin << kLowBits | static_cast<uint32_t>(place.bin);
   scratch->threshold = key == nan ? kNone : key;  // no score is <= NaN
@@ -127,7 +196,9 @@ __global__ void __launch_bounds__(kThreads) prune_at_most_kernel(Selection s, co
   const int64_t n_cols = s.weight.n_cols, per_row = (n_cols + kVector - 1) / kVector;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= per_row * s.weight.n_rows) return;
-  const int64_t row = index / per_row, first = index % per_row * kVector;
+  const bool is_short = per_row * s.weight.n_rows <= 0xffffffff;  // a 64-bit division costs as much as the rest
+  const int64_t row = is_short ? static_cast<uint32_t>(index) / static_cast<uint32_t>(per_row) : index / per_row;
+  const int64_t first = (index - row * per_row) * kVector;
   const uint32_t threshold = scratch->threshold;
   T* weights = row_of<T>(s.weight, row);
   Pack<T, kVector> pack;
@@ -153,7 +224,7 @@ void prune_matrix_of(const Context& context, const Selection& s, int64_t rank) {
   const bool aligned = is_aligned<T>(s.weight);
   const int64_t n_pieces = Pieces(s.weight).total;
   const dim3 counting(static_cast<unsigned>(n_pieces < kMaxBlocks ? n_pieces : kMaxBlocks));
-  clear(scratch, sizeof(Scratch), context.stream);
+  clear(scratch, kNarrow ? sizeof scratch->high : sizeof(Scratch), context.stream);
   launch(count_high_kernel<T, kNarrow>, counting, kThreads, kHighBins * sizeof(uint16_t), context.stream, s, scratch,
          aligned);
   launch(find_high_kernel, dim3(1), kThreads, 0, context.stream, scratch, static_cast<Count>(rank),

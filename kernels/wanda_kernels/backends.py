@@ -15,9 +15,10 @@ import torch
 from wanda_kernels import native
 
 ORDER = {
-    "cuda": ("cuda", "triton", "torch"),
+    "cuda": ("triton", "cuda", "torch"),
     "cpu": ("cpu", "torch"),
 }
+CUDA_FIRST = ("prune_rows_", "prune_matrix_")  # twice to four times as fast there: benchmarks/LOG.md
 
 # operation -> backend -> "module:function" of this package
 TABLE = {
@@ -96,8 +97,15 @@ def choose(operation: str, device: torch.device | str, backend: str = "auto") ->
 
 @cache
 def _first_available(operation: str, device: torch.device | str) -> str:
-    order = ORDER.get(torch.device(device).type, ("torch",))
-    return next(backend for backend in order if not why_not(operation, device, backend))
+    return next(each for each in order(operation, device) if not why_not(operation, device, each))
+
+
+def order(operation: str, device: torch.device | str) -> tuple[str, ...]:
+    """The backends in the order in which `auto` asks them."""
+    kind = torch.device(device).type
+    if kind == "cuda" and operation in CUDA_FIRST:
+        return ("cuda", *(each for each in ORDER[kind] if each != "cuda"))
+    return ORDER.get(kind, ("torch",))
 
 
 @cache

@@ -96,7 +96,7 @@ def _chosen(operation: str, device: str) -> str:
         return str(error)
     if os.environ.get("WANDA_KERNELS_BACKEND"):
         return f"{chosen} (WANDA_KERNELS_BACKEND)"
-    order = backends.ORDER[device]
+    order = backends.order(operation, device)
     passed_over = [
         f"{each}: {backends.why_not(operation, device, each)}" for each in order[: order.index(chosen)]
     ]

@@ -57,18 +57,120 @@ def _join_columns(c, SIZE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _kept_by_rank(keys, N_PRUNED: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    columns = _split_columns(keys, SIZE, GROUP)
+def _kept_by_rank(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
+    """Which of a group's columns `c`, a tuple of keys, are kept."""
+    in_order = ()  # for each pair (i, j), i < j: whether i goes before j; of equals the lower column does
+    for j in tl.static_range(GROUP):
+        for i in tl.static_range(j):
+            in_order += (c[i] <= c[j],)
+    kept = ()
+    if GROUP == 4 and N_PRUNED == 2:  # two of three go before it
+        p01, p02, p12, p03, p13, p23 = (
+            in_order[0], in_order[1], in_order[2], in_order[3], in_order[4], in_order[5]
+        )  # fmt: skip
+        kept = (
+            _most_of(p01 == 0, p02 == 0, p03 == 0),
+            _most_of(p01, p12 == 0, p13 == 0),
+            _most_of(p02, p12, p23 == 0),
+            _most_of(p03, p13, p23),
+        )
+    else:
+        for j in tl.static_range(GROUP):
+            rank = tl.zeros_like(c[0])  # how many of the group go before column j
+            for i in tl.static_range(GROUP):
+                if i < j:
+                    rank += in_order[j * (j - 1) // 2 + i].to(tl.int32)
+                if i > j:
+                    rank += 1 - in_order[i * (i - 1) // 2 + j].to(tl.int32)
+            kept += (rank >= N_PRUNED,)
+    return kept
+
+
+@triton.jit
+def _most_of(a, b, c):
+    return (a & b) | (c & (a | b))
+
+
+@triton.jit
+def _part(c, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    part = ()
+    for i in tl.static_range(COUNT):
+        part += (c[FIRST + i * STEP],)
+    return part
+
+
+@triton.jit
+def _merged(a, b, SIZE: tl.constexpr):
+    """Two ascending tuples of SIZE as one: Batcher's odd-even merge."""
+    if SIZE == 1:
+        merged = (tl.minimum(a[0], b[0]), tl.maximum(a[0], b[0]))
+    else:
+        HALF: tl.constexpr = SIZE // 2
+        even = _merged(_part(a, 0, 2, HALF), _part(b, 0, 2, HALF), HALF)
+        odd = _merged(_part(a, 1, 2, HALF), _part(b, 1, 2, HALF), HALF)
+        merged = (even[0],)
+        for i in tl.static_range(SIZE - 1):
+            merged += (tl.minimum(odd[i], even[i + 1]), tl.maximum(odd[i], even[i + 1]))
+        merged += (odd[SIZE - 1],)
+    return merged
+
+
+@triton.jit
+def _sorted(c, SIZE: tl.constexpr):
+    if SIZE == 1:
+        ascending = c
+    else:
+        HALF: tl.constexpr = SIZE // 2
+        low, high = _sorted(_part(c, 0, 1, HALF), HALF), _sorted(_part(c, HALF, 1, HALF), HALF)
+        ascending = _merged(low, high, HALF)
+    return ascending
+
+
+@triton.jit
+def _nth_lowest(c, N: tl.constexpr, GROUP: tl.constexpr):
+    """The N-th lowest, from 1, of a tuple: the best split into i of one half and N - i of the other."""
+    HALF: tl.constexpr = GROUP // 2
+    a, b = _sorted(_part(c, 0, 1, HALF), HALF), _sorted(_part(c, HALF, 1, HALF), HALF)
+    nth = tl.full(c[0].shape, 0x7FFFFFFF, tl.int32)
+    for i in tl.static_range(HALF + 1):
+        if N - i >= 0 and N - i <= HALF:
+            if i == 0:
+                nth = tl.minimum(nth, b[N - 1])
+            elif i == N:
+                nth = tl.minimum(nth, a[N - 1])
+            else:
+                nth = tl.minimum(nth, tl.maximum(a[i - 1], b[N - i - 1]))
+    return nth
+
+
+@triton.jit
+def _kept_by_sorting(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
+    """As _kept_by_rank: 12 operations a weight for groups of 32, where comparing every pair takes 46."""
+    nth = _nth_lowest(c, N_PRUNED, GROUP)
+    left = tl.full(nth.shape, N_PRUNED, tl.int32)  # of those equal to nth, how many go
+    equal = -left
+    for j in tl.static_range(GROUP):
+        left -= (c[j] < nth).to(tl.int32)
+        equal += (c[j] <= nth).to(tl.int32)
     kept = ()
     for j in tl.static_range(GROUP):
-        rank = tl.zeros((SIZE // GROUP,), tl.int32)  # how many of the group go before column j
-        for i in tl.static_range(GROUP):
-            if i < j:
-                rank += (columns[i] <= columns[j]).to(tl.int32)
-            if i > j:
-                rank += (columns[i] < columns[j]).to(tl.int32)
-        kept += ((rank >= N_PRUNED).to(tl.int32),)
-    return _join_columns(kept, SIZE, GROUP) != 0
+        kept += (c[j] > nth,)
+    if tl.max(equal, axis=0) > 0:  # somewhere more are equal than may go: rare unless weights repeat
+        exact = ()
+        for j in tl.static_range(GROUP):
+            exact += ((c[j] > nth) | ((c[j] == nth) & (left <= 0)),)
+            left -= (c[j] == nth).to(tl.int32)
+        kept = exact
+    return kept
+
+
+@triton.jit
+def _kept_of(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr, SORT_FROM: tl.constexpr):
+    if GROUP >= SORT_FROM:
+        kept = _kept_by_sorting(c, N_PRUNED, GROUP)
+    else:
+        kept = _kept_by_rank(c, N_PRUNED, GROUP)
+    return kept
 
 
 @triton.jit
@@ -94,13 +196,128 @@ def _kept_by_extraction(
 
 
 @triton.jit
+def _root_of(scale_ptrs, inside, SCALE: tl.constexpr):
+    """Roots of a scale vector, each read and taken once for all rows of a program."""
+    root = tl.load(scale_ptrs, mask=inside, other=0.0) if SCALE == ROOT_VECTOR else 0.0
+    return tl.sqrt_rn(root) if SCALE == ROOT_VECTOR else root
+
+
+@triton.jit
+def _prune_short_groups_kernel(
+    w_ptr, stride_wm,
+    scale_ptr, stride_sm,
+    mask_ptr, stride_mm,
+    n_rows, n_cols,
+    N_PRUNED: tl.constexpr, GROUP: tl.constexpr,  # within one thread's 16-byte load
+    SCALE: tl.constexpr, MASK: tl.constexpr, SORT_FROM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+    first_row = tl.program_id(0).to(tl.int64) * (BLOCK_M * TILES) + tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    everywhere = tl.full((BLOCK_M, BLOCK_N), 1, tl.int1)  # no group is half outside: its keys do not matter
+    weights = ()  # all under way before the first is used
+    for tile in tl.static_range(TILES):
+        rows = first_row + tile * BLOCK_M
+        inside = (rows < n_rows) & (cols < n_cols)
+        weights += (tl.load(w_ptr + rows * stride_wm + cols, mask=inside, other=0.0),)  # [BLOCK_M, BLOCK_N]
+    # in the weights' shape: in its own, it would change layout through shared memory
+    root = _root_of(scale_ptr + first_row * 0 + cols, (first_row >= 0) & (cols < n_cols), SCALE)
+    for tile in tl.static_range(TILES):
+        rows, w = first_row + tile * BLOCK_M, weights[tile]
+        inside = (rows < n_rows) & (cols < n_cols)
+        scale = root
+        if SCALE == SCALE_MATRIX:
+            scale = tl.load(scale_ptr + rows * stride_sm + cols, mask=inside, other=0.0)
+        keys = tl.reshape(keys_of(w, scale, everywhere, SCALE), (SIZE,))
+        kept = _kept_of(_split_columns(keys, SIZE, GROUP), N_PRUNED, GROUP, SORT_FROM)
+        kept = tl.reshape(_join_columns(kept, SIZE, GROUP), (BLOCK_M, BLOCK_N))
+        tl.store(w_ptr + rows * stride_wm + cols, tl.where(kept, w, 0.0), mask=inside)
+        if MASK == MASK_BITS:
+            packed = pack_mask(tl.reshape(kept & inside, (SIZE,)), SIZE)
+            offs = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
+            mask_ptrs = mask_ptr + rows * stride_mm + offs
+            packed = tl.reshape(packed, (BLOCK_M, BLOCK_N // 8))
+            tl.store(mask_ptrs, packed, mask=(rows < n_rows) & (offs < tl.cdiv(n_cols, 8)))
+
+
+@triton.jit
+def _long_group(ptrs, inside, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """A group of each thread, in the 16-byte pieces that it is read in."""
+    pieces = ()
+    for i in tl.static_range(CHUNKS):
+        pieces += (tl.load(ptrs + i * CHUNK, mask=inside, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _long_group_columns(pieces, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr):
+    columns = ()
+    for i in tl.static_range(CHUNKS):
+        columns += _split_columns(tl.reshape(pieces[i], (GROUPS * CHUNK,)), GROUPS * CHUNK, CHUNK)
+    return columns
+
+
+@triton.jit
+def _prune_long_groups_kernel(
+    w_ptr, stride_wm,
+    scale_ptr, stride_sm,
+    mask_ptr, stride_mm,
+    n_rows, n_cols,
+    N_PRUNED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,  # CHUNK: weights in 16 bytes
+    SCALE: tl.constexpr, MASK: tl.constexpr, SORT_FROM: tl.constexpr,
+    GROUPS_M: tl.constexpr, GROUPS_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    CHUNKS: tl.constexpr = GROUP // CHUNK
+    GROUPS: tl.constexpr = GROUPS_M * GROUPS_N  # of a tile, one or two a thread
+    group = tl.arange(0, GROUPS)[:, None]
+    first_row = tl.program_id(0).to(tl.int64) * (GROUPS_M * TILES) + group // GROUPS_N  # [GROUPS, 1]
+    first_col = (tl.program_id(1) * GROUPS_N + group % GROUPS_N) * GROUP
+    offs = first_col + tl.arange(0, CHUNK)[None, :]  # [GROUPS, CHUNK]
+    everywhere = tl.full((GROUPS, CHUNK), 1, tl.int1)
+    ptrs = w_ptr + first_row * stride_wm + offs
+    weights = _long_group(ptrs, (first_row < n_rows) & (first_col < n_cols), CHUNKS, CHUNK)
+    roots = ()
+    for i in tl.static_range(CHUNKS):
+        roots += (_root_of(scale_ptr + offs + i * CHUNK, (offs >= 0) & (first_col < n_cols), SCALE),)
+    for tile in range(TILES):
+        rows = first_row + tile * GROUPS_M
+        inside = (rows < n_rows) & (first_col < n_cols)
+        ptrs = w_ptr + rows * stride_wm + offs
+        # the next group is on its way while this one is sorted
+        later = rows + GROUPS_M
+        is_later = (later < n_rows) & (first_col < n_cols) & (tile + 1 < TILES)
+        coming = _long_group(ptrs + GROUPS_M * stride_wm, is_later, CHUNKS, CHUNK)
+        columns = ()
+        for i in tl.static_range(CHUNKS):
+            scale = roots[i]
+            if SCALE == SCALE_MATRIX:
+                scale = tl.load(scale_ptr + rows * stride_sm + offs + i * CHUNK, mask=inside, other=0.0)
+            keys = tl.reshape(keys_of(weights[i], scale, everywhere, SCALE), (GROUPS * CHUNK,))
+            columns += _split_columns(keys, GROUPS * CHUNK, CHUNK)
+        kept = _kept_of(columns, N_PRUNED, GROUP, SORT_FROM)
+        for i in tl.static_range(CHUNKS):
+            piece = _join_columns(_part(kept, i * CHUNK, 1, CHUNK), GROUPS * CHUNK, CHUNK)
+            piece = tl.reshape(piece, (GROUPS, CHUNK))
+            tl.store(ptrs + i * CHUNK, tl.where(piece, weights[i], 0.0), mask=inside)
+        if MASK == MASK_BITS:
+            mask_ptrs = mask_ptr + tl.reshape(rows * stride_mm + first_col // 8, (GROUPS,))
+            for byte in tl.static_range(GROUP // 8):
+                packed = kept[byte * 8].to(tl.int32)
+                for bit in tl.static_range(1, 8):
+                    packed |= kept[byte * 8 + bit].to(tl.int32) << bit
+                tl.store(mask_ptrs + byte, packed.to(tl.uint8), mask=tl.reshape(inside, (GROUPS,)))
+        weights = coming
+
+
+@triton.jit
 def _prune_nm_kernel(
     w_ptr, stride_wm,
     scale_ptr, stride_sm,
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,  # GROUP: m, or the power of two above it
-    SCALE: tl.constexpr, MASK: tl.constexpr, BY_RANK: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
@@ -122,10 +339,7 @@ def _prune_nm_kernel(
 
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     keys = tl.reshape(keys_of(w, scale, inside, SCALE), (SIZE,))
-    if BY_RANK:
-        kept = _kept_by_rank(keys, N_PRUNED, SIZE, GROUP)
-    else:
-        kept = _kept_by_extraction(keys, N_PRUNED, M, SIZE, GROUP)
+    kept = _kept_by_extraction(keys, N_PRUNED, M, SIZE, GROUP)
     kept = tl.reshape(kept, (BLOCK_M, BLOCK_N))
     tl.store(w_ptrs, tl.where(kept, w, 0.0), mask=inside)
 
@@ -138,32 +352,73 @@ def _prune_nm_kernel(
         tl.store(mask_ptrs, packed, mask=(rows < n_rows) & (offs < tl.cdiv(n_cols, 8)))
 
 
-def _block_sizes(by_rank: bool, n_cols: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program."""
-    if not by_rank:
-        return 1, 512, 4  # 64-bit places: four a thread
-    if n_cols <= 512:
-        return 8, 128, 2  # short rows: less padding
-    return 4, 512, 4  # 16 weights a thread, two 16-byte loads; four rows share a read of the scale
+SORT_FROM = 8  # columns of a group: comparing every pair takes fewer operations below
+ENOUGH_PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors
+
+
+def _tile(group: int, chunk: int, n_rows: int, n_cols: int) -> dict[str, int]:
+    """Rows and columns of a program whose groups lie in threads."""
+    if group > chunk:
+        tile = {"GROUPS_M": 1, "GROUPS_N": 32, "num_warps": 1}  # a group a thread
+        size = 32 * group
+    elif n_cols <= 512:
+        tile = {"BLOCK_M": 8, "BLOCK_N": 128, "num_warps": 4}  # short rows: less padding
+        size = 1024
+    else:
+        tile = {"BLOCK_M": 4, "BLOCK_N": 32 * chunk, "num_warps": 4}  # a warp takes 512 bytes of a row
+        size = 128 * chunk
+    # several rows share a root, once there are enough programs
+    return tile | {"TILES": 4 if n_rows * n_cols >= 4 * ENOUGH_PROGRAMS * size else 1}
 
 
 def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
+    if triton.next_power_of_2(m) == m:
+        _prune_groups_in_threads_(weight, scale, n, m, mask)
+    else:
+        _prune_any_groups_(weight, scale, n, m, mask)
+
+
+def _prune_groups_in_threads_(
+    weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None, tile: dict | None = None
+) -> None:
+    n_rows, n_cols = weight.shape
+    chunk = 16 // weight.element_size()
+    tile = tile or _tile(m, chunk, n_rows, n_cols)
+    if scale is not None and scale.dim() == 1:
+        scale, stride_sm, kind = scale, 0, ROOT_VECTOR.value  # the kernel takes the roots: one launch less
+    else:
+        scale, stride_sm, kind = scale_arguments(weight, scale)
+    packed, stride_mm = mask_arguments(weight, mask)
+    operands = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols)
+    flags = {"SCALE": kind, "MASK": NO_MASK.value if mask is None else MASK_BITS.value}
+    flags |= {"N_PRUNED": m - n, "GROUP": m, "SORT_FROM": SORT_FROM, "enable_fp_fusion": False}
+    # rows first: the other dimensions of a grid end at 65,535
+    if m <= chunk:
+        grid = (triton.cdiv(n_rows, tile["BLOCK_M"] * tile["TILES"]), triton.cdiv(n_cols, tile["BLOCK_N"]))
+        _prune_short_groups_kernel[grid](*operands, **flags, **tile)
+    else:
+        n_groups = triton.cdiv(n_cols, m)
+        grid = (
+            triton.cdiv(n_rows, tile["GROUPS_M"] * tile["TILES"]),
+            triton.cdiv(n_groups, tile["GROUPS_N"]),
+        )
+        _prune_long_groups_kernel[grid](*operands, **flags, **tile, CHUNK=chunk)
+
+
+def _prune_any_groups_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
     n_rows, n_cols = weight.shape
     scale, stride_sm, kind = scale_arguments(weight, scale)
     group = triton.next_power_of_2(m)
     kept = mask
-    if mask is not None and group != m:  # groups cut across bytes: one byte a weight, packed afterwards
+    if mask is not None:  # groups cut across bytes: one byte a weight, packed afterwards
         kept = torch.empty_like(weight, dtype=torch.uint8)
     packed, stride_mm = mask_arguments(weight, kept)
-    by_rank = group == m and m * weight.element_size() <= 16  # a group is within one thread's load
-    block_m, block_n, num_warps = _block_sizes(by_rank, n_cols)
-    # rows first: the other dimensions of a grid end at 65,535
-    grid = (triton.cdiv(n_rows, block_m), triton.cdiv(n_cols // m, block_n // group))
-    _prune_nm_kernel[grid](
+    block_n = 512  # 64-bit places: four a thread
+    _prune_nm_kernel[(n_rows, triton.cdiv(n_cols // m, block_n // group))](
         weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols,
         N_PRUNED=m - n, M=m, GROUP=group, SCALE=kind,
-        MASK=NO_MASK.value if mask is None else MASK_BITS.value if group == m else MASK_BYTES.value,
-        BY_RANK=by_rank, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, enable_fp_fusion=False,
+        MASK=NO_MASK.value if mask is None else MASK_BYTES.value,
+        BLOCK_M=1, BLOCK_N=block_n, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     if kept is not mask:
         mask.copy_(pack_bits(kept))

@@ -15,6 +15,7 @@ from benchmarks.visit import (
     proof,
     publish,
 )
+from benchmarks.visit.rates import SUSTAINED
 
 ROOFS = Roofs(bytes_per_s=4e12, flops_per_s=8e14, copy="a copy", matmul="a matmul")
 
@@ -113,16 +114,16 @@ def test_the_entries_that_figures_would_change():
     facts = {"device": "cuda", "capability": "9.0"}
     sums = dict(operation="add_coactivation_", shape="11008x4096", setting="silu, 2048 tokens")
     rows = [
-        row("cuda", 2.0),
-        row("triton", 1.0),
-        row("cuda", 1.0, setting="4:8"),
+        row("triton", 2.0),
+        row("cuda", 1.0),
         row("triton", 1.01, setting="4:8"),
+        row("cuda", 1.0, setting="4:8"),
     ]
     rows += [row("triton", 4.0, **sums), row("triton, addmm", 4.0, **sums), row("triton, fused", 3.0, **sums)]
     rows += [row(TORCH, 0.1)]
     found = choices.choices(rows, facts)
     assert [each.change for each in found] == [
-        "backends.ORDER: triton before cuda for prune_nm_",
+        "backends.order: cuda before triton for prune_nm_",
         "",
         "coactivation_paths.PATHS: 'fused' for 11008x4096 on 9.0",
     ]
@@ -130,8 +131,8 @@ def test_the_entries_that_figures_would_change():
 
 def test_goals_say_missed_where_missed():
     rows = [
-        row("cuda", 1.0, roof_pct=90.0),
-        row("triton", 1.0, roof_pct=10.0),  # `auto` does not take it
+        row("triton", 1.0, roof_pct=90.0),
+        row("cuda", 1.0, roof_pct=10.0),  # `auto` does not take it
         row("cuda", 1.0, "prune_rows_", "4096x11008", "50%", roof_pct=59.0),
         row("cuda", 1.0, "prune_rows_", "1024x4096", "50%", roof_pct=5.0),  # too small to be meant
         replace(
@@ -150,9 +151,14 @@ def test_goals_say_missed_where_missed():
         for method in methods
     }
     data = visit([PROVEN], jobs=jobs)
+    data["rates"]["rates"] = [{"name": SUSTAINED, "value": 400.0}]  # half the roof
     found = goals.outcomes(data, rows)
     assert [each.verdict for each in found] == [
         goals.MET, TEST_FAILED, goals.MISSED, goals.NOT_MEASURED,
         goals.MET, goals.NOT_MEASURED, goals.MET, goals.NOT_MEASURED, goals.MET,
     ]  # fmt: skip
-    assert found[4].came == "1.11 times" and found[6].came == "4.00 times" and found[8].came == "20.00 times"
+    assert (
+        found[4].came == "1.11 times (0.56 at the rate that 4 s of matmuls keep)"
+        and found[6].came == "4.00 times"
+        and found[8].came == "20.00 times"
+    )

@@ -38,7 +38,7 @@ def assert_equal_bytes(tensors, expected):
 
 @pytest.mark.parametrize("method", ["wanda", "connect", "magnitude"])
 def test_streamed_equals_live(method, llama, tmp_path):
-    live = FAMILIES["llama2"]().bfloat16()
+    live = FAMILIES["llama2"]().bfloat16().cuda()  # a CPU's cosines differ in last bits
     _, expected = prune(live, tmp_path / "live", prune_method=method)
     report, streamed = prune(str(llama), tmp_path / "streamed", prune_method=method)
     assert_equal_bytes(streamed, expected)

@@ -17,6 +17,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __shared__ static  // one block at a time
 #define __launch_bounds__(...)
 
@@ -132,6 +133,17 @@ T shuffle(T value, int lane) {
   return value;
 }
 
+template <typename T>
+std::vector<T> of_lanes(T value) {
+  const unsigned warp = current / kWarp;
+  memcpy(&exchange[current], &value, sizeof value);
+  wait(warps[warp]);
+  std::vector<T> values(kWarp);
+  for (int lane = 0; lane < kWarp; ++lane) memcpy(&values[lane], &exchange[warp * kWarp + lane], sizeof value);
+  wait(warps[warp]);
+  return values;
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::block); }
@@ -148,6 +160,29 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   return emulator::shuffle(value, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned, bool bit) {
+  const std::vector<uint32_t> bits = emulator::of_lanes<uint32_t>(bit);
+  unsigned all = 0;
+  for (int lane = 0; lane < emulator::kWarp; ++lane) all |= bits[lane] << lane;
+  return all;
+}
+inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
+  uint32_t sum = 0;
+  for (const uint32_t each : emulator::of_lanes(value)) sum += each;
+  return sum;
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  for (const uint32_t each : emulator::of_lanes(value)) value = each > value ? each : value;
+  return value;
+}
+template <typename T>
+T __ldcs(const T* at) {
+  return *at;
+}
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
 }
 template <typename T>
 T atomicAdd(T* target, T value) {
@@ -179,6 +214,7 @@ inline float __half2float(uint16_t half) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(unsigned value) { return value == 0 ? 32 : __builtin_clz(value); }
 
 template <typename T>

@@ -105,14 +105,48 @@ def test_rows(blocks, recipe, dtype):
 @pytest.mark.parametrize("shared_bytes", [ROOMY, CRAMPED])
 def test_long_rows(blocks, recipe, shared_bytes):
     blocks.set_up(False, ctypes.c_int64(shared_bytes))
-    weight, scale = make(recipe, (1, 17_000), torch.bfloat16, "vector")
+    weight, scale = make(recipe, (1, 17_001), torch.bfloat16, "vector")
     assert_same(blocks, "prune_rows_", weight, scale, 8500)
+
+
+# each (vectors a thread) x (threads) of the launcher, and of whole vectors
+@pytest.mark.parametrize("n_cols", [8, 264, 1536, 8448, 12296])
+def test_rows_in_registers(blocks, n_cols):
+    for recipe, dtype, scale in (
+        ("normal", torch.bfloat16, "vector"),
+        ("ties", torch.float16, "matrix"),
+        ("outliers", torch.float32, None),
+    ):
+        weight, statistic = make(recipe, (1, n_cols), dtype, scale)
+        assert_same(blocks, "prune_rows_", weight, statistic, n_cols // 2)
+
+
+@pytest.mark.parametrize("recipe", ["normal", "ties", "zeros", "equal"])
+def test_rows_in_registers_of_1024_threads(blocks, recipe):
+    weight, scale = make(recipe, (1, 18_944), torch.bfloat16, "vector")
+    assert_same(blocks, "prune_rows_", weight, scale, 9472)
+
+
+@pytest.mark.parametrize("num_pruned", [1, 700, 1400, 2047, 2048])
+def test_a_cut_among_more_ties_than_are_ranked(blocks, num_pruned):
+    """Low, equal and high keys in thirds; and the same with the equal ones a last bit or some apart."""
+    column = torch.arange(2048)
+    equal = torch.tensor([2.0**-20, 1.0, 1e4])[column % 3]
+    close = torch.where(column % 3 == 1, equal * (1 + column % 300 * 2.0**-23), equal)
+    assert_same(blocks, "prune_rows_", torch.stack([equal, close]), None, num_pruned)
+
+
+def test_keys_far_below_the_highest(blocks):
+    """The window of the first histogram leaves out more than half the row."""
+    weight = torch.logspace(-38, 0, 2048, dtype=torch.float64).float()[torch.randperm(2048)][None]
+    for num_pruned in (1, 1000, 1800):
+        assert_same(blocks, "prune_rows_", weight, None, num_pruned)
 
 
 def test_rows_that_fit_48_kib_but_for_static_memory(blocks):
     """Keys of 43 KiB beside 8.4 KiB of static memory: the driver wants to be asked before the launch."""
-    weight, scale = make("normal", (1, 11_008), torch.bfloat16, "vector")
-    assert_same(blocks, "prune_rows_", weight, scale, 5504)
+    weight, scale = make("normal", (1, 11_007), torch.bfloat16, "vector")
+    assert_same(blocks, "prune_rows_", weight, scale, 5503)
 
 
 @pytest.mark.parametrize("m", range(2, 33))

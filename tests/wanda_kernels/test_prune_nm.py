@@ -80,7 +80,8 @@ def test_empty(backend, device):
 def test_triton_grid_holds_the_rows_of_a_large_vocabulary(monkeypatch, n, m):
     triton_nm = pytest.importorskip("wanda_kernels.prune_nm")
     kernel = MagicMock()
-    monkeypatch.setattr(triton_nm, "_prune_nm_kernel", kernel)
+    for name in ("_prune_nm_kernel", "_prune_short_groups_kernel", "_prune_long_groups_kernel"):
+        monkeypatch.setattr(triton_nm, name, kernel)
     weight = torch.empty(128_256, 4080, dtype=torch.bfloat16, device="meta")
     triton_nm.prune_nm_(weight, None, n, m, None)
     (grid,) = kernel.__getitem__.call_args.args
