@@ -4,8 +4,8 @@ All batches go through the block side by side. Each has a thread of its own, of 
 before each linear it waits until every other batch has come as far. Then the linear is pruned, and all go on:
 what follows sees pruned weights, and every product is computed once.
 
-Products and attention themselves are computed by the thread that waits for the batches. On a GPU cuDNN
-plans attention anew in every thread, 70 ms each, and cuBLAS has a handle with 32 MiB for every thread.
+On a GPU attention itself is computed by the thread that waits for the batches: cuDNN plans it anew in every
+thread, 70 ms each.
 """
 
 import threading
@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from wanda_fast.architecture import Block, Linear
-
-LIBRARIES = {F.linear, F.scaled_dot_product_attention}  # what calls cuBLAS and cuDNN
 
 
 class _Stop(BaseException):
@@ -83,7 +81,7 @@ class _Batch:
         self._go.acquire()
         try:
             if not self._stopped:
-                with _LibrariesElsewhere(self):
+                with _AttentionElsewhere(self):
                     self._forward()
         except _Stop:
             pass
@@ -99,8 +97,8 @@ def _release(lock: threading.Lock) -> None:
         lock.release()
 
 
-class _LibrariesElsewhere(TorchFunctionMode):
-    """In a batch's thread: the functions of LIBRARIES on a GPU's tensors are computed by the waiting one."""
+class _AttentionElsewhere(TorchFunctionMode):
+    """In a batch's thread: attention on a GPU is computed by the waiting one."""
 
     def __init__(self, batch: _Batch):
         super().__init__()
@@ -108,7 +106,8 @@ class _LibrariesElsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         compute = partial(func, *args, **(kwargs or {}))
-        return self._batch.ask(compute) if func in LIBRARIES and args and _on_gpu(args[0]) else compute()
+        elsewhere = func is F.scaled_dot_product_attention and args and _on_gpu(args[0])
+        return self._batch.ask(compute) if elsewhere else compute()
 
 
 def _on_gpu(x: Tensor) -> bool:

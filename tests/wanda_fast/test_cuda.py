@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
@@ -38,7 +39,7 @@ def assert_equal_bytes(tensors, expected):
 
 @pytest.mark.parametrize("method", ["wanda", "connect", "magnitude"])
 def test_streamed_equals_live(method, llama, tmp_path):
-    live = FAMILIES["llama2"]().bfloat16().cuda()  # a CPU's cosines differ in last bits
+    live = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)  # its frequencies stay fp32
     _, expected = prune(live, tmp_path / "live", prune_method=method)
     report, streamed = prune(str(llama), tmp_path / "streamed", prune_method=method)
     assert_equal_bytes(streamed, expected)
