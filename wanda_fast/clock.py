@@ -19,7 +19,8 @@ class _Open:
 class Clock:
     """Seconds per phase; a phase inside another counts for itself only, so that the sum is the run's time.
 
-    On a GPU a phase's end waits for the device, once a block and phase.
+    On a GPU a phase's end waits for the device, once a block and phase, and so does the begin of one inside
+    another: what the outer one gave the device to do is the outer one's.
     """
 
     def __init__(self, device: torch.device):
@@ -29,13 +30,14 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if len(self._open) > 1:
+            self._wait()
         start = time.perf_counter()
         self._open.append(_Open())
         try:
             yield
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self._wait()
             elapsed = time.perf_counter() - start
             own = self._open.pop()
             in_parts = sum(self._add(part, seconds_between(*marks)) for part, *marks in own.parts)
@@ -48,6 +50,10 @@ class Clock:
         begin = mark(self.device)
         yield
         self._open[-1].parts.append((name, begin, mark(self.device)))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _add(self, name: str, seconds: float) -> float:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

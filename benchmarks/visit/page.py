@@ -85,13 +85,14 @@ def _parts(data: dict) -> str:
 
 def _rates(data: dict) -> str:
     rates = data["rates"].get("rates", [])
-    lines = [
-        (each["name"], f"{each['value']:.3g} {each['unit']}" if each["value"] else each["note"])
-        for each in rates
-    ]
+    lines = [(each["name"], ", ".join(filter(None, (_value(each), each["note"])))) for each in rates]
     clocks = ", ".join(f"{name} {value}" for name, value in data["rates"].get("clocks", {}).items())
     table = markdown(("rate", "measured"), lines) if lines else NOTHING
     return f"{table}\n\nJust after: {clocks}." if clocks else table
+
+
+def _value(rate: dict) -> str:
+    return f"{rate['value']:.3g} {rate['unit']}" if rate["value"] else ""
 
 
 def _figures(rows: list[Row]) -> str:
