@@ -79,7 +79,7 @@ def _medians(runs: list[dict], report: dict) -> dict:
         "walls_s": walls,
         "seconds": seconds,
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        # more than all: what a pass made the device do was counted elsewhere, as before a phase's begin waited
+        # more than all: a pass's work was counted elsewhere, as before a phase's begin waited for the GPU
         "gemm_share": share_of_rate if share_of_rate is None or share_of_rate <= 1 else None,
         "masks": lowest,
         "agreement": None if lowest is None else lowest["first linear"] >= LEAST_AGREEMENT,
