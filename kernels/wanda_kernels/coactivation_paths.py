@@ -1,4 +1,4 @@
-"""Which way `add_coactivation_` takes on a GPU: estimates until a benchmark rewrites them."""
+"""Which way `add_coactivation_` takes on a GPU: measured for sm_90, estimated for sm_80 (see LOG.md)."""
 
 # compute capability at least, out * in features at least, path; the first row that fits
 PATHS = (
