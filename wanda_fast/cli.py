@@ -263,12 +263,12 @@ def apply_mask(
     cache_dir: CacheDir = None,
 ) -> None:
     """Zero what a mask does not keep: after fine-tuning or merging a pruned model."""
-    from wanda_fast import checkpoint, masks
+    from wanda_fast import checkpoint, masks, saving
 
-    checkpoint.require_empty(save_model, overwrite)
+    saving.require_empty(save_model, overwrite)
     loaded = checkpoint.load(model, cache_dir=cache_dir, device="any")
     changed = masks.apply_masks_(loaded.model, mask)
-    checkpoint.save(loaded, save_model)
+    saving.save(loaded, save_model)
     say(f"{changed:,} weights set to zero; written: {save_model}")
 
 

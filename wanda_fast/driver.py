@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast import checkpoint as checkpoints
+from wanda_fast import saving
 from wanda_fast.architecture import find_blocks
 from wanda_fast.calibration import calibration_tokens, digest
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
 from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.evaluation import evaluation_set, require_zero_shot, zero_shot
+from wanda_fast.finished import finished_run, nothing_to_do
 from wanda_fast.hessian_memory import place_hessians
-from wanda_fast.identity import input_digests, run_identity, same_options
+from wanda_fast.identity import input_digests, run_identity
 from wanda_fast.job import Job, run_in_memory, run_streamed
-from wanda_fast.journal import chosen_before, differences, partial_of
+from wanda_fast.journal import chosen_before, partial_of
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.methods import Dense, make_method
 from wanda_fast.output import StreamedOutput
@@ -137,8 +139,8 @@ def prune(
     live = isinstance(model, nn.Module)
     folder = save_model and Path(save_model)
     if folder:
-        checkpoints.put_back_replaced(folder)
-    finished = _finished(folder, recipe) if resume and not live else None
+        saving.put_back_replaced(folder)
+    finished = finished_run(folder, recipe) if resume and not live else None
     _require_outputs(recipe, resume, overwrite or finished is not None)
     if eval_zero_shot:
         require_zero_shot()
@@ -171,10 +173,10 @@ def prune(
             report.perplexity["protocol"] = evaluation.protocol
     if not live:
         report.digests = input_digests(loaded, token_ids, evaluation)
-    if finished is not None and _nothing_to_do(finished, report):
+    if finished is not None and nothing_to_do(finished, report):
         shutil.rmtree(partial_of(folder), ignore_errors=True)  # killed after its last rename
         logger.info("%s is complete: nothing to resume", folder)
-        checkpoints.save_logs(finished, save and Path(save), save_log and Path(save_log))
+        saving.save_logs(finished, save and Path(save), save_log and Path(save_log))
         return finished
     masks = {} if save_mask is not None else None
     job = Job(method, pattern, token_ids, evaluation, clock, report, progress, masks, sequential=sequential)
@@ -200,8 +202,8 @@ def prune(
                 report.zero_shot = zero_shot(model, tokenizer)
     report.peak_memory, report.complete = peak_memory(), True
     if folder is not None and not isinstance(loaded, Skeleton):
-        checkpoints.save_report(report, folder)  # with all that was measured since the model was saved
-    checkpoints.save_logs(report, save and Path(save), save_log and Path(save_log))
+        saving.save_report(report, folder)  # with all that was measured since the model was saved
+    saving.save_logs(report, save and Path(save), save_log and Path(save_log))
     return report
 
 
@@ -238,14 +240,14 @@ def _require_outputs(recipe: dict, resume: bool, may_replace: bool) -> None:
         recipe[option] and Path(recipe[option]) for option in ("save", "save_model", "save_log", "save_mask")
     )
     if folder:
-        checkpoints.require_empty(folder, may_replace, resume)
+        saving.require_empty(folder, may_replace, resume)
     if folder and mask:
-        checkpoints.require_outside(mask, folder)
+        saving.require_outside(mask, folder)
     may_replace = may_replace or (resume and StreamedOutput.is_under_way(folder))  # they may be its own
     if save:
-        checkpoints.require_empty(save.resolve(), may_replace, resume)
+        saving.require_empty(save.resolve(), may_replace, resume)
     for file in filter(None, (log, mask)):
-        checkpoints.require_free(file, may_replace)
+        saving.require_free(file, may_replace)
 
 
 def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool) -> Skeleton | Checkpoint:
@@ -258,32 +260,6 @@ def _open(path: str, dtype: str, cache_dir: str | None, device: str, whole: bool
         loaded = checkpoints.load(path, dtype, cache_dir, device)
         logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
         return loaded
-
-
-def _finished(folder: Path, recipe: dict) -> Report | None:
-    """The report of a run with these options whose model is in `folder`, where there is one to be read."""
-    if StreamedOutput.is_under_way(folder):
-        return None
-    try:
-        report = Report.from_json((folder / checkpoints.REPORT).read_text(encoding="utf-8"))
-        return report if same_options(report.recipe, recipe) else None
-    except (OSError, ValueError, TypeError, AttributeError):  # absent, torn, or not of ours
-        return None
-
-
-def _nothing_to_do(finished: Report, report: Report) -> bool:
-    """Whether `finished` is of the same input as `report`, and left all that was asked for.
-
-    Raises: `ResumeError` where it is of other input, and may not be overwritten.
-    """
-    folder, mask = report.recipe["save_model"], report.recipe["save_mask"]
-    changed = differences(finished.digests, report.digests)
-    if changed and not report.recipe["overwrite"]:
-        raise ResumeError(
-            f"{folder} holds a finished run of other input ({'; '.join(changed)}): name another folder, or "
-            f"pass --overwrite"
-        )
-    return not changed and finished.complete and (mask is None or Path(mask).is_file())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from wanda_fast import checkpoint as checkpoints
+from wanda_fast import saving
 from wanda_fast.activations import Activations, perplexities, record_activations
 from wanda_fast.checkpoint import Checkpoint
 from wanda_fast.clock import Clock
@@ -64,7 +64,7 @@ class Job:
     def write_masks(self) -> None:
         if self.masks is not None:
             file = Path(self.report.recipe["save_mask"])
-            with checkpoints.writing(file):
+            with saving.writing(file):
                 write_masks(self.masks, file, self.report.recipe)
 
 
@@ -79,7 +79,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
             job.prune(source, activations)
     if folder is not None:
         with job.clock.phase("write"):
-            checkpoints.save(loaded, folder, job.report)
+            saving.save(loaded, folder, job.report)
     job.write_masks()
     if prunes:
         _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)

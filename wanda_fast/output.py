@@ -22,13 +22,13 @@ from torch import Tensor
 from wanda_fast.activations import Activations
 from wanda_fast.background import Background
 from wanda_fast.boundary import Boundary
-from wanda_fast.checkpoint import MODEL, put_back_replaced, save_report, take_place, writing
 from wanda_fast.durable import sha256, sync_folder
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.interrupts import Interrupts
 from wanda_fast.journal import RUN, Journal, partial_of
 from wanda_fast.layout import save_outside, save_surroundings
 from wanda_fast.report import LinearReport, Report
+from wanda_fast.saving import MODEL, put_back_replaced, save_report, take_place, writing
 from wanda_fast.shards import TensorFiles, begin_tensors
 from wanda_fast.sources import StreamedModel
 

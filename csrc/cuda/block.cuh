@@ -32,25 +32,6 @@ __device__ T exclusive_scan_of_block(T value) {
   return before;
 }
 
-struct KeyRange {
-  uint32_t low, high;
-};
-
-__device__ inline KeyRange range_of_block(KeyRange range) {
-  __shared__ KeyRange of_warp[kWarp];
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    range.low = min(range.low, __shfl_xor_sync(kAllLanes, range.low, distance));
-    range.high = max(range.high, __shfl_xor_sync(kAllLanes, range.high, distance));
-  }
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
-  __syncthreads();
-  for (int i = 0; i < static_cast<int>(blockDim.x / kWarp); ++i) {
-    range.low = min(range.low, of_warp[i].low);
-    range.high = max(range.high, of_warp[i].high);
-  }
-  return range;
-}
-
 // A sorted position inside a histogram: its bin, the position within the bin, the bin's count.
 template <typename Count>
 struct Place {

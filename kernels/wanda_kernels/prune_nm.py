@@ -3,9 +3,8 @@
 W [n_rows, n_cols] in place, n_cols a multiple of m; scale [n_cols], [n_rows, n_cols] or None. Reads W once
 and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A
 program takes several rows of its columns, so that a scale vector is read once for all of them.
-Where a group lies within one thread's 16-byte load (m up to 8 in 16 bits) a weight's rank comes from
-comparing every pair, in registers; else the m - n lowest (or n highest) are taken one by one, as 64-bit
-minima of (key, column).
+Where m is a power of two, a group lies in one thread: short groups within one 16-byte load, long ones in
+several. Of any other m a group lies across threads. `nm_groups.py` says which of a group are kept.
 """
 
 import torch
@@ -13,6 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanda_kernels.nm_groups import (
+    columns_from,
+    join_columns,
+    kept_by_extraction,
+    kept_of,
+    split_columns,
+)
 from wanda_kernels.reference import pack_bits
 from wanda_kernels.score_keys import (
     ROOT_VECTOR,
@@ -24,175 +30,6 @@ from wanda_kernels.score_keys import (
 )
 
 NO_MASK, MASK_BITS, MASK_BYTES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _split_columns(x, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """x [SIZE] as a tuple of its GROUP columns, each [SIZE // GROUP]."""
-    even, odd = tl.split(tl.reshape(x, (SIZE // 2, 2)))
-    if GROUP == 2:
-        columns = (even, odd)
-    else:
-        e = _split_columns(even, SIZE // 2, GROUP // 2)
-        o = _split_columns(odd, SIZE // 2, GROUP // 2)
-        if GROUP == 4:
-            columns = (e[0], o[0], e[1], o[1])
-        else:
-            columns = (e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3])
-    return columns
-
-
-@triton.jit
-def _join_columns(c, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """The inverse of _split_columns."""
-    if GROUP == 2:
-        even, odd = c[0], c[1]
-    elif GROUP == 4:
-        even = _join_columns((c[0], c[2]), SIZE // 2, 2)
-        odd = _join_columns((c[1], c[3]), SIZE // 2, 2)
-    else:
-        even = _join_columns((c[0], c[2], c[4], c[6]), SIZE // 2, 4)
-        odd = _join_columns((c[1], c[3], c[5], c[7]), SIZE // 2, 4)
-    return tl.reshape(tl.join(even, odd), (SIZE,))
-
-
-@triton.jit
-def _kept_by_rank(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
-    """Which of a group's columns `c`, a tuple of keys, are kept."""
-    in_order = ()  # for each pair (i, j), i < j: whether i goes before j; of equals the lower column does
-    for j in tl.static_range(GROUP):
-        for i in tl.static_range(j):
-            in_order += (c[i] <= c[j],)
-    kept = ()
-    if GROUP == 4 and N_PRUNED == 2:  # two of three go before it
-        p01, p02, p12, p03, p13, p23 = (
-            in_order[0], in_order[1], in_order[2], in_order[3], in_order[4], in_order[5]
-        )  # fmt: skip
-        kept = (
-            _most_of(p01 == 0, p02 == 0, p03 == 0),
-            _most_of(p01, p12 == 0, p13 == 0),
-            _most_of(p02, p12, p23 == 0),
-            _most_of(p03, p13, p23),
-        )
-    else:
-        for j in tl.static_range(GROUP):
-            rank = tl.zeros_like(c[0])  # how many of the group go before column j
-            for i in tl.static_range(GROUP):
-                if i < j:
-                    rank += in_order[j * (j - 1) // 2 + i].to(tl.int32)
-                if i > j:
-                    rank += 1 - in_order[i * (i - 1) // 2 + j].to(tl.int32)
-            kept += (rank >= N_PRUNED,)
-    return kept
-
-
-@triton.jit
-def _most_of(a, b, c):
-    return (a & b) | (c & (a | b))
-
-
-@triton.jit
-def _part(c, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    part = ()
-    for i in tl.static_range(COUNT):
-        part += (c[FIRST + i * STEP],)
-    return part
-
-
-@triton.jit
-def _merged(a, b, SIZE: tl.constexpr):
-    """Two ascending tuples of SIZE as one: Batcher's odd-even merge."""
-    if SIZE == 1:
-        merged = (tl.minimum(a[0], b[0]), tl.maximum(a[0], b[0]))
-    else:
-        HALF: tl.constexpr = SIZE // 2
-        even = _merged(_part(a, 0, 2, HALF), _part(b, 0, 2, HALF), HALF)
-        odd = _merged(_part(a, 1, 2, HALF), _part(b, 1, 2, HALF), HALF)
-        merged = (even[0],)
-        for i in tl.static_range(SIZE - 1):
-            merged += (tl.minimum(odd[i], even[i + 1]), tl.maximum(odd[i], even[i + 1]))
-        merged += (odd[SIZE - 1],)
-    return merged
-
-
-@triton.jit
-def _sorted(c, SIZE: tl.constexpr):
-    if SIZE == 1:
-        ascending = c
-    else:
-        HALF: tl.constexpr = SIZE // 2
-        low, high = _sorted(_part(c, 0, 1, HALF), HALF), _sorted(_part(c, HALF, 1, HALF), HALF)
-        ascending = _merged(low, high, HALF)
-    return ascending
-
-
-@triton.jit
-def _nth_lowest(c, N: tl.constexpr, GROUP: tl.constexpr):
-    """The N-th lowest, from 1, of a tuple: the best split into i of one half and N - i of the other."""
-    HALF: tl.constexpr = GROUP // 2
-    a, b = _sorted(_part(c, 0, 1, HALF), HALF), _sorted(_part(c, HALF, 1, HALF), HALF)
-    nth = tl.full(c[0].shape, 0x7FFFFFFF, tl.int32)
-    for i in tl.static_range(HALF + 1):
-        if N - i >= 0 and N - i <= HALF:
-            if i == 0:
-                nth = tl.minimum(nth, b[N - 1])
-            elif i == N:
-                nth = tl.minimum(nth, a[N - 1])
-            else:
-                nth = tl.minimum(nth, tl.maximum(a[i - 1], b[N - i - 1]))
-    return nth
-
-
-@triton.jit
-def _kept_by_sorting(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
-    """As _kept_by_rank: 12 operations a weight for groups of 32, where comparing every pair takes 46."""
-    nth = _nth_lowest(c, N_PRUNED, GROUP)
-    left = tl.full(nth.shape, N_PRUNED, tl.int32)  # of those equal to nth, how many go
-    equal = -left
-    for j in tl.static_range(GROUP):
-        left -= (c[j] < nth).to(tl.int32)
-        equal += (c[j] <= nth).to(tl.int32)
-    kept = ()
-    for j in tl.static_range(GROUP):
-        kept += (c[j] > nth,)
-    if tl.max(equal, axis=0) > 0:  # somewhere more are equal than may go: rare unless weights repeat
-        exact = ()
-        for j in tl.static_range(GROUP):
-            exact += ((c[j] > nth) | ((c[j] == nth) & (left <= 0)),)
-            left -= (c[j] == nth).to(tl.int32)
-        kept = exact
-    return kept
-
-
-@triton.jit
-def _kept_of(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr, SORT_FROM: tl.constexpr):
-    if GROUP >= SORT_FROM:
-        kept = _kept_by_sorting(c, N_PRUNED, GROUP)
-    else:
-        kept = _kept_by_rank(c, N_PRUNED, GROUP)
-    return kept
-
-
-@triton.jit
-def _kept_by_extraction(
-    keys, N_PRUNED: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr
-):
-    column = tl.arange(0, GROUP)[None, :]
-    place = tl.reshape(keys, (SIZE // GROUP, GROUP)).to(tl.int64) << 6 | column  # distinct within a group
-    if N_PRUNED <= M // 2:
-        kept = place >= 0
-        for _ in tl.static_range(N_PRUNED):
-            lowest = tl.min(place, axis=1)[:, None]
-            kept &= place != lowest
-            place = tl.where(place == lowest, 1 << 62, place)
-    else:
-        place = tl.where(column < M, place, -1)
-        kept = place < -1
-        for _ in tl.static_range(M - N_PRUNED):
-            highest = tl.max(place, axis=1)[:, None]
-            kept |= place == highest
-            place = tl.where(place == highest, -1, place)
-    return tl.reshape(kept, (SIZE,))
 
 
 @triton.jit
@@ -230,8 +67,8 @@ def _prune_short_groups_kernel(
         if SCALE == SCALE_MATRIX:
             scale = tl.load(scale_ptr + rows * stride_sm + cols, mask=inside, other=0.0)
         keys = tl.reshape(keys_of(w, scale, everywhere, SCALE), (SIZE,))
-        kept = _kept_of(_split_columns(keys, SIZE, GROUP), N_PRUNED, GROUP, SORT_FROM)
-        kept = tl.reshape(_join_columns(kept, SIZE, GROUP), (BLOCK_M, BLOCK_N))
+        kept = kept_of(split_columns(keys, SIZE, GROUP), N_PRUNED, GROUP, SORT_FROM)
+        kept = tl.reshape(join_columns(kept, SIZE, GROUP), (BLOCK_M, BLOCK_N))
         tl.store(w_ptr + rows * stride_wm + cols, tl.where(kept, w, 0.0), mask=inside)
         if MASK == MASK_BITS:
             packed = pack_mask(tl.reshape(kept & inside, (SIZE,)), SIZE)
@@ -248,14 +85,6 @@ def _long_group(ptrs, inside, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
     for i in tl.static_range(CHUNKS):
         pieces += (tl.load(ptrs + i * CHUNK, mask=inside, other=0.0),)
     return pieces
-
-
-@triton.jit
-def _long_group_columns(pieces, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr):
-    columns = ()
-    for i in tl.static_range(CHUNKS):
-        columns += _split_columns(tl.reshape(pieces[i], (GROUPS * CHUNK,)), GROUPS * CHUNK, CHUNK)
-    return columns
 
 
 @triton.jit
@@ -294,10 +123,10 @@ def _prune_long_groups_kernel(
             if SCALE == SCALE_MATRIX:
                 scale = tl.load(scale_ptr + rows * stride_sm + offs + i * CHUNK, mask=inside, other=0.0)
             keys = tl.reshape(keys_of(weights[i], scale, everywhere, SCALE), (GROUPS * CHUNK,))
-            columns += _split_columns(keys, GROUPS * CHUNK, CHUNK)
-        kept = _kept_of(columns, N_PRUNED, GROUP, SORT_FROM)
+            columns += split_columns(keys, GROUPS * CHUNK, CHUNK)
+        kept = kept_of(columns, N_PRUNED, GROUP, SORT_FROM)
         for i in tl.static_range(CHUNKS):
-            piece = _join_columns(_part(kept, i * CHUNK, 1, CHUNK), GROUPS * CHUNK, CHUNK)
+            piece = join_columns(columns_from(kept, i * CHUNK, 1, CHUNK), GROUPS * CHUNK, CHUNK)
             piece = tl.reshape(piece, (GROUPS, CHUNK))
             tl.store(ptrs + i * CHUNK, tl.where(piece, weights[i], 0.0), mask=inside)
         if MASK == MASK_BITS:
@@ -316,19 +145,15 @@ def _prune_nm_kernel(
     scale_ptr, stride_sm,
     mask_ptr, stride_mm,
     n_rows, n_cols,
-    N_PRUNED: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,  # GROUP: m, or the power of two above it
+    N_PRUNED: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,  # GROUP: the power of two above m
     SCALE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     first_col = tl.program_id(1) * (BLOCK_N // GROUP * M)
     slots = tl.arange(0, BLOCK_N)[None, :]
-    if GROUP == M:
-        cols = first_col + slots  # [1, BLOCK_N]
-        inside = (rows < n_rows) & (cols < n_cols)
-    else:
-        cols = first_col + slots // GROUP * M + slots % GROUP
-        inside = (rows < n_rows) & (cols < n_cols) & (slots % GROUP < M)
+    cols = first_col + slots // GROUP * M + slots % GROUP  # [1, BLOCK_N]
+    inside = (rows < n_rows) & (cols < n_cols) & (slots % GROUP < M)
 
     w_ptrs = w_ptr + rows * stride_wm + cols
     w = tl.load(w_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_N]
@@ -339,17 +164,12 @@ def _prune_nm_kernel(
 
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     keys = tl.reshape(keys_of(w, scale, inside, SCALE), (SIZE,))
-    kept = _kept_by_extraction(keys, N_PRUNED, M, SIZE, GROUP)
+    kept = kept_by_extraction(keys, N_PRUNED, M, SIZE, GROUP)
     kept = tl.reshape(kept, (BLOCK_M, BLOCK_N))
     tl.store(w_ptrs, tl.where(kept, w, 0.0), mask=inside)
 
     if MASK == MASK_BYTES:
         tl.store(mask_ptr + rows * stride_mm + cols, kept.to(tl.uint8), mask=inside)
-    if MASK == MASK_BITS:
-        packed = tl.reshape(pack_mask(tl.reshape(kept & inside, (SIZE,)), SIZE), (BLOCK_M, BLOCK_N // 8))
-        offs = first_col // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-        mask_ptrs = mask_ptr + rows * stride_mm + offs
-        tl.store(mask_ptrs, packed, mask=(rows < n_rows) & (offs < tl.cdiv(n_cols, 8)))
 
 
 SORT_FROM = 8  # columns of a group: comparing every pair takes fewer operations below

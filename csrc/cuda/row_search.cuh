@@ -1,0 +1,146 @@
+// Where a row is cut: all keys below go, and of those equal to it the lower columns.
+//
+// Keys are logarithms of scores, so 2048 bins over the 16 octaves below the highest tell the keys around the cut apart: of
+// the bin that holds it, a dozen keys are left, and ranking those as (key, column) decides. Otherwise that bin is divided
+// again, and equal keys by column.
+#pragma once
+
+#include "block.cuh"
+
+namespace wanda {
+
+constexpr int kBins = 2048, kBinBits = 11;
+constexpr int kWindowShift = 16;  // 128 bins an octave, 16 octaves
+constexpr uint32_t kWindow = (uint32_t{kBins} << kWindowShift) - 1;
+constexpr uint32_t kMostCandidates = 128;
+constexpr uint32_t kNowhere = 0xffffffffu;  // a value that takes no part
+
+// (key, column) below (bound, column).
+struct Cut {
+  uint32_t bound, column;
+  __device__ bool prunes(uint32_t key, uint32_t col) const { return key < bound || (key == bound && col < column); }
+};
+
+// Shared memory of a block.
+struct alignas(16) Search {
+  union {
+    uint32_t bins[kBins + 4];              // one more for kNowhere
+    uint64_t candidates[kMostCandidates];  // once the bin is known
+  };
+  uint32_t of_warp[kWarp];
+  Place<uint32_t> place;
+  uint32_t n_candidates;
+  Cut cut;
+};
+
+// What decides among equal keys that stand astride the cut: the column; lower keys stay below, higher ones above.
+__device__ inline uint32_t tie_key(uint32_t key, uint32_t bound, uint32_t col) {
+  return key == bound ? col + 1 : key < bound ? 0 : kNowhere;
+}
+
+__device__ inline void clear_bins(Search& search) {
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < kBins / 4; i += blockDim.x) {
+    reinterpret_cast<uint4*>(search.bins)[i] = uint4{0, 0, 0, 0};
+  }
+}
+
+__device__ inline uint32_t max_of_block(Search& search, uint32_t value) {
+  const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
+  value = __reduce_max_sync(kAllLanes, value);
+  if (lane == 0) search.of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return __reduce_max_sync(kAllLanes, lane < n_warps ? search.of_warp[lane] : 0);
+}
+
+// The bin that holds a sorted position. The block meets at its begin and its end.
+__device__ inline Place<uint32_t> find_bin(Search& search, uint32_t position) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int each_bits = max(0, kBinBits - 2 - (31 - __clz(static_cast<int>(blockDim.x))));
+  const unsigned each = 1u << each_bits, first = threadIdx.x * each;  // fours of bins
+  __syncthreads();
+  uint32_t sum = 0;
+#pragma unroll 2
+  for (unsigned i = first; i < min(first + each, unsigned{kBins / 4}); ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(search.bins)[i];
+    sum += four.x + four.y + four.z + four.w;
+  }
+  const uint32_t total = __reduce_add_sync(kAllLanes, sum);
+  if (lane == 0) search.of_warp[warp] = total;
+  __syncthreads();
+  const uint32_t before_warp = __reduce_add_sync(kAllLanes, lane < warp ? search.of_warp[lane] : 0);
+  if (before_warp <= position && position < before_warp + total) {  // true of one warp
+    uint32_t before = before_warp + inclusive_scan_of_warp(sum) - sum;
+    if (before <= position && position < before + sum) {  // true of one thread
+      unsigned bin = 4 * first;
+#pragma unroll 1
+      for (; position >= before + search.bins[bin]; ++bin) before += search.bins[bin];
+      search.place = {static_cast<int>(bin), position - before, search.bins[bin]};
+      search.n_candidates = 0;
+    }
+  }
+  __syncthreads();
+  return search.place;
+}
+
+// The cut behind the candidate of rank `position`: every warp ranks some.
+__device__ inline void rank_candidates(Search& search, uint32_t n, uint32_t position) {
+  const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x / kWarp; i < n; i += n_warps) {
+    const uint64_t mine = search.candidates[i];
+    unsigned n_lower = 0, n_later_equals = 0;
+#pragma unroll 1
+    for (unsigned first = 0; first < n; first += kWarp) {
+      const uint64_t other = first + lane < n ? search.candidates[first + lane] : ~uint64_t{0};
+      n_lower += __popc(__ballot_sync(kAllLanes, other < mine));
+      n_later_equals += __popc(__ballot_sync(kAllLanes, other > mine && other >> 32 == mine >> 32));
+    }
+    if (lane == 0 && n_lower == position) {
+      const uint32_t value = static_cast<uint32_t>(mine >> 32), col = static_cast<uint32_t>(mine);
+      search.cut = n_later_equals == 0 ? Cut{value + 1, 0} : Cut{value, col + 1};
+    }
+  }
+}
+
+__device__ inline int shift_for(uint32_t width, int bits) {
+  return max(0, 32 - __clz(static_cast<int>(width)) - bits);
+}
+
+// `highest` is the thread's. Bins are clear.
+template <typename Keys>
+__device__ __forceinline__ Cut find_cut(Search& search, Keys& keys, uint32_t highest, uint32_t n_cols,
+                                        uint32_t num_pruned) {
+  uint32_t high = max_of_block(search, highest);
+  if (num_pruned == 0) return {0, 0};
+  uint32_t low = high > kWindow ? high - kWindow : 0;
+  int shift = kWindowShift;
+#pragma unroll 1
+  while (true) {
+    keys.for_each([&](uint32_t key) {  // what is below `low` is the first bin's too
+      atomicAdd(&search.bins[min((max(key, low) - low) >> shift, uint32_t{kBins})], 1u);
+    });
+    const Place<uint32_t> place = find_bin(search, num_pruned - 1);
+    const uint32_t first = place.bin == 0 ? 0 : low + (static_cast<uint32_t>(place.bin) << shift);
+    high = min(high, low + (static_cast<uint32_t>(place.bin + 1) << shift) - 1);
+    if (place.rest + 1 == place.count) return {high + 1, 0};
+    if (place.count <= kMostCandidates) {
+      keys.collect(search, first, high);
+      __syncthreads();
+      rank_candidates(search, place.count, place.rest);
+      __syncthreads();
+      return search.cut;
+    }
+    if (first < high) {
+      shift = shift_for(high - first, kBinBits - 1);
+      low = first - min(first, uint32_t{1} << shift);  // what is below has a bin of its own
+    } else {
+      keys.turn_into_columns(first);
+      low = 0, high = n_cols, shift = shift_for(n_cols, kBinBits);
+    }
+    clear_bins(search);
+    __syncthreads();
+  }
+}
+
+}  // namespace wanda
