@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from tests.wanda_fast.test_fused_modules import names_of_calls
 from wanda_fast.fused_modules import fused_modules
 from wanda_fast.placement import Placement, on_host
 
@@ -93,12 +94,7 @@ def test_fused_forward_gives_the_models_own_results(name, monkeypatch):
     from wanda_kernels import triton_forward
 
     model, ids = FAMILIES[name]().cuda(), token_ids(FAMILIES[name](), 2, 40).cuda()
-    used = []
-    for kernel in ("rms_norm", "gated_product", "rotary"):
-        own = getattr(triton_forward, kernel)
-        monkeypatch.setattr(
-            triton_forward, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
-        )
+    used = names_of_calls(triton_forward, monkeypatch)
     with torch.no_grad():
         wanted = model(ids).logits
         with fused_modules(model):

@@ -15,6 +15,17 @@ def fused_names(model):
         return sorted({type(module).__name__ for module in model.modules() if "forward" in vars(module)})
 
 
+def names_of_calls(kernels, monkeypatch):
+    """A list that gets the name of each kernel of this module that a model's forward calls."""
+    used = []
+    for kernel in ("rms_norm", "gated_product", "rotary"):
+        own = getattr(kernels, kernel)
+        monkeypatch.setattr(
+            kernels, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
+        )
+    return used
+
+
 def test_only_modules_whose_code_is_llamas():
     assert fused_names(FAMILIES["llama3"]()) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
     assert fused_names(FAMILIES["gpt_neox"]()) == []  # a rotary embedding of its own
@@ -26,12 +37,7 @@ def test_only_modules_whose_code_is_llamas():
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "phi"])
 def test_the_models_own_results(name, monkeypatch):
     model, ids = FAMILIES[name](), torch.arange(40).view(2, 20)
-    used = []
-    for kernel in ("rms_norm", "gated_product", "rotary"):
-        own = getattr(native_forward, kernel)
-        monkeypatch.setattr(
-            native_forward, kernel, lambda *a, k=kernel, own=own, **o: used.append(k) or own(*a, **o)
-        )
+    used = names_of_calls(native_forward, monkeypatch)
     with torch.no_grad():
         wanted = model(ids).logits
         with fused_modules(model):
