@@ -10,7 +10,7 @@ rounded to the operands' dtype wherever torch's separate operations round. The r
 Where `column_squares` are wanted, the first two leave those of their output on the way: fixed slabs of rows,
 so the same bits on every run.
 
-Source: transformers' Llama, which writes them as 6, 2 and 7 passes.
+Source: Llama's code in Hugging Face's library, which writes them as 6, 2 and 7 passes.
 """
 
 import torch
