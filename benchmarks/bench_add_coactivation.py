@@ -15,6 +15,7 @@ from benchmarks.workloads import Operands, Workload, dtypes, relative_error
 GPU_TOKENS = (2048, 8192, 16384, 32768)  # of the first shape: where does the sum's own traffic cease to count
 CPU_TOKENS = 512  # one call of the published code takes a fraction of a second
 # operands rounded to 16 bits are off in the 8th or 11th bit each; a sum of positive terms is off by no more
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}
 
 
@@ -87,7 +88,7 @@ BENCHMARK = Benchmark(
     [
         Provider(PUBLISHED, published),
         Provider("torch 16-bit", sixteen_bit, slack=2**-7),
-        Provider("triton, fused", triton_path("add_fused_"), needs="triton", optional=True),  # 16 bits alone
+        Provider("triton, fused", triton_path("add_fused_"), needs="triton", dtypes=SIXTEEN_BIT),
         Provider("triton, addmm", triton_path("add_addmm_", sq_norm=None), needs="triton", optional=True),
     ],
 )

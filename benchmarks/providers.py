@@ -28,6 +28,10 @@ class Provider:
     slack: float = 0.0  # error it may make beyond the workload's tolerance, by its own definition
     needs: str = ""  # the backend that it is part of
     optional: bool = False  # may be unable to run here, which is a reason to leave it out, not a failure
+    dtypes: tuple[torch.dtype, ...] = ()  # that it takes; none named: all
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return not self.dtypes or dtype in self.dtypes
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def run_workload(workload: Workload, line: Lineup, session: Session) -> list[Row
     for provider in line.providers:
         if provider.name == COMPILED and (not workload.headline or COMPILED in line.not_run):
             continue
+        if not provider.takes(workload.dtype):
+            continue
         row = _judge(provider, workload, ring, operands[0])
         if provider.optional and row.note.startswith("raises"):
             line.not_run[provider.name] = row.note

@@ -10,12 +10,12 @@ thread, 70 ms each.
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from wanda_fast.architecture import Block, Linear
@@ -28,14 +28,13 @@ class _Stop(BaseException):
 class _Batch:
     """One batch's way through the block. `at`: the linear that it waits for; None at the end."""
 
-    def __init__(self, forward: Callable[[], None]):
+    def __init__(self, forward: Callable[[], None], on_gpu: bool):
         self.at: Linear | None = None
         self.error: BaseException | None = None
         self._forward, self._stopped = forward, False
         self._asked: Callable[[], object] | None = None
-        self._go, self._waits = threading.Lock(), threading.Lock()  # taken: a semaphore in Python costs more
-        self._go.acquire()
-        self._waits.acquire()
+        self._elsewhere = _AttentionElsewhere(self) if on_gpu else nullcontext()
+        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         own = partial(copy_context().run, self._run)
         self.thread = threading.Thread(target=own, name="wanda-fast-batch", daemon=True)
         self.thread.start()
@@ -63,15 +62,15 @@ class _Batch:
 
     def stop(self) -> None:
         self._stopped = True
-        _release(self._go)
+        self._go.release()
         self.thread.join()
 
     def _wake(self) -> None:
-        _release(self._go)
+        self._go.release()
         self._waits.acquire()
 
     def _pause(self) -> None:
-        _release(self._waits)
+        self._waits.release()
         self._go.acquire()
         if self._stopped:
             raise _Stop
@@ -81,24 +80,18 @@ class _Batch:
         self._go.acquire()
         try:
             if not self._stopped:
-                with _AttentionElsewhere(self):
+                with self._elsewhere:
                     self._forward()
         except _Stop:
             pass
         except BaseException as error:  # noqa: B902  (raised again in the thread that waits for this one)
             self.error = error
         self.at = None
-        _release(self._waits)
-
-
-def _release(lock: threading.Lock) -> None:
-    """It may be free already: of a batch that is stopped while it runs, after an interrupt."""
-    if lock.locked():
-        lock.release()
+        self._waits.release()
 
 
 class _AttentionElsewhere(TorchFunctionMode):
-    """In a batch's thread: attention on a GPU is computed by the waiting one."""
+    """In a batch's thread: attention is computed by the waiting one."""
 
     def __init__(self, batch: _Batch):
         super().__init__()
@@ -106,12 +99,11 @@ class _AttentionElsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         compute = partial(func, *args, **(kwargs or {}))
-        elsewhere = func is F.scaled_dot_product_attention and args and _on_gpu(args[0])
-        return self._batch.ask(compute) if elsewhere else compute()
+        return self._batch.ask(compute) if func is F.scaled_dot_product_attention else compute()
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+def _on_gpu(block: Block) -> bool:
+    return any(parameter.is_cuda for parameter in block.module.parameters())
 
 
 def run_in_lockstep(
@@ -122,7 +114,8 @@ def run_in_lockstep(
     Where batches wait for different linears (experts that a batch does not use), the one that the block
     names first is pruned first.
     """
-    batches = [_Batch(forward) for forward in forwards]
+    on_gpu = _on_gpu(block)
+    batches = [_Batch(forward, on_gpu) for forward in forwards]
     of_thread = {batch.thread.ident: batch for batch in batches}
     order = {id(linear): index for index, linear in enumerate(block.linears)}
     pruned: set[str] = set()

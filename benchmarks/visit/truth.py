@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def spoilt(provider: Provider) -> Provider:
         operands[0].view(-1)[-1] += 1.5
         return value
 
-    return Provider(provider.name, call, provider.slack, provider.needs, provider.optional)
+    return replace(provider, call=call)
 
 
 def main() -> None:
@@ -163,9 +164,10 @@ def _judge(operation: str, backend: str, options, until: float, write) -> None:
         subjects = [spoilt(provider) for provider in subjects]
     print(f"subject {operation}:{backend}", flush=True)
     planned = cases(operation, options.device, options.quick, options.short)
-    write(None, STARTED, planned=len(planned) * len(subjects))
+    asked = {work: [each for each in subjects if each.takes(work.dtype)] for work, _ in planned}
+    write(None, STARTED, planned=sum(len(asked[workload]) for workload, _ in planned))
     for number, (workload, recipe) in enumerate(planned):
-        for provider in subjects:
+        for provider in asked[workload]:
             dtype = str(workload.dtype).removeprefix("torch.")
             case = f"{provider.name}, {workload.shape} {dtype}, {workload.setting}, {recipe}"
             if time.monotonic() > until:

@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":
@@ -43,7 +43,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _operand(x, ACTIVATION: tl.constexpr, POWER: tl.constexpr):
     """abs(act(x))^POWER in fp32."""
-    y = tl.abs(_activate(x.to(tl.float32), ACTIVATION))
+    y = tl.abs(activate(x.to(tl.float32), ACTIVATION))
     if POWER == 2:
         y = y * y
     return y

@@ -91,7 +91,7 @@ def add_total_(acc: Tensor, partial: Tensor) -> None:
     _sq_norm_total_kernel[grid](acc, partial, n_slabs, n_cols, BLOCK_M=32, BLOCK_N=64, num_warps=4)
 
 
-# 32 x 128 on 4 warps: four 16-byte loads a thread, two lots of them under way; the best of 12 on an H100
+# 32 x 128 on 4 warps: four 16-byte loads a thread, two lots of them under way; the best of a sweep on an H100
 TILE = {"BLOCK_M": 32, "BLOCK_N": 128, "LOADS": 2, "num_warps": 4}
 PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors, all of them under way at once
 

@@ -28,9 +28,11 @@ def are_wanted() -> bool:
 
 def leave(x: Tensor, partial: Tensor) -> None:
     """partial: fp32 `[slabs, features]` whose sum over slabs is that of x^2 over x's tokens."""
-    x._column_squares = partial
+    if not x.is_inference():  # whose changes nobody counts
+        x._column_squares = partial, x._version
 
 
 def left_with(x: Tensor) -> Tensor | None:
-    """What was left with this very tensor, or None."""
-    return getattr(x, "_column_squares", None)
+    """What was left with this very tensor; None where nothing was, or it was changed in place since."""
+    partial, version = getattr(x, "_column_squares", (None, None))
+    return partial if partial is not None and x._version == version else None

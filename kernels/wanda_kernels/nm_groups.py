@@ -7,6 +7,8 @@ In one thread by comparing every pair, or from 8 columns on by sorting halves; a
 import triton
 import triton.language as tl
 
+SORT_FROM = tl.constexpr(8)  # columns of a group: comparing every pair takes fewer operations below
+
 
 @triton.jit
 def split_columns(x, SIZE: tl.constexpr, GROUP: tl.constexpr):
@@ -147,7 +149,7 @@ def _kept_by_sorting(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def kept_of(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr, SORT_FROM: tl.constexpr):
+def kept_of(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
     if GROUP >= SORT_FROM:
         kept = _kept_by_sorting(c, N_PRUNED, GROUP)
     else:

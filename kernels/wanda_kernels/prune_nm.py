@@ -46,7 +46,7 @@ def _prune_short_groups_kernel(
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, GROUP: tl.constexpr,  # within one thread's 16-byte load
-    SCALE: tl.constexpr, MASK: tl.constexpr, SORT_FROM: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -67,7 +67,7 @@ def _prune_short_groups_kernel(
         if SCALE == SCALE_MATRIX:
             scale = tl.load(scale_ptr + rows * stride_sm + cols, mask=inside, other=0.0)
         keys = tl.reshape(keys_of(w, scale, everywhere, SCALE), (SIZE,))
-        kept = kept_of(split_columns(keys, SIZE, GROUP), N_PRUNED, GROUP, SORT_FROM)
+        kept = kept_of(split_columns(keys, SIZE, GROUP), N_PRUNED, GROUP)
         kept = tl.reshape(join_columns(kept, SIZE, GROUP), (BLOCK_M, BLOCK_N))
         tl.store(w_ptr + rows * stride_wm + cols, tl.where(kept, w, 0.0), mask=inside)
         if MASK == MASK_BITS:
@@ -94,7 +94,7 @@ def _prune_long_groups_kernel(
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,  # CHUNK: weights in 16 bytes
-    SCALE: tl.constexpr, MASK: tl.constexpr, SORT_FROM: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr,
     GROUPS_M: tl.constexpr, GROUPS_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = GROUP // CHUNK
@@ -124,7 +124,7 @@ def _prune_long_groups_kernel(
                 scale = tl.load(scale_ptr + rows * stride_sm + offs + i * CHUNK, mask=inside, other=0.0)
             keys = tl.reshape(keys_of(weights[i], scale, everywhere, SCALE), (GROUPS * CHUNK,))
             columns += split_columns(keys, GROUPS * CHUNK, CHUNK)
-        kept = kept_of(columns, N_PRUNED, GROUP, SORT_FROM)
+        kept = kept_of(columns, N_PRUNED, GROUP)
         for i in tl.static_range(CHUNKS):
             piece = join_columns(columns_from(kept, i * CHUNK, 1, CHUNK), GROUPS * CHUNK, CHUNK)
             piece = tl.reshape(piece, (GROUPS, CHUNK))
@@ -172,7 +172,6 @@ def _prune_nm_kernel(
         tl.store(mask_ptr + rows * stride_mm + cols, kept.to(tl.uint8), mask=inside)
 
 
-SORT_FROM = 8  # columns of a group: comparing every pair takes fewer operations below
 ENOUGH_PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors
 
 
@@ -199,19 +198,19 @@ def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor
 
 
 def _prune_groups_in_threads_(
-    weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None, tile: dict | None = None
+    weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None
 ) -> None:
     n_rows, n_cols = weight.shape
     chunk = 16 // weight.element_size()
-    tile = tile or _tile(m, chunk, n_rows, n_cols)
+    tile = _tile(m, chunk, n_rows, n_cols)
     if scale is not None and scale.dim() == 1:
-        scale, stride_sm, kind = scale, 0, ROOT_VECTOR.value  # the kernel takes the roots: one launch less
+        stride_sm, kind = 0, ROOT_VECTOR.value  # the kernel takes the roots: one launch less
     else:
         scale, stride_sm, kind = scale_arguments(weight, scale)
     packed, stride_mm = mask_arguments(weight, mask)
     operands = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols)
     flags = {"SCALE": kind, "MASK": NO_MASK.value if mask is None else MASK_BITS.value}
-    flags |= {"N_PRUNED": m - n, "GROUP": m, "SORT_FROM": SORT_FROM, "enable_fp_fusion": False}
+    flags |= {"N_PRUNED": m - n, "GROUP": m, "enable_fp_fusion": False}
     # rows first: the other dimensions of a grid end at 65,535
     if m <= chunk:
         grid = (triton.cdiv(n_rows, tile["BLOCK_M"] * tile["TILES"]), triton.cdiv(n_cols, tile["BLOCK_N"]))

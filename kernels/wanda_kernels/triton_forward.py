@@ -10,7 +10,7 @@ rounded to the operands' dtype wherever torch's separate operations round. The r
 Where `column_squares` are wanted, the first two leave those of their output on the way: fixed slabs of rows,
 so the same bits on every run.
 
-Source: Llama's code in Hugging Face's library, which writes them as 6, 2 and 7 passes.
+Source: Llama's code in Hugging Face's library, which writes them as 6, 2 and 5 passes.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanda_kernels import column_squares
-from wanda_kernels.add_coactivation import _activate
+from wanda_kernels.add_coactivation import activate
 from wanda_kernels.native import DTYPES, as_rows
 from wanda_kernels.native_forward import turns
 
@@ -69,7 +69,7 @@ def _gated_product_kernel(
     for row in range(first, tl.minimum(first + max(SLAB, 1), n_rows)):
         gate = tl.load(gate_ptr + row * stride_gm + cols, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
         up = tl.load(up_ptr + row * stride_um + cols, mask=inside, other=0.0).to(tl.float32)
-        activated = _activate(gate, ACTIVATION).to(out_ptr.dtype.element_ty).to(tl.float32)
+        activated = activate(gate, ACTIVATION).to(out_ptr.dtype.element_ty).to(tl.float32)
         out = (activated * up).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * stride_om + cols, out, mask=inside)
         if SLAB:

@@ -93,7 +93,7 @@ def test_on_a_gpu_one_thread_computes_attention(monkeypatch):
     with CallsOfThisThread() as calls:
         wanda_fast.prune(own, dataset=ids, batch_size=2, sequential="linear")
     assert calls.count == 0
-    monkeypatch.setattr(lockstep, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(lockstep, "_on_gpu", lambda block: True)
     with CallsOfThisThread() as calls:
         wanda_fast.prune(asked, dataset=ids, batch_size=2, sequential="linear")
     assert calls.count == 3 * len(find_blocks(dense))  # batches

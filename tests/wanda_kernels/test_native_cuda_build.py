@@ -14,7 +14,8 @@ import pytest
 
 BUILD = Path(__file__).resolve().parents[2] / "csrc" / "build.py"
 KERNELS = (
-    "prune_rows_kernel",
+    "Li512EEEvNS_9SelectionEj",  # prune_rows_kernel of up to 512 threads
+    "Li1024EEEvNS_9SelectionEj",  # and of up to 1024
     "prune_long_rows_kernel",
     "prune_nm_kernel",
     "prune_any_nm_kernel",
@@ -25,6 +26,7 @@ KERNELS = (
     "add_slabs_kernel",
 )
 MOST_STATIC_BYTES = 9 << 10  # of shared memory: what cuda_on_cpu.h and prune_rows.cu count on
+MOST_REGISTERS = 65_536  # of a multiprocessor
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 
@@ -85,6 +87,14 @@ def test_no_spills(report, kernel, sm):
         assert spilled == 0 and stack == 0, (
             f"{kernel} sm_{sm}: {registers} registers, {stack} B stack, {spilled} B"
         )
+
+
+@pytest.mark.parametrize("sm", ["80", "90"])
+@pytest.mark.parametrize(
+    ("kernel", "threads"), [(KERNELS[0], 512), (KERNELS[1], 1024), ("prune_long_rows_kernel", 1024)]
+)
+def test_rows_leave_room_for_all_threads(report, kernel, threads, sm):
+    assert max(registers for registers, *_ in report[1][kernel, sm]) * threads <= MOST_REGISTERS
 
 
 def test_static_shared_memory_is_within_what_is_counted_on(report):

@@ -91,6 +91,8 @@ def test_column_squares_left_with_an_output(n_tokens, dtype):
         assert torch.equal(found, alone) and column_squares.left_with(alone) is None
         wanted = found.double().square().sum(0)
         torch.testing.assert_close(column_squares.left_with(found).sum(0).double(), wanted, rtol=1e-6, atol=0)
+        found *= 2
+        assert column_squares.left_with(found) is None  # they are another tensor's by now
 
 
 @pytest.mark.gpu
