@@ -17,7 +17,6 @@ import wanda_kernels
 from wanda_kernels import backends
 
 PUBLISHED, TORCH, COMPILED = "published", "torch", "torch.compile"
-TOO_SLOW_INTERPRETED = ("prune_variant_",)  # left out of rehearsals
 OURS = tuple(name for name in backends.BACKENDS if name != TORCH)
 
 
@@ -66,8 +65,6 @@ def why_not(operation: str, device: str, backend: str) -> str:
     interpreted = backend == "triton" and device == "cpu"
     if interpreted and os.environ.get("WANDA_BENCH_REHEARSE") != "1":
         return "needs a GPU; interpreted, its time says nothing"
-    if interpreted and operation in TOO_SLOW_INTERPRETED:
-        return "interpreted, one call takes a quarter of a minute whatever the shape"
     return backends.why_not(operation, device, backend)
 
 

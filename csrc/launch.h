@@ -24,9 +24,9 @@ void add_sq_norm(const Context&, const Matrix& x, float* acc);
 void prune_rows(const Context&, const Selection&, int64_t num_pruned);
 void prune_nm(const Context&, const Selection&, int n, int m);
 void prune_matrix(const Context&, const Selection&, int64_t rank);
+void prune_variant(const Context&, const Selection&, double ratio, double* alpha);  // alpha: written
 
 // CPU alone.
-double prune_variant(const Context&, const Selection&, double ratio);  // returns alpha
 void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned, int64_t pruned_stride);
 void prune_and_update(const Context&, const UpdateBlock&);
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
@@ -57,5 +57,6 @@ bool linear(const Context&, const Linear&, bool sparse);
 // GPU alone: bytes of scratch for an operation on this operand.
 size_t sq_norm_scratch_bytes(const Matrix& x);
 size_t matrix_scratch_bytes();
+size_t variant_scratch_bytes(const Matrix& weight);
 
 }  // namespace wanda

@@ -165,13 +165,19 @@ void native_prune_matrix_(Tensor weight, OptionalTensor root, OptionalTensor sca
   wanda::prune_matrix(surroundings.context(), selection, rank);
 }
 
-#ifndef WANDA_CUDA
-
-double native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor scale, double ratio,
-                             OptionalTensor mask) {
+void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor scale, double ratio, Tensor alpha,
+                           OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  return wanda::prune_variant(Surroundings(weight).context(), selection, ratio);
+  STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double && alpha.numel() == 1, "alpha must be one float64");
+#ifdef WANDA_CUDA
+  const Surroundings surroundings(weight, wanda::variant_scratch_bytes(selection.weight));
+#else
+  const Surroundings surroundings(weight);
+#endif
+  wanda::prune_variant(surroundings.context(), selection, ratio, static_cast<double*>(data_of(alpha, "alpha")));
 }
+
+#ifndef WANDA_CUDA
 
 // A block of columns, fp32, scored by root, by divisor or by magnitude; `pruned` has its shape.
 wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const OptionalTensor& divisor,
@@ -345,8 +351,8 @@ void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_prune_rows_", TORCH_BOX(&native_prune_rows_));
   library.impl("native_prune_nm_", TORCH_BOX(&native_prune_nm_));
   library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
-#ifndef WANDA_CUDA
   library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));
+#ifndef WANDA_CUDA
   library.impl("native_mark_lowest_", TORCH_BOX(&native_mark_lowest_));
   library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));

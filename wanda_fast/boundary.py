@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wanda_fast.activations import Activations
-from wanda_fast.durable import sha256
+from wanda_fast.durable import checksum
 from wanda_fast.journal import Journal
 from wanda_fast.placement import on_host
 from wanda_fast.shards import begin_tensors
@@ -36,7 +36,7 @@ class Boundary:
         if note is None or note["block"] > first_unfinished:
             return 0
         file = self.journal.folder / note["file"]
-        if not file.is_file() or sha256(file) != note["sha256"]:
+        if not file.is_file() or checksum(file) != note.get("checksum"):
             return 0
         activations.restore_(file)
         self._file = file
@@ -58,7 +58,7 @@ class Boundary:
 
         def make_it_count() -> None:
             began = time.monotonic()
-            self.journal.write(NOTE, {"block": block, "file": file.name, "sha256": finish()})
+            self.journal.write(NOTE, {"block": block, "file": file.name, "checksum": finish()})
             if self._file is not None and self._file != file:
                 self._file.unlink(missing_ok=True)
             self._file = file

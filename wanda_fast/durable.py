@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 CHUNK = 2**22  # bytes read at once
+PIECE = 2**24  # bytes that one thread checks
+MOST_THREADS = 8
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """`write` fills a file of another name, which then takes `path`'s place at once; returns its sha256."""
+    """`write` fills a file of another name, which then takes `path`'s place at once; returns its checksum."""
     return begin_write(path, write)()
 
 
@@ -29,7 +31,7 @@ def begin_write(path: Path, write: Callable[[Path], None]) -> Callable[[], str]:
 def _take_place(unfinished: Path, path: Path) -> str:
     with ThreadPoolExecutor(1) as pool:  # the disk works while the checksum is computed
         reached_disk = pool.submit(_sync, unfinished)
-        digest = sha256(unfinished)
+        digest = checksum(unfinished)
         reached_disk.result()
     os.replace(unfinished, path)
     sync_folder(path.parent)
@@ -50,16 +52,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """sha256 of the sha256 of each 16 MiB of the file: over a block of a 7B one thread (0.7 GB/s) takes longer
+    than a GPU over pruning it."""
+    begins = range(0, path.stat().st_size, PIECE)
+    threads = min(MOST_THREADS, len(begins), os.cpu_count() or 1)
+    if threads < 2:
+        return hashlib.sha256(b"".join(_sha256(path, begin) for begin in begins)).hexdigest()
+    with ThreadPoolExecutor(threads) as pool:
+        return hashlib.sha256(b"".join(pool.map(partial(_sha256, path), begins))).hexdigest()
+
+
+def _sha256(path: Path, begin: int) -> bytes:
     found = hashlib.sha256()
-    for chunk in chunks(path):
+    for chunk in chunks(path, begin, begin + PIECE):
         found.update(chunk)
-    return found.hexdigest()
+    return found.digest()
 
 
-def chunks(path: Path, begin: int = 0) -> Iterator[bytes]:
-    """The file's bytes from `begin` on."""
+def chunks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The file's bytes from `begin` on, up to `end` where given."""
     with path.open("rb", buffering=0) as opened:
         opened.seek(begin)
-        while chunk := opened.read(CHUNK):
+        while chunk := opened.read(CHUNK if end is None else min(CHUNK, end - opened.tell())):
             yield chunk

@@ -6,7 +6,8 @@
     on a CPU: kept + max(block, ends)
 
 On a GPU the same of its memory, but for `widening`, which it needs not, and for `ahead` and `stored`, which
-are on the host, `ahead` twice: as it is read and as it is pinned.
+are on the host: `ahead` twice, as one block goes in while the next is read, and `stored` in any dtype, since
+there a block is written as a copy. Hessians on the host are judged where they are placed.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +67,9 @@ class Footprint:
             return {"host": kept + max(inside, ends)}
         on_device = self.activations if kind == "device" else 0
         return {
-            "host": self.masks + on_host + max(2 * self.ahead + self.stored, 2 * self.surroundings),
+            "host": self.masks
+            + on_host
+            + max(2 * self.ahead + (self.stored or self.block), 2 * self.surroundings),
             str(device): on_device + max(self.block + gathered + self.forward, ends),
         }
 

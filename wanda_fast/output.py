@@ -10,7 +10,7 @@ DIR.partial/                 until all is done
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor
 from wanda_fast.activations import Activations
 from wanda_fast.background import Background
 from wanda_fast.boundary import Boundary
-from wanda_fast.durable import sha256, sync_folder
+from wanda_fast.durable import checksum, sync_folder
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.interrupts import Interrupts
 from wanda_fast.journal import RUN, Journal, partial_of
@@ -50,7 +50,7 @@ class StreamedOutput:
         self.journal = Journal(self.partial, identity)
         self.boundary = Boundary(self.journal)
         self.interrupts = Interrupts()
-        self.disk = Background("wanda-fast-disk")  # fsync and checksum, while the next block is at work
+        self.disk = Background("wanda-fast-disk")  # while the next block is at work
         self.abandoned = threading.Event()
         self.finished: dict[int, dict] = {}  # block -> its note
 
@@ -99,14 +99,22 @@ class StreamedOutput:
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
         """Shard and masks first, then the note that makes them count."""
-        contents = {self._shard(index): self.source.stored(self.source.names[index])}
-        if masks is not None:
-            contents[self._masks(index)] = {name: masks[name] for name in linears}
         with self._writing():
             self.disk.wait()
-            files = {file: begin_tensors(file, tensors) for file, tensors in contents.items()}
+        stored = self.source.stored(self.source.names[index])
+        contents = {self._shard(index): stored.tensors}
+        if masks is not None:
+            contents[self._masks(index)] = {name: masks[name] for name in linears}
+
+        def begin() -> dict[Path, Callable[[], str]]:
+            stored.arrived()
+            return {file: begin_tensors(file, tensors) for file, tensors in contents.items()}
+
+        with self._writing():
+            begun = None if stored.is_copy else begin()
 
         def make_it_count() -> None:
+            files = begun or begin()
             digests = {str(file.relative_to(self.partial)): finish() for file, finish in files.items()}
             note = {"files": digests, "linears": {name: asdict(linear) for name, linear in linears.items()}}
             self.journal.write(self._note(index), note)
@@ -152,7 +160,7 @@ class StreamedOutput:
         if note is None:
             return None
         files = {self.partial / name: digest for name, digest in note["files"].items()}
-        sound = all(file.is_file() and sha256(file) == digest for file, digest in files.items())
+        sound = all(file.is_file() and checksum(file) == digest for file, digest in files.items())
         return note if sound else None
 
     def _note(self, index: int) -> str:

@@ -132,8 +132,8 @@ def _further(linear: Linear, done: _Pruned, method: Method, device: str) -> dict
     """Hessian and update: the operations beside selection and its statistic, with their backends."""
     further = {}
     if done.energies is not None or done.dampening is not None:
-        on_host = linear.module.in_features in method.hessians.on_host
-        further[Hessian.operation] = choose(Hessian.operation, "cpu" if on_host else device)
+        visits = linear.module.in_features in method.hessians.on_host
+        further[Hessian.operation] = "torch" if visits else choose(Hessian.operation, device)
     if done.dampening is not None:
         further["sparsegpt_"] = choose("sparsegpt_", device)
     return further

@@ -32,6 +32,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAMPLES, SAMPLE = 8, 4096  # places of each tensor that a model's digest reads, and bytes at each
 
 
+def mapped_memory(nbytes: int) -> Tensor:
+    """Goes back to the system with the last tensor in it: malloc would keep some."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+
+
+def pinned_memory(nbytes: int) -> Tensor:
+    """A GPU copies from it while the host goes on. torch keeps it for the next block."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
 @dataclass
 class TensorFiles:
     """The tensors of a checkpoint. location: tensor name -> the file that holds it."""
@@ -42,19 +52,25 @@ class TensorFiles:
     def of(cls, files: Iterable[Path]) -> "TensorFiles":
         return cls({name: file for file in files for name in _header(file)[1]})
 
-    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def read(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        memory: Callable[[int], Tensor] = mapped_memory,
+    ) -> dict[str, Tensor]:
         """Copies on the host, floating-point ones in `dtype` where given.
 
-        Read, not mapped: pages of a mapping would count as this process's memory beside the copies. All into
-        one piece of memory that goes back to the system with the last of them: malloc would keep some.
+        Read, not mapped: pages of a mapping would count as this process's memory beside the copies.
+
+        Args:
+            memory: bytes -> uint8 of as many, which all of them share.
         """
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self.location[name], []).append(name)
         headers = {file: _header(file) for file in wanted}
         sizes = {name: _size(headers[file][1][name]) for file, held in wanted.items() for name in held}
-        memory = torch.frombuffer(mmap.mmap(-1, max(1, sum(sizes.values()))), dtype=torch.uint8)
-        buffers = iter(memory[: sum(sizes.values())].split(list(sizes.values())))
+        buffers = iter(memory(sum(sizes.values())).split(list(sizes.values())))
         tensors = {}
         for file, held in wanted.items():
             begin, header = headers[file]
@@ -121,7 +137,7 @@ def begin_tensors(
     tensors: dict[str, Tensor],
     parts: Callable[[str, Tensor], Iterable[Tensor]] = lambda _name, tensor: [tensor],
 ) -> Callable[[], str]:
-    """Write; what is returned waits for the disk, gives the file its name, and returns its sha256.
+    """Write; what is returned waits for the disk, gives the file its name, and returns its checksum.
 
     Args:
         parts: what a tensor consists of, on the host, so that no second copy of all of it is needed; with it,
@@ -148,7 +164,7 @@ def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryvie
 
 
 def join_files(shards: TensorFiles, path: Path) -> str:
-    """Write the tensors of all shards as one file, by copying bytes, never all at once; returns sha256."""
+    """Write the tensors of all shards as one file, by copying bytes, never all at once. Returns checksum."""
     merged, size = {}, 0
     for file in shards.files:
         begin, header = _header(file)

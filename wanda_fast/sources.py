@@ -1,8 +1,9 @@
 """Where blocks come from: a live model, or a checkpoint's files, one block in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from wanda_fast.architecture import Block
 from wanda_fast.clock import Clock
 from wanda_fast.memory import give_back_freed
+from wanda_fast.shards import mapped_memory, pinned_memory
 from wanda_fast.skeleton import Skeleton
 from wanda_kernels.reused_memory import empty
 
@@ -55,6 +57,20 @@ class LiveModel:
 
     def give_back(self) -> None:
         """Nothing: the whole model is in memory anyway, in a process that may hold much else."""
+
+
+@dataclass
+class Stored:
+    """Tensors for the output, on the host.
+
+    Attributes:
+        is_copy: they stay as they are when the block goes on.
+        arrived: waits until they are there, from any thread.
+    """
+
+    tensors: dict[str, Tensor]
+    is_copy: bool = False
+    arrived: Callable[[], object] = lambda: None
 
 
 class StreamedModel:
@@ -113,13 +129,18 @@ class StreamedModel:
             parameter = isinstance(self._meta[name], nn.Parameter)
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
-    def stored(self, names: list[str]) -> dict[str, Tensor]:
-        """These tensors as the output keeps them, on the host. Exact: kept weights came from that dtype, or
-        were rounded to it when they were updated."""
+    def stored(self, names: list[str]) -> Stored:
+        """These tensors as the output keeps them. Exact: kept weights came from that dtype, or were rounded to
+        it when they were updated."""
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
         state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
-        return {name: tensor.cpu() for name, tensor in state.items()}
+        if self.device.type != "cuda":
+            return Stored(state)
+        copies = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in state.items()}
+        for name, tensor in state.items():
+            copies[name].copy_(tensor, non_blocking=True)
+        return Stored(copies, True, torch.cuda.current_stream(self.device).record_event().synchronize)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """In the dtype of the checkpoint, as `from_pretrained` reads; pinned where a GPU will copy.
@@ -127,10 +148,8 @@ class StreamedModel:
         Nothing here that torch computes with many threads: a thread of Python's gets a pool of its own, whose
         threads wait at work, on the cores of the forward.
         """
-        tensors = self.skeleton.files.read(names, self.skeleton.dtype)
-        if self.device.type == "cuda":
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+        memory = pinned_memory if self.device.type == "cuda" else mapped_memory
+        return self.skeleton.files.read(names, self.skeleton.dtype, memory)
 
     def _names_under(self, prefix: str) -> list[str]:
         return [name for name in self.skeleton.names if name.startswith(prefix)]

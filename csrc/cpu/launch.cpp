@@ -160,7 +160,7 @@ void prune_and_update(const Context& context, const UpdateBlock& block) {
 }
 
 // Alpha is bisected exactly as in reference.py; each row's bracket narrows along with it.
-double prune_variant(const Context& context, const Selection& s, double ratio) {
+void prune_variant(const Context& context, const Selection& s, double ratio, double* settled_alpha) {
   const double numel = static_cast<double>(s.weight.n_rows * s.weight.n_cols);
   std::vector<Bracket> brackets(s.weight.n_rows, Bracket{-1, kNaNKey + 1});
   std::vector<int32_t> thresholds(s.weight.n_rows);
@@ -176,7 +176,7 @@ double prune_variant(const Context& context, const Selection& s, double ratio) {
     sparsity = find_variant(context, s, alpha, brackets, thresholds) / numel;
   }
   prune_at_most(context, s, thresholds.data(), 1);
-  return alpha;
+  *settled_alpha = alpha;
 }
 
 void activate(const Context& context, const Matrix& x, Activation activation, int power, float* out) {

@@ -18,6 +18,9 @@
 
 namespace wanda {
 
+constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
+constexpr size_t kMostStaticBytes = 9 << 10;  // of any kernel's shared memory: test_native_cuda_build.py sees to it
+
 struct Half {
   uint16_t bits;
 };

@@ -5,6 +5,7 @@
 // A block's counters are 16 bits wide, so that 2^15 of them take 64 KB (sm_89 has 99); they go to the global ones
 // before they can overflow.
 #include "block.cuh"
+#include "prune_at_most.cuh"
 
 namespace wanda {
 namespace {
@@ -13,7 +14,6 @@ using Count = unsigned long long;
 
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16, kLowBits = 16;
 constexpr int kThreads = 512;  // 1024 left ptxas 32 registers, and it spilled
-constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
 // Blocks whose 64 KB of counters fit on a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kBlocksAtOnce = 3;
@@ -29,26 +29,8 @@ struct Scratch {
   Count high[kHighBins], low[kLowBins];  // low: not cleared for narrow keys
   Count rest;          // the position within the high bin
   uint32_t high_bin;   // narrow keys: this is the threshold
-  uint32_t threshold;  // keys up to it are pruned; kNone: none
+  uint32_t threshold;  // of prune_at_most_
 };
-constexpr uint32_t kNone = 0xffffffffu;
-
-template <typename T>
-constexpr bool is_narrow = sizeof(T) == 2;
-
-__device__ inline uint32_t narrow_key(BFloat w) { return min(w.bits & 0x7fffu, 0x7f81u); }
-__device__ inline uint32_t narrow_key(Half w) { return min(w.bits & 0x7fffu, 0x7c01u); }
-__device__ inline uint32_t narrow_key(float) { return 0; }  // never asked for
-
-// The last of the keys is NaN.
-__host__ __device__ inline uint32_t nan_key(BFloat) { return 0x7f81; }
-__host__ __device__ inline uint32_t nan_key(Half) { return 0x7c01; }
-__host__ __device__ inline uint32_t nan_key(float) { return kNaNKey; }
-
-template <typename T, bool kNarrow>
-__device__ uint32_t matrix_key(const Selection& s, T w, int64_t row, int64_t col) {
-  return kNarrow ? narrow_key(w) : key_of(s, w, row, col);
-}
 
 // A block's share of the matrix comes in pieces of rows, so that no index is divided weight by weight.
 struct Pieces {
@@ -192,33 +174,6 @@ __global__ void __launch_bounds__(kThreads) find_low_kernel(Scratch* scratch, ui
 }
 
 template <typename T, bool kNarrow>
-__global__ void __launch_bounds__(kThreads) prune_at_most_kernel(Selection s, const Scratch* scratch, bool aligned) {
-  const int64_t n_cols = s.weight.n_cols, per_row = (n_cols + kVector - 1) / kVector;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= per_row * s.weight.n_rows) return;
-  const bool is_short = per_row * s.weight.n_rows <= 0xffffffff;  // a 64-bit division costs as much as the rest
-  const int64_t row = is_short ? static_cast<uint32_t>(index) / static_cast<uint32_t>(per_row) : index / per_row;
-  const int64_t first = (index - row * per_row) * kVector;
-  const uint32_t threshold = scratch->threshold;
-  T* weights = row_of<T>(s.weight, row);
-  Pack<T, kVector> pack;
-  pack.load(weights, first, n_cols, aligned);
-  unsigned kept = 0;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (first + i >= n_cols) break;
-    const uint32_t key = matrix_key<T, kNarrow>(s, pack.values[i], row, first + i);
-    if (threshold != kNone && key <= threshold) {
-      pack.values[i] = T{};
-    } else {
-      kept |= 1u << i;
-    }
-  }
-  pack.store(weights, first, n_cols, aligned);
-  if (s.mask != nullptr) mask_row(s, row)[first / 8] = static_cast<uint8_t>(kept);
-}
-
-template <typename T, bool kNarrow>
 void prune_matrix_of(const Context& context, const Selection& s, int64_t rank) {
   Scratch* scratch = static_cast<Scratch*>(context.scratch);
   const bool aligned = is_aligned<T>(s.weight);
@@ -233,10 +188,7 @@ void prune_matrix_of(const Context& context, const Selection& s, int64_t rank) {
     launch(count_low_kernel<T>, counting, kThreads, 0, context.stream, s, scratch, aligned);
     launch(find_low_kernel, dim3(1), kThreads, 0, context.stream, scratch, nan_key(float{}));
   }
-  const int64_t n_bytes = s.weight.n_rows * ((s.weight.n_cols + kVector - 1) / kVector);
-  const dim3 pruning(static_cast<unsigned>((n_bytes + kThreads - 1) / kThreads));
-  launch(prune_at_most_kernel<T, kNarrow>, pruning, kThreads, 0, context.stream, s,
-         static_cast<const Scratch*>(scratch), aligned);
+  prune_at_most<T, kNarrow>(context, s, &scratch->threshold, 0);
 }
 
 }  // namespace

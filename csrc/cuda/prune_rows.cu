@@ -7,7 +7,6 @@ namespace wanda {
 namespace {
 
 constexpr int kFewThreads = 512, kManyThreads = 1024, kMostVectors = 4;
-constexpr size_t kStaticBytes = kBins * sizeof(uint32_t) + 1024;  // most of Search
 
 // Blocks of so many threads that a multiprocessor must have room for: two where keys and weights leave it.
 template <typename T, int kVectors, int kThreads>
@@ -91,7 +90,7 @@ void prune_in_registers(const Context& context, const Selection& s, uint32_t num
 template <typename T>
 void prune_long(const Context& context, const Selection& s, uint32_t num_pruned) {
   const size_t key_bytes = s.weight.n_cols * sizeof(uint32_t);
-  const bool fits = key_bytes + kStaticBytes <= shared_memory_limit();
+  const bool fits = key_bytes + kMostStaticBytes <= shared_memory_limit();
   const int n_threads = s.weight.n_cols <= 2048 ? 128 : s.weight.n_cols <= 16384 ? 512 : kManyThreads;
   const auto kernel = fits ? prune_long_rows_kernel<T, true> : prune_long_rows_kernel<T, false>;
   launch(kernel, dim3(static_cast<unsigned>(s.weight.n_rows)), n_threads, fits ? key_bytes : 0, context.stream, s,

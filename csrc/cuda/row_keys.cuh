@@ -7,8 +7,6 @@
 
 namespace wanda {
 
-constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
-
 // Keeps the compiler from computing before a loop, and holding in registers, what follows from `value`.
 __device__ inline void opaque(uint32_t& value) {
 #ifdef __CUDACC__

@@ -103,10 +103,15 @@ def add_symmetric_(acc: Tensor, x: Tensor) -> None:
 
 def add_addmm_(acc: Tensor, x: Tensor) -> None:
     """torch's matmul; x [tokens, features]."""
-    if x.dtype == torch.float32:
-        acc.addmm_(x.t(), x)
+    add_product_(acc, x, x)
+
+
+def add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc [m, n] += a^T b by torch's matmul, sums in fp32; a [tokens, m], b [tokens, n]."""
+    if a.dtype != torch.float32 and addmm_adds_to_fp32(acc.device.type):
+        torch.addmm(acc, a.t(), b, out_dtype=torch.float32, out=acc)
     else:
-        torch.addmm(acc, x.t(), x, out_dtype=torch.float32, out=acc)
+        acc.addmm_(a.t().float(), b.float())
 
 
 def mirror_(acc: Tensor) -> None:

@@ -66,7 +66,7 @@ TABLE = {
     },
     "prune_variant_": {
         "torch": "reference:prune_variant_",
-        "triton": "prune_variant:prune_variant_",
+        "cuda": "native:prune_variant_",
         "cpu": "native:prune_variant_",
     },
     "sparsegpt_": {

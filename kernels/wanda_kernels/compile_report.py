@@ -30,7 +30,6 @@ from wanda_kernels import (
     prune_matrix,
     prune_nm,
     prune_rows,
-    prune_variant,
     sparsegpt_block,
     triton_forward,
 )
@@ -46,7 +45,6 @@ MODULES = (
     prune_rows,
     prune_nm,
     prune_matrix,
-    prune_variant,
     sparsegpt_block,
     triton_forward,
 )
@@ -201,7 +199,6 @@ def _launch_matrix() -> None:
     for dtype in FLOATS:
         weight, scale, mask = _operands(dtype, 4096, heaviest=True)
         prune_matrix.prune_matrix_(weight, None, 1000, None)
-        prune_variant.prune_variant_(weight, scale, 0.5, mask)
     prune_matrix.prune_matrix_(weight, scale, 1000, mask)
 
 

@@ -31,7 +31,7 @@ SCHEMAS = (
     f"native_prune_rows_({_SELECTION}, int num_pruned, Tensor(b!)? mask) -> ()",
     f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
-    f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!)? mask) -> float",
+    f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!) alpha, Tensor(c!)? mask) -> ()",
     "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
     "native_prune_and_update_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
     " int n, int m, Tensor(c!) errors) -> ()",
@@ -212,8 +212,9 @@ def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor 
 
 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
-    alpha = _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, mask)
-    return torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+    alpha = torch.empty((), dtype=torch.float64, device=weight.device)
+    _op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, alpha, mask)
+    return alpha
 
 
 def sparsegpt_(weight: Tensor, *rest) -> None:

@@ -59,6 +59,19 @@ def test_every_placement_gives_the_same(sequential, llama, tmp_path):
         assert_equal_bytes(other, tensors)
 
 
+def test_hessians_on_the_host_serve_as_those_on_the_device(llama, tmp_path):
+    options = dict(prune_method="sparsegpt", sparsity_type="2:4")
+    _, there = prune(str(llama), tmp_path / "device", hessian_device="device", **options)
+    report, here = prune(str(llama), tmp_path / "host", hessian_device="host", **options)
+    same = [
+        ((here[name] == 0) == (there[name] == 0)).float().mean()
+        for name in here
+        if name[: -len(".weight")] in report.linears
+    ]
+    assert min(same) > 0.99
+    assert {linear.further["add_hessian_"] for linear in report.linears.values()} == {"torch"}
+
+
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_no_copy_overtakes_what_it_waits_for(kind, tmp_path):
     """Long kernels before each result, large batches, three passes: a copy too early or memory reused too

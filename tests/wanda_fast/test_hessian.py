@@ -23,9 +23,9 @@ def alive(monkeypatch):
     def count(of):
         counts[of].append(sum(reference() is not None for reference in made))
 
-    def noted(self, *args):
+    def noted(self, *args, **options):
         made.append(weakref.ref(self))
-        init(self, *args)
+        init(self, *args, **options)
 
     def factor_hessian(*args):
         count("factored")
@@ -54,6 +54,17 @@ def test_shared_once_where_linears_are_pruned_one_by_one(alive):
     wanda_fast.prune(model, dataset=ids, **options)
     assert alive["factored"] == [1, 2, 3, 4] * 2
     assert len(alive["updated"]) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 24, 25])
+def test_bands_that_visit_the_device_make_the_whole(rows, dtype, monkeypatch):
+    monkeypatch.setattr(hessian, "BAND", 4 * 24 * rows)
+    x = torch.randn(3, 50, 24).to(dtype)
+    acc = torch.full((24, 24), 2.0)
+    hessian.add_in_bands_(acc, x)
+    flat = x.double().reshape(150, 24)
+    torch.testing.assert_close(acc.double(), 2 + flat.T @ flat, rtol=1e-5, atol=1e-4)
 
 
 ONE_TOKEN = torch.full((4, 32), 7)  # every hidden state is the same: Hessians of rank 1

@@ -1,7 +1,10 @@
 """A streamed checkpoint: the same tensors, byte for byte, as a model that is pruned in memory as a whole."""
 
+import hashlib
 import json
 import re
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
-from wanda_fast import checkpoint, driver, errors, job, layout, shards
+from wanda_fast import checkpoint, driver, durable, errors, job, layout, output, shards, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,6 +222,64 @@ def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
     with pytest.raises(errors.CheckpointError, match="model.safetensors ends before its last tensor"):
         wanda_fast.prune(str(file.parent), dataset="pydoc", save_model=tmp_path / "out", **QUICK)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save_mask", [False, True])
+def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
+    """As on a GPU: what is stored is a copy under way, and whoever writes it waits until it is there."""
+    folder, stored, threads = folder_of("llama2"), sources.StreamedModel.stored, []
+    options = dict(save_mask=tmp_path / "masks") if save_mask else {}
+    _, expected = prune(folder, tmp_path / "expected", sparsity_type="2:4", **options, overwrite=True)
+    masks = load_file(tmp_path / "masks") if save_mask else {}
+
+    def under_way(self, names):
+        there = stored(self, names).tensors
+        copies = {name: torch.full_like(tensor, torch.nan) for name, tensor in there.items()}
+        values = {name: tensor.clone() for name, tensor in there.items()}
+
+        def arrived():
+            threads.append(threading.current_thread().name)
+            for name, copy in copies.items():
+                copy.copy_(values[name])
+
+        return sources.Stored(copies, True, arrived)
+
+    monkeypatch.setattr(sources.StreamedModel, "stored", under_way)
+    _, tensors = prune(folder, tmp_path / "out", sparsity_type="2:4", **options, overwrite=True)
+    assert_equal_bytes(tensors, expected)
+    assert not save_mask or load_file(tmp_path / "masks").keys() == masks.keys()
+    assert len(threads) == 2 and all(name.startswith("wanda-fast-disk") for name in threads)
+
+
+def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypatch):
+    stored, begin = sources.StreamedModel.stored, output.begin_tensors
+
+    def full(path, *rest):
+        if path.name.startswith("model-00002"):
+            raise OSError(28, "No space left on device", str(path))
+        return begin(path, *rest)
+
+    monkeypatch.setattr(sources.StreamedModel, "stored", lambda *args: replace(stored(*args), is_copy=True))
+    monkeypatch.setattr(output, "begin_tensors", full)
+    with pytest.raises(errors.OutputError, match="No space left on device"):
+        prune(folder_of("llama2"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3, 3.5])
+def test_a_checksum_sees_every_byte(pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "PIECE", 1000)
+    monkeypatch.setattr(durable, "CHUNK", 300)
+    file, content = tmp_path / "file", bytearray(range(250)) * 14
+    content = content[: int(1000 * pieces)]
+    file.write_bytes(content)
+    parts = [content[begin : begin + 1000] for begin in range(0, len(content), 1000)]
+    expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    assert durable.checksum(file) == expected
+    monkeypatch.setattr(durable, "MOST_THREADS", 1)
+    assert durable.checksum(file) == expected
+    for place in range(0, len(content), 499):
+        file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        assert durable.checksum(file) != expected
 
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):

@@ -46,6 +46,14 @@ void prune_matrix(const Operands* o, int64_t rank) {
   wanda::prune_matrix(with_scratch(memory, wanda::matrix_scratch_bytes()), selection_of(*o), rank);
 }
 
+double prune_variant(const Operands* o, double ratio) {
+  std::vector<char> memory;
+  double alpha = 0;
+  wanda::prune_variant(with_scratch(memory, wanda::variant_scratch_bytes(matrix_of(*o))), selection_of(*o), ratio,
+                       &alpha);
+  return alpha;
+}
+
 void add_sq_norm(const Operands* o, float* acc) {
   std::vector<char> memory;
   wanda::add_sq_norm(with_scratch(memory, wanda::sq_norm_scratch_bytes(matrix_of(*o))), matrix_of(*o), acc);

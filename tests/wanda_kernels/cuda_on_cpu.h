@@ -63,8 +63,8 @@ inline std::vector<Barrier> warps;
 inline std::vector<uint64_t> exchange;
 inline bool reverse = false;
 inline size_t shared_limit = 96 << 10;
-constexpr size_t kMostStaticBytes = 9 << 10;  // of any kernel's shared memory: test_native_cuda_build.py sees to it
 constexpr size_t kFreeSharedBytes = 48 << 10;  // static and dynamic together, of a kernel that was allowed no more
+constexpr size_t kMostStaticBytes = 9 << 10;  // of any kernel's shared memory: test_native_cuda_build.py sees to it
 inline std::map<const void*, size_t> allowed_bytes;
 alignas(16) inline unsigned char shared_memory[256 << 10];
 

@@ -28,6 +28,7 @@ def test_selections(recipe, dtype, scale):
         for num_pruned in {0, 1, shape[1] // 2, shape[1]}:
             assert_same("prune_rows_", weight, statistic, num_pruned)
         assert_same("prune_matrix_", weight, statistic, weight.numel() // 2)
+        assert_same("prune_variant_", weight, statistic, 0.5)
     for m in range(2, 33):
         weight, statistic = make(recipe, (33, 17 * m), dtype, scale)
         assert_same("prune_nm_", weight, statistic, m // 2, m)

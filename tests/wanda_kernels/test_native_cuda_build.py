@@ -19,6 +19,8 @@ KERNELS = (
     "prune_long_rows_kernel",
     "prune_nm_kernel",
     "prune_any_nm_kernel",
+    "order_keys_kernel",
+    "cut_rows_kernel",
     "count_high_kernel",
     "count_low_kernel",
     "prune_at_most_kernel",

@@ -91,6 +91,17 @@ def assert_same(library, operation, weight, scale, *args):
         assert (wide[:, weight.shape[1] :] == 7.0).all(), said
 
 
+def assert_same_variant(library, weight, scale, ratio):
+    expected, expected_mask, mask = weight.clone(), empty_mask(weight), empty_mask(weight)
+    expected_alpha = reference.prune_variant_(expected, scale, ratio, expected_mask)
+    pruned = weight.clone()
+    given, _root = operands(pruned, scale, mask)
+    library.prune_variant.restype = ctypes.c_double
+    alpha = library.prune_variant(ctypes.byref(given), ctypes.c_double(ratio))
+    assert alpha == expected_alpha.item()
+    assert torch.equal(bits(pruned), bits(expected)) and torch.equal(mask, expected_mask)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rows(blocks, recipe, dtype):
@@ -178,6 +189,31 @@ def test_matrix_flushes_before_counters_overflow(blocks):
     blocks.set_up(False, ctypes.c_int64(ROOMY))
     weight = torch.ones(513 * 5, 16_385, dtype=torch.bfloat16)[:5]  # one bin, in pieces and remainders
     assert_same(blocks, "prune_matrix_", weight.contiguous(), None, 5 * 16_385 - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 129), (3, 1100)])
+def test_variant(blocks, shape, recipe, dtype):
+    for scale in SCALES:
+        weight, statistic = make(recipe, shape, dtype, scale)
+        for ratio in (0.0, 0.3, 0.5, 0.99):
+            assert_same_variant(blocks, weight, statistic, ratio)
+
+
+@pytest.mark.parametrize("shared_bytes", [ROOMY, CRAMPED])
+def test_variant_of_long_rows(blocks, shared_bytes):
+    blocks.set_up(False, ctypes.c_int64(shared_bytes))
+    weight, scale = make("normal", (2, 17_001), torch.bfloat16, "vector")
+    assert_same_variant(blocks, weight, scale, 0.5)
+
+
+def test_variant_of_keys_far_below_the_highest(blocks):
+    """The bins leave out more than half of a row: the first holds all of that."""
+    spread = torch.logspace(-38, 0, 700, dtype=torch.float64).float()[torch.randperm(700)]
+    weight = torch.stack([spread, torch.where(torch.arange(700) == 3, 1.0, spread * 1e-30)])
+    for ratio in (0.1, 0.5, 0.9):
+        assert_same_variant(blocks, weight, None, ratio)
 
 
 def test_nan_threshold_prunes_nothing(blocks):

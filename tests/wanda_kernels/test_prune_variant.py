@@ -1,7 +1,5 @@
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +14,6 @@ from tests.wanda_kernels.cases import (
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
-from wanda_kernels import reference
-from wanda_kernels.prune_variant import _mass
-from wanda_kernels.reference import fraction_bits
 
 OPERATION = "prune_variant_"
 
@@ -74,21 +69,3 @@ def test_nonfinite_operands_raise(backend, device):
 )
 def test_any_row_and_ratio(backend, row, ratio):
     assert_same_selection(OPERATION, backend, device_of(backend), torch.tensor([row]), None, ratio)
-
-
-@triton.jit
-def _store_masses_kernel(score_ptr, mass_ptr, highest, n_cols, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    keys = tl.load(score_ptr + offs, mask=offs < n_cols, other=0.0).to(tl.int32, bitcast=True)
-    tl.store(mass_ptr + offs, _mass(keys, highest, BITS), mask=offs < n_cols)
-
-
-@pytest.mark.parametrize("largest", (1.0, 3.3e38, float("inf"), 1e-39, 0.0))
-def test_masses_are_the_references_to_the_last_bit(largest):
-    device = device_of("triton")
-    scores = torch.cat([random_weight(1, 60, torch.float32).abs()[0] * min(largest, 1e38), torch.zeros(1)])
-    scores = torch.cat([scores, torch.tensor([largest])]).to(device)
-    masses = torch.full(scores.shape, -1, dtype=torch.int64, device=device)
-    highest = int(scores.view(torch.int32).max())
-    _store_masses_kernel[(1,)](scores, masses, highest, 62, BITS=fraction_bits(62), BLOCK=64)
-    assert torch.equal(masses, reference._fixed_point_mass(scores[None])[0])

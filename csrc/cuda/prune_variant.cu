@@ -1,0 +1,248 @@
+// prune_variant_ on the GPU: what of a row lies within alpha of its mass, alpha bisected until the matrix has its ratio.
+//
+// A row's keys are put in the order of 512 bins, 32 an octave, once; beside each bin stands the mass of what lies below
+// it. After that an alpha is cheap: a warp finds the bin that its limit falls into, and looks at the keys of that bin.
+// There is no word from the host: each of the eleven launches leaves the matrix's pruned count, from which the next one
+// replays the bisection. Once alpha has settled they return at once.
+// Mass is the fixed point of reference.py, whose sums are exact in any order.
+#include "block.cuh"
+#include "prune_at_most.cuh"
+
+namespace wanda {
+namespace {
+
+using Count = unsigned long long;
+
+constexpr int kBins = 512, kWindowShift = 18;  // 32 bins an octave, of the 16 below the row's highest key
+constexpr uint32_t kWindow = (uint32_t{kBins} << kWindowShift) - 1;
+constexpr int kOrderThreads = kBins, kCutThreads = 256, kRowsPerBlock = kCutThreads / kWarp;
+constexpr int kRounds = 11;  // alphas at most: 0.8 / 2^10 is the first interval below 0.001
+constexpr uint32_t kLargestFinite = 0x7f7fffff;  // an overflowed score weighs as much as the largest finite one
+
+struct Bin {
+  int64_t mass_before;  // of all keys of the row in lower bins
+  uint32_t n_before;
+};
+
+// A row's bins begin where its window of octaves does; what is below that is in the first one.
+struct Row {
+  int64_t mass;
+  uint32_t low, highest;
+
+  __device__ int bin_of(uint32_t key) const { return static_cast<int>((max(key, low) - low) >> kWindowShift); }
+  __device__ uint32_t first_key(int bin) const {
+    return bin == 0 ? 0 : low + (static_cast<uint32_t>(bin) << kWindowShift);
+  }
+};
+
+// Device memory of one call.
+struct Scratch {
+  Count* counts;         // [kRounds]: pruned at that round's alpha
+  Row* rows;             // [n_rows]
+  Bin* bins;             // [n_rows, kBins]
+  uint32_t* keys;        // [n_rows, n_cols]: in the order of bins
+  uint32_t* thresholds;  // [n_rows]: keys up to it are pruned
+
+  static size_t bytes(const Matrix& weight) {
+    const int64_t of_row = sizeof(Row) + kBins * sizeof(Bin) + (weight.n_cols + 1) * sizeof(uint32_t);
+    return kCountBytes + weight.n_rows * of_row;
+  }
+  Scratch(void* memory, const Matrix& weight)
+      : counts(static_cast<Count*>(memory)),
+        rows(reinterpret_cast<Row*>(static_cast<char*>(memory) + kCountBytes)),
+        bins(reinterpret_cast<Bin*>(rows + weight.n_rows)),
+        keys(reinterpret_cast<uint32_t*>(bins + weight.n_rows * kBins)),
+        thresholds(keys + weight.n_rows * weight.n_cols) {}
+
+  static constexpr size_t kCountBytes = 128;
+};
+
+// floor(score * 2^(fraction_bits - E)), 2^(E-1) <= the row's highest score < 2^E, E >= -125.
+struct FixedPoint {
+  int shift_of_zero;
+
+  __device__ FixedPoint(uint32_t highest, int fraction_bits)
+      : shift_of_zero(fraction_bits - 24 - max(static_cast<int>(min(highest, kLargestFinite) >> 23), 1)) {}
+  __device__ int64_t mass(uint32_t key) const {
+    key = min(key, kLargestFinite);
+    const int exponent = static_cast<int>(key >> 23), shift = shift_of_zero + max(exponent, 1);
+    const uint32_t mantissa = (key & 0x7fffff) | (exponent > 0 ? 1u << 23 : 0);
+    return shift >= 0 ? static_cast<int64_t>(mantissa) << shift : mantissa >> min(-shift, 31);
+  }
+};
+
+int fraction_bits(int64_t n_cols) {
+  int length = 1;  // of n_cols - 1 in bits
+  while ((n_cols - 1) >> length) ++length;
+  return length > 17 ? 53 - length : 36;
+}
+
+__device__ inline uint32_t max_of_block(uint32_t value) {
+  __shared__ uint32_t of_warp[kWarp];
+  const unsigned lane = threadIdx.x % kWarp;
+  value = __reduce_max_sync(kAllLanes, value);
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return __reduce_max_sync(kAllLanes, lane < blockDim.x / kWarp ? of_warp[lane] : 0);
+}
+
+// kShared: keys are put in order in shared memory, else where they are to stay.
+template <typename T, bool kShared>
+__global__ void __launch_bounds__(kOrderThreads) order_keys_kernel(Selection s, Scratch scratch, int fraction_bits) {
+  __shared__ uint32_t next[kBins];
+  const int64_t row = blockIdx.x, n_cols = s.weight.n_cols;
+  const T* weights = row_of<T>(s.weight, row);
+  uint32_t* stored = scratch.keys + row * n_cols;
+  uint32_t* keys = kShared ? reinterpret_cast<uint32_t*>(dynamic_shared()) : stored;
+  const auto for_keys = [&](const auto& body) {
+    for (int64_t col = threadIdx.x; col < n_cols; col += kOrderThreads) body(key_of(s, weights[col], row, col));
+  };
+
+  uint32_t highest = 0;
+  for_keys([&](uint32_t key) { highest = max(highest, key); });
+  next[threadIdx.x] = 0;
+  highest = max_of_block(highest);
+  const Row about = {0, highest > kWindow ? highest - kWindow : 0, highest};
+  for_keys([&](uint32_t key) { atomicAdd(&next[about.bin_of(key)], 1u); });
+  __syncthreads();
+  const uint32_t count = next[threadIdx.x], begin = exclusive_scan_of_block(count);
+  next[threadIdx.x] = begin;
+  __syncthreads();
+  for_keys([&](uint32_t key) { keys[atomicAdd(&next[about.bin_of(key)], 1u)] = key; });
+  __syncthreads();
+
+  const FixedPoint fixed_point(highest, fraction_bits);
+  int64_t mass = 0;  // of a thread's bin
+  for (uint32_t i = begin; i < begin + count; ++i) mass += fixed_point.mass(keys[i]);
+  const int64_t before = exclusive_scan_of_block(mass);
+  scratch.bins[row * kBins + threadIdx.x] = {before, begin};
+  if (threadIdx.x == kBins - 1) scratch.rows[row] = {before + mass, about.low, highest};
+  if (!kShared) return;
+  for (int64_t i = threadIdx.x; i < n_cols; i += kOrderThreads) stored[i] = keys[i];
+}
+
+struct Bisection {
+  double alpha;
+  bool has_settled;
+};
+
+// Where n_rounds of counts lead, exactly as in reference.py.
+__device__ inline Bisection replay(const Count* counts, int n_rounds, double numel, double ratio) {
+  double low = 0, alpha = 0.4, high = 0.8;
+  for (int i = 0; i < n_rounds; ++i) {
+    const double sparsity = static_cast<double>(counts[i]) / numel;
+    if (fabs(sparsity - ratio) <= 0.001 || high - low < 0.001) return {alpha, true};
+    (sparsity > ratio ? high : low) = alpha;
+    alpha = (low + high) / 2;
+  }
+  return {alpha, false};
+}
+
+__device__ inline int64_t sum_of_warp(int64_t value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+// Whether the mass of what is below `key`, and its own, are within the limit: true up to some key, then false.
+struct Reach {
+  const FixedPoint& fixed_point;
+  int64_t limit;
+  __device__ bool holds(uint32_t key, int64_t mass_below) const { return mass_below + fixed_point.mass(key) <= limit; }
+};
+
+// The last bin whose first key is within reach. One warp.
+__device__ inline int bin_within(const Row& about, const Bin* bins, const Reach& reach) {
+  constexpr int kCoarse = kBins / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const auto is_within = [&](int bin) { return reach.holds(about.first_key(bin), bins[bin].mass_before); };
+  const int group = __popc(__ballot_sync(kAllLanes, is_within(lane * kCoarse))) - 1;
+  return group * kCoarse + __popc(__ballot_sync(kAllLanes, lane < kCoarse && is_within(group * kCoarse + lane))) - 1;
+}
+
+// A warp takes a row.
+__global__ void __launch_bounds__(kCutThreads)
+    cut_rows_kernel(Matrix weight, Scratch scratch, int fraction_bits, int this_round, double ratio) {
+  __shared__ Bisection bisection;
+  __shared__ uint32_t pruned_of_warp[kRowsPerBlock];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const double numel = static_cast<double>(weight.n_rows * weight.n_cols);
+  if (threadIdx.x == 0) bisection = replay(scratch.counts, this_round, numel, ratio);
+  __syncthreads();
+  if (bisection.has_settled) return;
+
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp;
+  uint32_t n_pruned = 0;
+  if (row < weight.n_rows) {
+    const Row about = scratch.rows[row];
+    const Bin* bins = scratch.bins + row * kBins;
+    const uint32_t* keys = scratch.keys + row * weight.n_cols;
+    const FixedPoint fixed_point(about.highest, fraction_bits);
+    const Reach reach = {fixed_point, static_cast<int64_t>(static_cast<double>(about.mass) * bisection.alpha)};
+    const int bin = bin_within(about, bins, reach);
+    const uint32_t begin = bins[bin].n_before;
+    const uint32_t end = bin + 1 < kBins ? bins[bin + 1].n_before : static_cast<uint32_t>(weight.n_cols);
+    uint32_t low = about.first_key(bin), high = bin + 1 < kBins ? about.first_key(bin + 1) : about.highest + 1;
+    uint32_t n_low = begin, n_high = end;  // keys up to low, keys below high
+    for (uint32_t i = begin; i < end; i += kWarp) {
+      n_low += __popc(__ballot_sync(kAllLanes, i + lane < end && keys[i + lane] <= low));
+    }
+    while (high - low > 1 && n_low < n_high) {
+      const uint32_t middle = low + (high - low) / 2;
+      int64_t mass = 0;
+      uint32_t n_below = 0, n_equal = 0;
+      for (uint32_t i = begin + lane; i < end; i += kWarp) {
+        const uint32_t key = keys[i];
+        mass += key < middle ? fixed_point.mass(key) : 0;
+        n_below += key < middle, n_equal += key == middle;
+      }
+      n_below = begin + __reduce_add_sync(kAllLanes, n_below);
+      if (reach.holds(middle, bins[bin].mass_before + sum_of_warp(mass))) {
+        low = middle, n_low = n_below + __reduce_add_sync(kAllLanes, n_equal);
+      } else {
+        high = middle, n_high = n_below;
+      }
+    }
+    n_pruned = n_low;
+    if (lane == 0) scratch.thresholds[row] = low;
+  }
+  if (lane == 0) pruned_of_warp[warp] = n_pruned;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Count of_block = 0;
+  for (const uint32_t each : pruned_of_warp) of_block += each;
+  atomicAdd(&scratch.counts[this_round], of_block);
+}
+
+__global__ void write_alpha_kernel(Scratch scratch, double numel, double ratio, double* alpha) {
+  *alpha = replay(scratch.counts, kRounds, numel, ratio).alpha;
+}
+
+template <typename T>
+void prune_variant_of(const Context& context, const Selection& s, double ratio, double* alpha) {
+  const Scratch scratch(context.scratch, s.weight);
+  const int bits = fraction_bits(s.weight.n_cols);
+  const size_t key_bytes = s.weight.n_cols * sizeof(uint32_t);
+  const bool fits = key_bytes + kMostStaticBytes <= shared_memory_limit();
+  const auto order_keys = fits ? order_keys_kernel<T, true> : order_keys_kernel<T, false>;
+  const int64_t n_blocks = (s.weight.n_rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  clear(scratch.counts, Scratch::kCountBytes, context.stream);
+  launch(order_keys, dim3(static_cast<unsigned>(s.weight.n_rows)), kOrderThreads, fits ? key_bytes : 0, context.stream,
+         s, scratch, bits);
+  for (int round = 0; round < kRounds; ++round) {
+    launch(cut_rows_kernel, dim3(static_cast<unsigned>(n_blocks)), kCutThreads, 0, context.stream, s.weight, scratch,
+           bits, round, ratio);
+  }
+  launch(write_alpha_kernel, dim3(1), 1, 0, context.stream, scratch,
+         static_cast<double>(s.weight.n_rows * s.weight.n_cols), ratio, alpha);
+  prune_at_most<T, false>(context, s, scratch.thresholds, 1);
+}
+
+}  // namespace
+
+size_t variant_scratch_bytes(const Matrix& weight) { return Scratch::bytes(weight); }
+
+void prune_variant(const Context& context, const Selection& s, double ratio, double* alpha) {
+  for_dtype(s.weight.dtype, [&](auto element) { prune_variant_of<decltype(element)>(context, s, ratio, alpha); });
+}
+
+}  // namespace wanda
