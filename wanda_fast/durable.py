@@ -53,8 +53,8 @@ def _sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of the sha256 of each 16 MiB of the file: over a block of a 7B one thread (0.7 GB/s) takes longer
-    than a GPU over pruning it."""
+    """sha256 of the sha256 of each 16 MiB: over a block of a 7B one thread (0.7 GB/s) takes longer than a GPU
+    takes to prune it."""
     begins = range(0, path.stat().st_size, PIECE)
     threads = min(MOST_THREADS, len(begins), os.cpu_count() or 1)
     if threads < 2:

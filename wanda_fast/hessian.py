@@ -77,8 +77,10 @@ class Hessian:
 
 
 def add_in_bands_(acc: Tensor, x: Tensor) -> None:
-    """acc `[in, in]` on the host += x^T x, computed where x is: rows of acc visit it, BAND bytes at once. A GPU
-    takes less time for it than the bands for their way, and hundreds of times less than the host would."""
+    """acc `[in, in]` on the host += x^T x, computed where x is: rows of acc visit it, BAND bytes at once.
+
+    A GPU takes less time for the sums than the bands for their way, and hundreds of times less than the host.
+    """
     from wanda_kernels.add_hessian import MOST_TOKENS, add_product_
 
     x = x.reshape(-1, x.shape[-1])

@@ -130,8 +130,8 @@ class StreamedModel:
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
     def stored(self, names: list[str]) -> Stored:
-        """These tensors as the output keeps them. Exact: kept weights came from that dtype, or were rounded to
-        it when they were updated."""
+        """These tensors as the output keeps them. Exact: kept weights came from that dtype, or were rounded
+        to it when they were updated."""
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
         state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
