@@ -98,7 +98,7 @@ def _with_earlier_runs(report: dict, file: Path) -> dict:
     if before != now:
         raise SystemExit(f"{file} holds runs of another machine: {before}; this one is {now}")
     joined = {name: earlier[name] + report[name] for name in ("gemm", "runs")}
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in joined["runs"]))
+    commits = machine.joined(run["commit"] for run in joined["runs"])
     return report | joined | {"machine": report["machine"] | {"commit": commits}}
 
 

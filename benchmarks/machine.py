@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,6 +88,11 @@ def _commit() -> str:
     code = ("--", ".", ":!benchmarks/results")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", *code)
     return f"{commit} with changes" if changed else commit
+
+
+def joined(commits: Iterable[str]) -> str:
+    """Each once, in their order."""
+    return ", ".join(dict.fromkeys(commits))
 
 
 def _version(package: str) -> str:

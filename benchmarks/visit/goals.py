@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from benchmarks import model_table
 from benchmarks.rows import TEST_FAILED, Row
 from benchmarks.visit.choices import chosen
 from benchmarks.visit.rates import SUSTAINED
@@ -43,7 +44,7 @@ def outcomes(data: dict, rows: Iterable[Row]) -> list[Outcome]:
             device,
         ),
     ]
-    jobs = data["jobs"]
+    jobs = model_table.merged(data["jobs"])
     rate = data["rates"].get("roofs", {}).get("flops_per_s")
     for sequential, most in (("block", 1.25), ("linear", 1.3)):
         goal = f"wanda 2:4 on {SEVEN_B}, --sequential {sequential}: at most {most} times its floor"
@@ -94,8 +95,9 @@ def _job(
     bound: float,
     at_least: bool = False,
 ) -> Outcome:
-    report = jobs.get(f"{SEVEN_B}/2:4/{method}")
-    value = factor(report) if report else None
+    report = jobs.get(f"{SEVEN_B}/2:4", {"rows": []})
+    rows = [row for row in report["rows"] if row["method"] == method]
+    value = factor(report | {"rows": rows}) if rows else None
     if value is None:
         return Outcome(goal, "-", NOT_MEASURED)
     met = value >= bound if at_least else value <= bound

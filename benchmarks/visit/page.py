@@ -52,18 +52,6 @@ def goals(data: dict, rows: list[Row]) -> str:
     return markdown(("goal", "what came", "verdict"), lines)
 
 
-def merged_jobs(reports: dict[str, dict]) -> dict[str, dict]:
-    """SHAPE/PATTERN -> the report of all its methods' runs."""
-    found: dict[str, dict] = {}
-    for name, report in reports.items():
-        setting = name.rpartition("/")[0]
-        old = found.get(setting, report | {"runs": [], "gemm": [], "not_run": {}})
-        found[setting] = old | {part: old[part] + report[part] for part in ("runs", "gemm")}
-        found[setting]["not_run"] = old["not_run"] | report["not_run"]
-        found[setting]["rows"] = model_table.rows(found[setting])
-    return found
-
-
 def _verdict(check: dict) -> str:
     if check["failed"]:
         return f"**FAILED**: {check['failed'][0]}"
@@ -124,5 +112,5 @@ def _choice_cells(choice) -> tuple[str, ...]:
 
 
 def _jobs(reports: dict[str, dict]) -> str:
-    pages = [model_table.page(report).strip() for report in merged_jobs(reports).values()]
+    pages = [model_table.page(report).strip() for report in model_table.merged(reports).values()]
     return "\n\n".join(pages) if pages else NOTHING

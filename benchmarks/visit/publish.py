@@ -1,12 +1,13 @@
 """`python -m benchmarks.gpu_visit --publish VISIT.json ...`: what came back, into `benchmarks/results/`.
 
-Several visits of one machine and commit may be given: a part is taken from the last that has it.
+Several visits of one machine may be given: a part is taken from the last that has it, with that visit's
+commit, and only that visit's tests vouch for it.
 """
 
 import json
 from pathlib import Path
 
-from benchmarks import machine, roofline, tables
+from benchmarks import machine, model_table, roofline, tables
 from benchmarks.roofs import Roofs
 from benchmarks.visit import page
 from benchmarks.visit.state import trusted
@@ -23,13 +24,13 @@ def publish(paths: list[Path], results: Path) -> Path:
     facts = data["machine"]
     folder = results / f"{facts['date'][:10]}-{machine.slug(facts)}"
     shown = []
-    for report in data["reports"].values():
-        rows = trusted(report, data["proof"])
+    for name, report in data["reports"].items():
+        rows = trusted(report, data["vouching"][name])
         measured = Roofs(**report["roofs"])
         where = report["machine"]
         tables.write(folder, report["operation"], rows, where, measured, report["quick"], report["not_run"])
         shown += rows
-    for index, (setting, report) in enumerate(page.merged_jobs(data["jobs"]).items()):
+    for index, (setting, report) in enumerate(model_table.merged(data["jobs"]).items()):
         name = setting.replace("/", "-").replace(":", "of")
         path = folder / "prune_model.json" if index == 0 else folder / "jobs" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,13 +48,14 @@ def _one(visits: dict[Path, dict]) -> dict:
     for path, data in visits.items():
         if data["rehearsal"]:
             raise PublishError(f"{path} is no measurement. {tables.REHEARSAL}")
-        for fact in ("gpu", "commit"):
-            ours, theirs = first["machine"][fact], data["machine"][fact]
-            if ours != theirs:
-                raise PublishError(f"{path} is of {fact} {theirs}, the first visit of {ours}")
-    found = dict(first)
+        ours, theirs = first["machine"]["gpu"], data["machine"]["gpu"]
+        if ours != theirs:
+            raise PublishError(f"{path} is of gpu {theirs}, the first visit of {ours}")
+    commits = machine.joined(data["machine"]["commit"] for data in visits.values())
+    found = first | {"machine": first["machine"] | {"commit": commits}, "vouching": {}}
     for data in visits.values():
         found["notes"] = list(dict.fromkeys([*found["notes"], *data["notes"]]))
+        found["vouching"] |= dict.fromkeys(data["reports"], data["proof"])
         for part in ("parts", "proof", "rates", "reports", "jobs"):
             found[part] = found[part] | data[part]
     return found
