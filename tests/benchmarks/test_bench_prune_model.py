@@ -69,8 +69,8 @@ def test_both_pipelines_prune_the_same_weights(here, tmp_path, capsys):
 
 
 def median_of_scaled_walls(report, row):
-    """Three blocks for two: half as long again, but for what is read, written and done once; with the dense pass
-    of the method that was faster at it."""
+    """Three blocks for two: half as long again, but for what is read, written and done once; and the dense
+    pass of the method that was faster at it."""
     keys, walls = ("method", "pipeline", "sequential"), []
     published = [run for run in report["runs"] if run["pipeline"] == "published"]
     dense = {
