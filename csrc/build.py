@@ -71,7 +71,7 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     extra = SANITIZE_FLAGS if sanitize else []
     of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
     flags = {
-        "ops": [STABLE_ABI, "-isystem", str(torch / "include")],
+        **dict.fromkeys(("ops", "cpu_ops"), [STABLE_ABI, "-isystem", str(torch / "include")]),
         **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
         **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
         **dict.fromkeys(WITH_AVX2, []),
@@ -84,7 +84,7 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
         flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []
     for name, each in flags.items():
-        source = CSRC / "ops.cpp" if name == "ops" else CSRC / "cpu" / f"{name}.cpp"
+        source = (CSRC if name.endswith("ops") else CSRC / "cpu") / f"{name}.cpp"
         target = library.with_name(f"cpu_{name}.o")
         command = [*compiler, *CXX_FLAGS, *each, *extra, "-c", str(source), "-o", str(target)]
         steps.append((target, [source], command))

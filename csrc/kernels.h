@@ -1,4 +1,4 @@
-// What the kernels take: plain pointers and sizes. Nothing here knows torch, so that ops.cpp alone meets its ABI.
+// What the kernels take: plain pointers and sizes. Nothing here knows torch, so that operands.h alone meets its ABI.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What each device's library offers to ops.cpp: whole operations on whole tensors. The CPU's stand in cpu/launch.cpp,
+// What each device's library offers to *ops.cpp: whole operations on whole tensors. The CPU's stand in cpu/launch.cpp,
 // the GPU's in cuda/*.cu.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace wanda {
 
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* closure);
 
-// What an operation needs from its surroundings; ops.cpp fills in the half of its device.
+// What an operation needs from its surroundings; operands.h fills in the half of its device.
 struct Context {
   // CPU: torch's own thread pool, for a second one would fight it.
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* closure);

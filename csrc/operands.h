@@ -1,0 +1,131 @@
+// What tensors become: plain operands, checked so far that memory is safe (users' errors are found and worded in
+// checks.py), and what surrounds a call on this library's device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "launch.h"
+
+#ifdef WANDA_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace wanda::operands {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline wanda::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return wanda::DType::kFloat;
+    case ScalarType::Half: return wanda::DType::kHalf;
+    case ScalarType::BFloat16: return wanda::DType::kBFloat;
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
+
+inline void require_floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+}
+
+// The tensor's memory, which this library's device reaches.
+inline void* data_of(const Tensor& tensor, const char* name) {
+#ifdef WANDA_CUDA
+  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a GPU");
+#else
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+#endif
+  return tensor.data_ptr();
+}
+
+inline wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, "'s rows must be contiguous");
+  return {data_of(tensor, name), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+inline const float* vector_of(const OptionalTensor& vector, const wanda::Matrix& weight, const char* name) {
+  if (!vector) return nullptr;
+  require_floats(*vector, name);
+  const bool fits = vector->dim() == 1 && vector->size(0) == weight.n_cols && vector->is_contiguous();
+  STD_TORCH_CHECK(fits, name, " must be contiguous with ", weight.n_cols, " elements");
+  return static_cast<const float*>(data_of(*vector, name));
+}
+
+inline uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight) {
+  if (!mask) return nullptr;
+  const int64_t n_bytes = weight.n_rows * ((weight.n_cols + 7) / 8);
+  const bool fits = mask->scalar_type() == ScalarType::Byte && mask->numel() == n_bytes && mask->is_contiguous();
+  STD_TORCH_CHECK(fits, "mask must be contiguous uint8 with ", n_bytes, " elements");
+  return static_cast<uint8_t*>(data_of(*mask, "mask"));
+}
+
+inline wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, const OptionalTensor& scale,
+                              const OptionalTensor& mask) {
+  const wanda::Matrix matrix = matrix_of(weight, "weight");
+  wanda::Selection selection = {matrix, vector_of(root, matrix, "root"), nullptr, 0, mask_of(mask, matrix)};
+  if (scale) {
+    require_floats(*scale, "scale");
+    const wanda::Matrix squared = matrix_of(*scale, "scale");
+    STD_TORCH_CHECK(!root && squared.n_rows == matrix.n_rows && squared.n_cols == matrix.n_cols,
+                    "scale must have the weight's shape, and no root beside it");
+    selection.scale = static_cast<const float*>(squared.data);
+    selection.scale_stride = squared.stride;
+  }
+  return selection;
+}
+
+inline float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
+  require_floats(acc, name);
+  STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");
+  return static_cast<float*>(data_of(acc, name));
+}
+
+#ifdef WANDA_CUDA
+
+// The tensor's device and torch's current stream on it. Scratch comes from torch's allocator: it may be handed out
+// again as soon as it is freed, but only behind this work on the same stream.
+class Surroundings {
+ public:
+  explicit Surroundings(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
+    // by its code: the macro that judges it has another name in every version of torch's headers
+    const auto code = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream);
+    STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "torch has no current stream on GPU ", tensor.get_device_index());
+    if (scratch_bytes == 0) return;
+    scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(scratch_bytes)}, ScalarType::Byte);
+    context_.scratch = scratch_->data_ptr();
+  }
+  const wanda::Context& context() const { return context_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  wanda::Context context_ = {};
+  OptionalTensor scratch_;
+};
+
+#else
+
+class Surroundings {
+ public:
+  explicit Surroundings(const Tensor&) {
+    context_.n_threads = static_cast<int>(torch::stable::get_num_threads());
+    context_.parallel_for = [](int64_t begin, int64_t end, int64_t grain, wanda::ParallelBody body, void* closure) {
+      torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, closure); });
+    };
+  }
+  const wanda::Context& context() const { return context_; }
+
+ private:
+  wanda::Context context_ = {};
+};
+
+#endif
+
+}  // namespace wanda::operands
