@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,110 +12,23 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import wanda_fast
-from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint, token_ids
-from wanda_fast import boundary, cli, driver, errors, job, output, pipeline, shards
+from tests.wanda_fast.resume.runs import (
+    NBLOCKS,
+    QUICK,
+    WORDS,
+    assert_same,
+    copied,
+    fine_tune,
+    masks,
+    partial,
+    resume,
+    stop_in,
+)
+from wanda_fast import boundary, cli, errors, job, output, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NBLOCKS = 5
-QUICK = dict(dataset="text.txt", eval_dataset="text.txt", nsamples=2, seqlen=24, eval_windows=2, device="cpu")
-WORDS = "--dataset text.txt --nsamples 2 --seqlen 24 --eval-windows 2 --device cpu".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def text(llama):
-    before = Path.cwd()
-    os.chdir(llama)
-    yield
-    os.chdir(before)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, pydoc_text):
-    """Folder of a checkpoint of five blocks."""
-    folder, small = tmp_path_factory.mktemp("llama"), CONFIGS["smollm"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "smollm", lambda: deeper(small()))
-        save_checkpoint(FAMILIES["smollm"]().bfloat16(), folder, pydoc_text[:20000])
-    (folder / "text.txt").write_text(pydoc_text[:20000])
-    return folder
-
-
-def deeper(config):
-    config.num_hidden_layers = NBLOCKS
-    return config
-
-
-@pytest.fixture(scope="module")
-def unbroken(llama, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken") / "out"
-    report = wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
-    return report, out
-
-
-@pytest.fixture
-def pruned(monkeypatch):
-    """Names of the blocks whose weights were selected, in order."""
-    names, prune_block = [], pipeline.prune_block
-    monkeypatch.setattr(
-        pipeline, "prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
-    )
-    return names
-
-
-@pytest.fixture
-def broken_off(llama, tmp_path, monkeypatch):
-    """The folder of a run that was stopped by Ctrl-C after three of five blocks."""
-
-    def broken_off(**options):
-        out = tmp_path / "out"
-        with monkeypatch.context() as patch:
-            write_block = output.StreamedOutput.write_block
-            patch.setattr(output.StreamedOutput, "write_block", stop_in(2, write_block))
-            with pytest.raises(errors.InterruptedRunError, match="stopped after block 3 of 5"):
-                wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK | options)
-        return out
-
-    return broken_off
-
-
-def stop_in(block, write_block):
-    def write(self, index, *rest):
-        write_block(self, index, *rest)
-        if index == block:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return write
-
-
-def resume(llama, out, **options):
-    return wanda_fast.prune(
-        str(llama), save_model=out, save_mask=str(out) + ".masks", resume=True, **QUICK | options
-    )
-
-
-def assert_same(out, unbroken, report):
-    expected, folder = unbroken
-    files = [(out / "model.safetensors", folder / "model.safetensors"), (masks(out), masks(folder))]
-    for file, other in files:
-        tensors, wanted = load_file(file), load_file(other)
-        assert tensors.keys() == wanted.keys()
-        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    assert report.perplexity == expected.perplexity and report.sparsity == expected.sparsity
-    assert list(report.linears) == list(expected.linears)
-    assert {path.name for path in out.parent.iterdir()} == {"out", "out.masks"}
-
-
-def masks(out):
-    return Path(str(out) + ".masks")
-
-
-def partial(out):
-    return out.with_name("out.partial")
 
 
 @pytest.mark.parametrize(("method", "kills"), [("connect", 21), ("sparsegpt", 7)])
@@ -259,101 +171,6 @@ def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
         resume(other, broken_off())
 
 
-def copied(llama, folder):
-    return Path(shutil.copytree(llama, folder, dirs_exist_ok=True))
-
-
-def fine_tune(folder):
-    """The last bit of the model."""
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.fixture(params=["streamed", "in memory"])
-def held(request, monkeypatch):
-    """Runs of this kind."""
-    if request.param == "in memory":
-
-        def refuse(*_):
-            raise errors.NotStreamableError("the test says so")
-
-        monkeypatch.setattr(driver, "open_skeleton", refuse)
-
-
-IDS = torch.arange(48).reshape(2, 24) + 3
-FINISHED = dict(dataset=IDS, eval_dataset=IDS)
-
-
-def test_a_finished_run_is_known_by_what_it_saw(held, llama, tmp_path, pruned, monkeypatch):
-    """Not by its options alone: by the weights, and the token ids themselves."""
-    model, out = copied(llama, tmp_path / "model"), tmp_path / "out"
-    first = resume(model, out, **FINISHED)
-    pruned.clear()
-    again = resume(model, out, **FINISHED)
-    assert not pruned and again.linears == first.linears and again.perplexity == first.perplexity
-    for change, sentence in (
-        (dict(dataset=IDS + 1), "calibration tokens differ"),
-        (dict(eval_dataset=IDS + 1), "evaluation tokens differ"),
-    ):
-        with pytest.raises(errors.ResumeError, match=rf"a finished run of other input \({sentence}\)"):
-            resume(model, out, **FINISHED | change)
-    with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
-        resume(model, out, **FINISHED, measure_error=True)
-    monkeypatch.setattr(driver, "require_zero_shot", lambda: None)
-    with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
-        resume(model, out, **FINISHED, eval_zero_shot=True)
-    fine_tune(model)
-    with pytest.raises(errors.ResumeError, match=r"a finished run of other input \(the model differs\)"):
-        resume(model, out, **FINISHED)
-    assert not pruned
-    resume(model, out, overwrite=True, **FINISHED)
-    assert len(pruned) == NBLOCKS
-
-
-def test_a_run_whose_files_are_gone_or_torn_is_not_finished(held, llama, tmp_path, pruned):
-    out = tmp_path / "out"
-    resume(llama, out)
-    masks(out).unlink()
-    resume(llama, out)
-    assert masks(out).is_file() and len(pruned) == 2 * NBLOCKS
-    report = out / "wanda_fast.json"
-    content = report.read_text()
-    for spoilt in (content[: len(content) // 2], "[]", "{}", '{"recipe": 3}', "\udcff"):
-        report.write_text(spoilt, errors="surrogateescape")
-        with pytest.raises(
-            errors.OutputError, match="and holds no finished run of this recipe: name another"
-        ):
-            resume(llama, out)
-
-
-def test_a_run_that_failed_after_its_save_is_done_again(llama, tmp_path, pruned, monkeypatch):
-    """In memory: the model is saved first. What was not measured is no finished run, and no stranger's."""
-    out = tmp_path / "out"
-    monkeypatch.setattr(driver, "require_zero_shot", lambda: None)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(driver, "zero_shot", lambda *_: 1 / 0)
-        resume(llama, out, eval_zero_shot=True)
-    monkeypatch.setattr(driver, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
-    report = resume(llama, out, eval_zero_shot=True)
-    assert report.zero_shot and len(pruned) == 2 * NBLOCKS
-    assert resume(llama, out, eval_zero_shot=True).zero_shot == report.zero_shot
-    assert len(pruned) == 2 * NBLOCKS
-
-
-def test_a_live_model_is_always_pruned(tmp_path):
-    """A finished run of another live model says nothing about this one."""
-    model, out = FAMILIES["smollm"](), tmp_path / "out"
-    options = dict(dataset=token_ids(model, 2, 24), save_model=out, resume=True)
-    wanda_fast.prune(model, **options)
-    dense = FAMILIES["smollm"]()
-    with pytest.raises(errors.OutputError, match="not empty"):
-        wanda_fast.prune(dense, **options)
-    wanda_fast.prune(dense, overwrite=True, **options)
-    assert torch.equal(dense.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
-
-
 def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
     """A limit on file size that the second shard meets; resumed without it, the same bytes."""
     limit = (
@@ -377,15 +194,6 @@ def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
     assert "2 of 5 blocks are kept: continue with --resume" in done.stderr
     assert not out.exists()
     assert_same(out, unbroken, resume(llama, out))
-
-
-def test_resume_with_nothing_to_resume_begins(llama, tmp_path, unbroken):
-    out = tmp_path / "out"
-    assert_same(out, unbroken, resume(llama, out))
-    report = resume(llama, out)  # complete
-    assert_same(out, unbroken, report)
-    with pytest.raises(errors.OutputError, match="not empty"):
-        resume(llama, out, seed=3)
 
 
 def test_resume_without_a_folder_is_refused(llama):
