@@ -28,6 +28,15 @@ SHAPES = {
         num_key_value_heads=8,
         num_hidden_layers=32,
     ),
+    "smollm2-135m": LLAMA
+    | dict(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=30,
+    ),
     "tiny": LLAMA
     | dict(
         vocab_size=256,

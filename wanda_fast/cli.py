@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from wanda_fast import flags
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.tables import doctor_tables, error_table, inspection_tables, perplexity_line, summary_tables
@@ -32,129 +33,40 @@ errors = Console(stderr=True)
 complain = partial(errors.print, style="red", highlight=False, markup=False, soft_wrap=True)
 say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
-Model = Annotated[str, typer.Option(help="Hub id, folder or .gguf file of a causal LM.")]
-CacheDir = Annotated[str | None, typer.Option(help="For hub downloads. Default: Hugging Face's own cache.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")]
-EvalDataset = Annotated[
-    str,
-    typer.Option(
-        help="Text for perplexity: wikitext2, ptb, c4, pydoc (its last fifth), a local file, or none. "
-        "auto: wikitext2 for hub datasets, else the same as --dataset."
-    ),
-]
-EvalWindows = Annotated[
-    int | None, typer.Option(min=1, help="Measure perplexity on at most so many windows.")
-]
-Seqlen = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens a window. Default: 2048, or the model's context where shorter."),
-]
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(help="A .py file or module that registers methods or patterns; repeatable."),
-]
-
 
 @app.command()
 def prune(
-    model: Model = "meta-llama/Llama-3.2-1B",
-    seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
-    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    sparsity_ratio: Annotated[
-        float | None, typer.Option(help="Fraction to prune, in [0, 1). Default: 0.5, or 1 - N/M for N:M.")
-    ] = None,
-    sparsity_type: Annotated[
-        str, typer.Option(help="unstructured, N:M (N kept of every M inputs), or a registered pattern.")
-    ] = "unstructured",
-    prune_method: Annotated[
-        str,
-        typer.Option(
-            help="magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, dense, ablate_mag_seq, "
-            "ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter, or a registered method."
-        ),
-    ] = "wanda",
-    cache_dir: CacheDir = None,
-    use_variant: Annotated[
-        bool, typer.Option("--use-variant", help="The Wanda variant's threshold (unstructured only).")
-    ] = False,
-    save: Annotated[
-        Path | None, typer.Option(help="Folder for log_METHOD.txt (the published line) and wanda_fast.json.")
-    ] = None,
-    save_model: Annotated[
-        Path | None, typer.Option(help="Folder for the pruned model, which from_pretrained loads.")
-    ] = None,
-    save_log: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
-    save_mask: Annotated[
-        Path | None, typer.Option(help="File for the packed masks (safetensors), for apply-mask and verify.")
-    ] = None,
-    eval_zero_shot: Annotated[
-        bool,
-        typer.Option("--eval-zero-shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
-    ] = False,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="Calibration text: wikitext2, c4, ptb, pydoc (the standard library's help, no download), "
-            "or a .txt, .jsonl or .parquet file or folder."
-        ),
-    ] = "wikitext2",
-    seqlen: Seqlen = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Sequences a forward. Default: about 4096 (CPU) or 16384 (GPU) tokens, if they fit."
-        ),
-    ] = None,
-    sequential: Annotated[
-        str,
-        typer.Option(
-            help="block, as published, or linear: one pass, each linear sees its pruned forerunners."
-        ),
-    ] = "block",
-    activations: Annotated[
-        str,
-        typer.Option(help="Where hidden states lie: device, host, disk, or auto, the first that has room."),
-    ] = "auto",
-    connect_gate: Annotated[
-        str, typer.Option(help="connect's gate: activated (as the published code) or raw.")
-    ] = "activated",
-    update: Annotated[
-        str,
-        typer.Option(help="obs: update what a method keeps for what it prunes, as sparsegpt does; or none."),
-    ] = "none",
-    dampening: Annotated[
-        float, typer.Option(help="Share of a Hessian's mean diagonal that is added before it is factored.")
-    ] = 0.01,
-    hessian_device: Annotated[
-        str,
-        typer.Option(help="Where Hessians are: device, host, or auto: host for those too wide for a GPU."),
-    ] = "auto",
-    measure_error: Annotated[
-        bool | None,
-        typer.Option(
-            "--measure-error/--no-measure-error",
-            help="Print each linear's ||(W - W')X||^2. Default: with sparsegpt and --update obs, by block.",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="Linears to leave dense: a name, a glob, or re:REGEX; repeatable."),
-    ] = None,
-    eval_dataset: EvalDataset = "auto",
-    eval_windows: EvalWindows = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Allow folders to save to that are not empty, and files that exist."
-        ),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run of the same --save-model folder.")
-    ] = False,
-    plugin: Plugin = None,
+    model: flags.Model = "meta-llama/Llama-3.2-1B",
+    seed: flags.Seed = 0,
+    nsamples: flags.Nsamples = 128,
+    sparsity_ratio: flags.SparsityRatio = None,
+    sparsity_type: flags.SparsityType = "unstructured",
+    prune_method: flags.PruneMethod = "wanda",
+    cache_dir: flags.CacheDir = None,
+    use_variant: flags.UseVariant = False,
+    save: flags.Save = None,
+    save_model: flags.SaveModel = None,
+    save_log: flags.SaveLog = None,
+    save_mask: flags.SaveMask = None,
+    eval_zero_shot: flags.EvalZeroShot = False,
+    dataset: flags.Dataset = "wikitext2",
+    seqlen: flags.Seqlen = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = "auto",
+    batch_size: flags.BatchSize = None,
+    sequential: flags.Sequential = "block",
+    activations: flags.Activations = "auto",
+    connect_gate: flags.ConnectGate = "activated",
+    update: flags.Update = "none",
+    dampening: flags.Dampening = 0.01,
+    hessian_device: flags.HessianDevice = "auto",
+    measure_error: flags.MeasureError = None,
+    ignore: flags.Ignore = None,
+    eval_dataset: flags.EvalDataset = "auto",
+    eval_windows: flags.EvalWindows = None,
+    overwrite: flags.Overwrite = False,
+    resume: flags.Resume = False,
+    plugin: flags.Plugin = None,
 ) -> None:
     """Prune a checkpoint, measure its perplexity before and after, and save it."""
     from wanda_fast.driver import prune as prune_model
@@ -207,19 +119,16 @@ def prune(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    model: flags.ModelArgument,
     dataset: Annotated[
         str, typer.Option(help="Text: wikitext2, ptb, c4, pydoc (its last fifth), a local file, or none.")
     ] = "wikitext2",
-    seqlen: Seqlen = None,
-    eval_windows: EvalWindows = None,
-    eval_zero_shot: Annotated[
-        bool,
-        typer.Option("--eval-zero-shot", help="Zero-shot tasks by lm-evaluation-harness (the eval extra)."),
-    ] = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    cache_dir: CacheDir = None,
+    seqlen: flags.Seqlen = None,
+    eval_windows: flags.EvalWindows = None,
+    eval_zero_shot: flags.EvalZeroShot = False,
+    device: flags.Device = None,
+    dtype: flags.Dtype = "auto",
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """Measure a model's perplexity, and print the protocol with it."""
     from wanda_fast.driver import evaluate as evaluate_model
@@ -244,8 +153,8 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
-    cache_dir: CacheDir = None,
+    model: flags.ModelArgument,
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """List a model's blocks and linears, their zeros, and the N:M patterns that the zeros keep to."""
     from wanda_fast.inspection import inspect as inspect_model
@@ -256,11 +165,11 @@ def inspect(
 
 @app.command()
 def apply_mask(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    model: flags.ModelArgument,
     mask: Annotated[Path, typer.Option(help="A file that prune --save_mask wrote.")],
     save_model: Annotated[Path, typer.Option(help="Folder for the masked model.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow a folder that is not empty.")] = False,
-    cache_dir: CacheDir = None,
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """Zero what a mask does not keep: after fine-tuning or merging a pruned model."""
     from wanda_fast import checkpoint, masks, saving
@@ -274,10 +183,10 @@ def apply_mask(
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a causal LM.")],
+    model: flags.ModelArgument,
     mask: Annotated[Path | None, typer.Option(help="A file that prune --save_mask wrote.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, for every prunable linear.")] = None,
-    cache_dir: CacheDir = None,
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """Check that a model keeps to a mask or an N:M pattern: exit code 0, or 1 and the linears that do not."""
     from wanda_fast import checkpoint, masks
