@@ -29,7 +29,7 @@ struct Scratch {
   Count high[kHighBins], low[kLowBins];  // low: not cleared for narrow keys
   Count rest;          // the position within the high bin
   uint32_t high_bin;   // narrow keys: this is the threshold
-  uint32_t threshold;  // of prune_at_most_
+  uint32_t threshold;  // for prune_at_most
 };
 
 // A block's share of the matrix comes in pieces of rows, so that no index is divided weight by weight.
