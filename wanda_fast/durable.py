@@ -56,10 +56,7 @@ def checksum(path: Path) -> str:
     """sha256 of the sha256 of each 16 MiB: over a block of a 7B one thread (0.7 GB/s) takes longer than a GPU
     takes to prune it."""
     begins = range(0, path.stat().st_size, PIECE)
-    threads = min(MOST_THREADS, len(begins), os.cpu_count() or 1)
-    if threads < 2:
-        return hashlib.sha256(b"".join(_sha256(path, begin) for begin in begins)).hexdigest()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:  # begins as many as have work
         return hashlib.sha256(b"".join(pool.map(partial(_sha256, path), begins))).hexdigest()
 
 

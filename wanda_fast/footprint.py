@@ -7,7 +7,8 @@
 
 On a GPU the same of its memory, but for `widening`, which it needs not, and for `ahead` and `stored`, which
 are on the host: `ahead` twice, as one block goes in while the next is read, and `stored` in any dtype, since
-there a block is written as a copy. Hessians on the host are judged where they are placed.
+there a block is written as a copy. Of Hessians on the host it counts what visits the GPU; the rest is
+judged where they are placed.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.block_forward import WIDENED_TOKENS, multiplies_bf16
 from wanda_fast.evaluation import batch_of
-from wanda_fast.hessian_memory import block_bytes
+from wanda_fast.hessian_memory import block_bytes, visiting_bytes
 from wanda_fast.job import Job
 from wanda_fast.methods import Method
 from wanda_fast.placement import LEAVING
@@ -95,6 +96,7 @@ def footprint(
     widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
     in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
     tokens = 0 if calibration is None else calibration.numel()
+    use = job.method.hessians
     one_pass = job.sequential == "linear"  # all sequences are inside the block at once
     inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
     evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
@@ -104,7 +106,7 @@ def footprint(
         stored=weights * widened,
         activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * size,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
-        hessians=block_bytes(blocks, job.method.hessians) if tokens else 0,
+        hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
         forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),

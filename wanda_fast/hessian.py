@@ -12,9 +12,9 @@ import wanda_kernels
 from wanda_fast.architecture import Block, Linear
 from wanda_fast.errors import HessianError, NonFiniteError
 from wanda_kernels import Factor, NotPositiveDefiniteError
+from wanda_kernels.host_hessian import add_hessian_on_host_
 
 STRIPE = 4096  # columns of a Hessian that an error is summed over at a time
-BAND = 2**28  # bytes of a Hessian on the host that visit the GPU at once
 
 
 @dataclass
@@ -41,7 +41,7 @@ class HessianUse:
 
     def hessian(self, linear: Linear) -> "Hessian":
         width, device = linear.module.in_features, linear.module.weight.device
-        return Hessian(width, "cpu" if width in self.on_host else device, pinned=device.type == "cuda")
+        return Hessian(width, device, on_host=width in self.on_host)
 
 
 class Hessian:
@@ -49,9 +49,9 @@ class Hessian:
 
     operation = "add_hessian_"
 
-    def __init__(self, in_features: int, device: torch.device | str, pinned: bool = False):
+    def __init__(self, in_features: int, device: torch.device | str, on_host: bool = False):
         self.in_features = in_features
-        where = {"device": device, "pin_memory": pinned and torch.device(device).type == "cpu"}
+        where = {"pin_memory": True} if on_host else {"device": device}
         self.acc: Tensor | None = torch.zeros(in_features, in_features, **where)
         self.factor: Factor | None = None
         self.blind = False  # factored, and every input was zero in every token
@@ -62,7 +62,7 @@ class Hessian:
         if self.acc.device == x.device:
             wanda_kernels.add_hessian_(self.acc, x)
         else:
-            add_in_bands_(self.acc, x)
+            add_hessian_on_host_(self.acc, x)
 
     def make_factor(self, use: HessianUse) -> None:
         """The factor, once; the Hessian itself is dropped unless errors are measured."""
@@ -76,27 +76,6 @@ class Hessian:
         return Factor(factor.upper.to(device), factor.dead.to(device), factor.dampening)
 
 
-def add_in_bands_(acc: Tensor, x: Tensor) -> None:
-    """acc `[in, in]` on the host += x^T x, computed where x is: rows of acc visit it, BAND bytes at once.
-
-    A GPU takes less time for the sums than the bands for their way, and hundreds of times less than the host.
-    """
-    from wanda_kernels.add_hessian import MOST_TOKENS, add_product_
-
-    x = x.reshape(-1, x.shape[-1])
-    n_rows = max(1, BAND // (4 * len(acc)))
-    for first in range(0, len(acc), n_rows):
-        band = acc[first : first + n_rows]
-        here = band.to(x.device, non_blocking=True, copy=True)
-        for tokens in x.split(MOST_TOKENS):
-            add_product_(here, tokens[:, first : first + n_rows], tokens)
-        band.copy_(here, non_blocking=True)
-    if x.is_cuda:
-        torch.cuda.current_stream(
-            x.device
-        ).synchronize()  # the host, and other streams, may read it from here on
-
-
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
     """Judge the Hessians of the block's linears, and factor them where weights are updated; the widest first.
 
@@ -108,6 +87,8 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
     for linear in block.linears:
         if linear.name in hessians:
             first.setdefault(hessians[linear.name], linear.name)
+    if any(hessian.in_features in use.on_host for hessian in first):
+        torch.cuda.synchronize(block.linears[0].module.weight.device)  # they are on their way to the host
     _require_finite(block, first)
     for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
         try:

@@ -32,6 +32,15 @@ __device__ T exclusive_scan_of_block(T value) {
   return before;
 }
 
+// of_warp: shared, one for each warp.
+__device__ inline uint32_t max_of_block(uint32_t* of_warp, uint32_t value) {
+  const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
+  value = __reduce_max_sync(kAllLanes, value);
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return __reduce_max_sync(kAllLanes, lane < n_warps ? of_warp[lane] : 0);
+}
+
 // A sorted position inside a histogram: its bin, the position within the bin, the bin's count.
 template <typename Count>
 struct Place {

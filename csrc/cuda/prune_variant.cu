@@ -77,19 +77,10 @@ int fraction_bits(int64_t n_cols) {
   return length > 17 ? 53 - length : 36;
 }
 
-__device__ inline uint32_t max_of_block(uint32_t value) {
-  __shared__ uint32_t of_warp[kWarp];
-  const unsigned lane = threadIdx.x % kWarp;
-  value = __reduce_max_sync(kAllLanes, value);
-  if (lane == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return __reduce_max_sync(kAllLanes, lane < blockDim.x / kWarp ? of_warp[lane] : 0);
-}
-
 // kShared: keys are put in order in shared memory, else where they are to stay.
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kOrderThreads) order_keys_kernel(Selection s, Scratch scratch, int fraction_bits) {
-  __shared__ uint32_t next[kBins];
+  __shared__ uint32_t next[kBins], of_warp[kWarp];
   const int64_t row = blockIdx.x, n_cols = s.weight.n_cols;
   const T* weights = row_of<T>(s.weight, row);
   uint32_t* stored = scratch.keys + row * n_cols;
@@ -101,7 +92,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_keys_kernel(Selection s, 
   uint32_t highest = 0;
   for_keys([&](uint32_t key) { highest = max(highest, key); });
   next[threadIdx.x] = 0;
-  highest = max_of_block(highest);
+  highest = max_of_block(of_warp, highest);
   const Row about = {0, highest > kWindow ? highest - kWindow : 0, highest};
   for_keys([&](uint32_t key) { atomicAdd(&next[about.bin_of(key)], 1u); });
   __syncthreads();

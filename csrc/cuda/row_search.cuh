@@ -45,14 +45,6 @@ __device__ inline void clear_bins(Search& search) {
   }
 }
 
-__device__ inline uint32_t max_of_block(Search& search, uint32_t value) {
-  const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
-  value = __reduce_max_sync(kAllLanes, value);
-  if (lane == 0) search.of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return __reduce_max_sync(kAllLanes, lane < n_warps ? search.of_warp[lane] : 0);
-}
-
 // The bin that holds a sorted position. The block meets at its begin and its end.
 __device__ inline Place<uint32_t> find_bin(Search& search, uint32_t position) {
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -111,7 +103,7 @@ __device__ inline int shift_for(uint32_t width, int bits) {
 template <typename Keys>
 __device__ __forceinline__ Cut find_cut(Search& search, Keys& keys, uint32_t highest, uint32_t n_cols,
                                         uint32_t num_pruned) {
-  uint32_t high = max_of_block(search, highest);
+  uint32_t high = max_of_block(search.of_warp, highest);
   if (num_pruned == 0) return {0, 0};
   uint32_t low = high > kWindow ? high - kWindow : 0;
   int shift = kWindowShift;

@@ -10,7 +10,6 @@ Source: Wanda-CoNNect; the squares are this project's `gated` method.
 """
 
 import os
-from functools import cache
 
 import torch
 import triton
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from wanda_kernels import coactivation_paths
 from wanda_kernels.add_sq_norm import add_sq_norm_, add_total_, slabs
+from wanda_kernels.fp32_sums import add_product_, addmm_adds_to_fp32
 from wanda_kernels.native import as_rows
 
 # the interpreter keeps bf16 as integers and would multiply those in tl.dot, so there operands stay fp32
@@ -155,10 +155,7 @@ def add_addmm_(
     """Elementwise passes, then torch's matmul; gate and x [tokens, features]."""
     gate = operand(gate, activation, power, None)
     x = operand(x, None, power, sq_norm)
-    if x.dtype == torch.float32:
-        acc.addmm_(gate.t(), x)
-    else:
-        torch.addmm(acc, gate.t(), x, out_dtype=torch.float32, out=acc)
+    add_product_(acc, gate, x)
 
 
 def operand(x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None) -> Tensor:
@@ -184,17 +181,6 @@ def _operand_dtype(dtype: torch.dtype, power: int) -> torch.dtype:
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-
-
-@cache
-def addmm_adds_to_fp32(device: str) -> bool:
-    """Whether torch.addmm adds 16-bit operands' product to fp32 there (torch 2.10 and later, on CUDA)."""
-    acc, x = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
-    try:
-        torch.addmm(acc, x, x, out_dtype=torch.float32, out=acc)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _path(acc: Tensor, dtype: torch.dtype) -> str:

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.add_coactivation import add_fused_, addmm_adds_to_fp32
+from wanda_kernels.add_coactivation import add_fused_
 from wanda_kernels.add_sq_norm import add_total_, slabs
+from wanda_kernels.fp32_sums import add_product_, addmm_adds_to_fp32
 from wanda_kernels.native import as_rows
 
 
@@ -115,10 +116,8 @@ def operands(
 
 def _add_product_(acc: Tensor, weights: Tensor, x_squared: Tensor) -> None:
     """acc += weights^T x_squared, summed in fp32."""
-    if x_squared.dtype == torch.float32:
-        acc.addmm_(weights.t(), x_squared)
-    elif addmm_adds_to_fp32(acc.device.type):
-        torch.addmm(acc, weights.t(), x_squared, out_dtype=torch.float32, out=acc)
+    if x_squared.dtype == torch.float32 or addmm_adds_to_fp32(acc.device.type):
+        add_product_(acc, weights, x_squared)
     else:
         add_fused_(acc, weights, x_squared, None, 1)
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.add_coactivation import INTERPRETED, add_tile, addmm_adds_to_fp32
+from wanda_kernels.add_coactivation import INTERPRETED, add_tile
+from wanda_kernels.fp32_sums import MOST_TOKENS, add_product_, addmm_adds_to_fp32
 from wanda_kernels.native import as_rows
 
 # compute capability at least, in features at least, path; the first row that fits. Estimates: half the tiles,
@@ -26,9 +27,6 @@ PATHS = (
     ((8, 0), 2048, "symmetric"),
     ((8, 0), 0, "addmm"),  # fewer tiles than an A100 has multiprocessors: cuBLAS splits the tokens
 )
-# Tensor cores cut their running sums off, about 2^-24 for every 16 tokens: at most 6e-5 of the sum of the
-# terms' magnitudes in so many tokens. What is added to acc is then rounded to nearest.
-MOST_TOKENS = 16_384
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # 128 fp32 sums a thread; the most FLOP a byte of shared memory
 
 
@@ -104,14 +102,6 @@ def add_symmetric_(acc: Tensor, x: Tensor) -> None:
 def add_addmm_(acc: Tensor, x: Tensor) -> None:
     """torch's matmul; x [tokens, features]."""
     add_product_(acc, x, x)
-
-
-def add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc [m, n] += a^T b by torch's matmul, sums in fp32; a [tokens, m], b [tokens, n]."""
-    if a.dtype != torch.float32 and addmm_adds_to_fp32(acc.device.type):
-        torch.addmm(acc, a.t(), b, out_dtype=torch.float32, out=acc)
-    else:
-        acc.addmm_(a.t().float(), b.float())
 
 
 def mirror_(acc: Tensor) -> None:

@@ -18,7 +18,8 @@ ORDER = {
     "cuda": ("triton", "cuda", "torch"),
     "cpu": ("cpu", "torch"),
 }
-# selections: two to four times as fast, but for the longest rows; sums: as fast, launched in a third of it
+# selections: two to four times as fast, but for the longest rows; sums: as fast, and launched in a third of
+# the time
 CUDA_FIRST = ("prune_rows_", "prune_matrix_", "add_sq_norm_")
 
 # operation -> backend -> "module:function" of this package

@@ -1,6 +1,6 @@
-"""The search that selection shares: narrow low < high until the sum below a key is what is wanted.
+"""The search of Triton's prune_rows_: narrow low < high until the count below a key is what is wanted.
 
-The sum of what lies below a key (a count, or a mass) never falls as the key rises. False position guesses
+The count of what lies below a key never falls as the key rises. False position guesses
 the key from the sums at both ends, about 9 guesses where halving takes 15. Which key it ends on depends on
 the guesses; what lies below it does not, so approximate arithmetic serves.
 Source: the Illinois variant of false position (Dowell & Jarratt 1971).

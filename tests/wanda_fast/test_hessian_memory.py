@@ -12,7 +12,7 @@ from tests.tiny_models import FAMILIES
 from wanda_fast import errors, hessian_memory
 from wanda_fast.architecture import find_blocks
 from wanda_fast.hessian import HessianUse
-from wanda_fast.hessian_memory import peak_bytes, place_hessians
+from wanda_fast.hessian_memory import peak_bytes, place_hessians, visiting_bytes
 
 MIB = 2**20
 WIDTHS = (2048, 1024, 1024)  # 16 MiB and twice 4 MiB
@@ -73,6 +73,12 @@ def test_peak_bytes_by_hand(monkeypatch):
     assert peak_bytes([10, 10, 10], update) == 4 * 600
     assert peak_bytes([10, 10, 10], measured) == 4 * (300 + 200 + 300)  # two factors are there
     assert peak_bytes([], update) == 0
+
+
+def test_what_visits_the_gpu_of_hessians_on_the_host():
+    assert visiting_bytes(None) == visiting_bytes(HessianUse(True, True)) == 0
+    assert visiting_bytes(HessianUse(True, True, on_host=frozenset({64, 160}))) == 4 * 160**2
+    assert visiting_bytes(HessianUse(True, True, on_host=frozenset({64, 28_672}))) == 256 * MIB
 
 
 def test_auto_places_the_widest_on_the_host(monkeypatch):

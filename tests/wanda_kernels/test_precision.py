@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import wanda_kernels
-from wanda_kernels import backends, hessian_factor
+from wanda_kernels import backends, hessian_factor, host_hessian
 
 
 @pytest.fixture(params=["high", "medium", "of a device"])
@@ -28,6 +28,15 @@ def test_operations_run_in_full_precision(lower_precision, monkeypatch):
     wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4))
     torch.ops.wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4), "auto")
     assert inside == ["highest"] * 2 and lower_precision() == before
+
+
+def test_hessians_on_the_host_are_summed_in_full_precision(lower_precision, monkeypatch):
+    inside = []
+    spy = lambda *operands: inside.append(torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(host_hessian, "add_product_", spy)
+    before = lower_precision()
+    host_hessian.add_hessian_on_host_(torch.zeros(4, 4), torch.ones(3, 4))
+    assert inside == ["highest"] and lower_precision() == before
 
 
 def test_hessians_are_factored_in_full_precision(lower_precision, monkeypatch):
