@@ -19,9 +19,7 @@ from torch import Tensor
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 LEAST_BUFFERS, MOST_BUFFERS = 2, 256
 RING_BYTES = {"cpu": 768 << 20, "cuda": 8 << 30}
-LAUNCH_COVER = (
-    1_000_000  # GPU cycles, half a millisecond: the call is launched before the GPU could wait for it
-)
+LAUNCH_COVER = 1_000_000  # GPU cycles, half a millisecond: in which even a slow host launches the call
 
 Operands = tuple[Tensor | None, ...]
 Stopwatch = Callable[[Callable[[], None]], float]
