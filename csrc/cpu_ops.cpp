@@ -13,13 +13,13 @@ wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const O
   columns.divisor = vector_of(divisor, columns.weight, "divisor");
   const bool fits = pruned.scalar_type() == ScalarType::Bool && pruned.dim() == 2 && pruned.size(0) == w.size(0) &&
                     pruned.size(1) == w.size(1) && (w.size(1) <= 1 || pruned.stride(1) == 1);
-  STD_TORCH_CHECK(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor null");
+  require(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor null");
   return columns;
 }
 
 void native_mark_lowest_(Tensor w, OptionalTensor root, OptionalTensor divisor, int64_t rank, Tensor pruned) {
   const wanda::Selection columns = columns_of(w, root, divisor, pruned);
-  STD_TORCH_CHECK(0 <= rank && rank < w.numel(), "rank out of range");
+  require(0 <= rank && rank < w.numel(), "rank out of range");
   wanda::mark_lowest(Surroundings(w).context(), columns, rank, static_cast<uint8_t*>(data_of(pruned, "pruned")),
                      pruned.stride(0));
 }
@@ -30,8 +30,8 @@ void native_prune_and_update_(Tensor w, OptionalTensor root, OptionalTensor divi
   require_floats(u, "u");
   const wanda::Matrix factor = matrix_of(u, "u");
   const int64_t width = columns.weight.n_cols;
-  STD_TORCH_CHECK(factor.n_rows == width && factor.n_cols == width && width <= 128, "u must be [width, width]");
-  STD_TORCH_CHECK(m == 0 || (1 <= n && n < m && m <= 32 && width % m == 0), "n:m does not fit");
+  require(factor.n_rows == width && factor.n_cols == width && width <= 128, "u must be [width, width]");
+  require(m == 0 || (1 <= n && n < m && m <= 32 && width % m == 0), "n:m does not fit");
   wanda::prune_and_update(Surroundings(w).context(),
                           {columns, static_cast<const float*>(factor.data), factor.stride,
                            static_cast<uint8_t*>(data_of(pruned, "pruned")), pruned.stride(0), static_cast<int>(n),
@@ -41,24 +41,24 @@ void native_prune_and_update_(Tensor w, OptionalTensor root, OptionalTensor divi
 void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
   const wanda::Matrix matrix = matrix_of(x, "x");
   float* values = accumulator_of(out, x.numel());
-  STD_TORCH_CHECK(0 <= activation && activation <= 4 && (power == 1 || power == 2), "no such activation or power");
+  require(0 <= activation && activation <= 4 && (power == 1 || power == 2), "no such activation or power");
   wanda::activate(Surroundings(x).context(), matrix, static_cast<wanda::Activation>(activation),
                   static_cast<int>(power), values);
 }
 
 void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
   const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up");
-  STD_TORCH_CHECK(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
+  require(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
   float* values = accumulator_of(out, 2 * gate.numel());
-  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  require(0 <= activation && activation <= 4, "no such activation");
   wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
 }
 
 wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() && tensor.stride(3) == 1 &&
-                      tensor.size(0) == q.size(0) && tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
-                  name, " must be like q, rows contiguous");
-  for (int64_t dim = 0; dim < 3; ++dim) STD_TORCH_CHECK(tensor.stride(dim) % 2 == 0, name, "'s strides must be even");
+  require(tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() && tensor.stride(3) == 1 &&
+              tensor.size(0) == q.size(0) && tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
+          name, " must be like q, rows contiguous");
+  for (int64_t dim = 0; dim < 3; ++dim) require(tensor.stride(dim) % 2 == 0, name, "'s strides must be even");
   return {data_of(tensor, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
@@ -66,9 +66,9 @@ void native_attend_(Tensor out, Tensor q, Tensor k, Tensor v, double scale) {
   const wanda::Attention attention = {heads_of(q, q, "q"), heads_of(k, q, "k"), heads_of(v, q, "v"),
                                       heads_of(out, q, "out"), dtype_of(q), q.size(0), q.size(1), k.size(1),
                                       q.size(2), q.size(3), static_cast<float>(scale)};
-  STD_TORCH_CHECK(out.size(1) == q.size(1) && v.size(1) == k.size(1) && q.size(1) % k.size(1) == 0,
-                  "the numbers of heads do not fit");
-  STD_TORCH_CHECK(wanda::attends(attention.dtype, attention.head_dim), "no attention of this dtype and head_dim here");
+  require(out.size(1) == q.size(1) && v.size(1) == k.size(1) && q.size(1) % k.size(1) == 0,
+          "the numbers of heads do not fit");
+  require(wanda::attends(attention.dtype, attention.head_dim), "no attention of this dtype and head_dim here");
   wanda::attend(Surroundings(q).context(), attention);
 }
 
@@ -81,14 +81,14 @@ bool native_attends(Tensor q) {
 void native_rotate_(Tensor out, Tensor x, Tensor cos, Tensor sin) {
   const wanda::Heads heads = heads_of(x, x, "x"), target = heads_of(out, x, "out");
   const auto dtype = x.scalar_type();
-  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && x.size(3) % 2 == 0 &&
-                      out.size(1) == x.size(1),
-                  "expected x of an even head_dim, float32 or bfloat16, and out of its shape");
+  require((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && x.size(3) % 2 == 0 &&
+              out.size(1) == x.size(1),
+          "expected x of an even head_dim, float32 or bfloat16, and out of its shape");
   for (const Tensor& turn : {cos, sin}) {
-    STD_TORCH_CHECK(turn.dim() == 3 && turn.scalar_type() == dtype && turn.stride(2) == 1 && turn.size(0) == x.size(0) &&
-                        turn.size(1) == x.size(2) && turn.size(2) == x.size(3) && turn.stride(0) == cos.stride(0) &&
-                        turn.stride(1) == cos.stride(1),
-                    "cos and sin must be [batches, tokens, head_dim] of x's dtype, alike, rows contiguous");
+    require(turn.dim() == 3 && turn.scalar_type() == dtype && turn.stride(2) == 1 && turn.size(0) == x.size(0) &&
+                turn.size(1) == x.size(2) && turn.size(2) == x.size(3) && turn.stride(0) == cos.stride(0) &&
+                turn.stride(1) == cos.stride(1),
+            "cos and sin must be [batches, tokens, head_dim] of x's dtype, alike, rows contiguous");
   }
   wanda::rotate(Surroundings(x).context(),
                 {heads, target, data_of(cos, "cos"), data_of(sin, "sin"), cos.stride(0), cos.stride(1), dtype_of(x),
@@ -100,9 +100,9 @@ void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
   require_floats(a, "a");
   require_floats(b, "b");
   const wanda::Matrix sums = matrix_of(acc, "acc"), left = matrix_of(a, "a"), right = matrix_of(b, "b");
-  STD_TORCH_CHECK(left.n_rows == right.n_rows, "a and b must have as many rows");
-  STD_TORCH_CHECK(sums.n_rows == left.n_cols && sums.n_cols == right.n_cols, "acc must be [a's columns, b's columns]");
-  STD_TORCH_CHECK(wanda::adds_products(in_bf16), "no product of these operands here");
+  require(left.n_rows == right.n_rows, "a and b must have as many rows");
+  require(sums.n_rows == left.n_cols && sums.n_cols == right.n_cols, "acc must be [a's columns, b's columns]");
+  require(wanda::adds_products(in_bf16), "no product of these operands here");
   wanda::add_product(Surroundings(acc).context(), left, right, in_bf16, sums);
 }
 
@@ -110,15 +110,15 @@ void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
   require_floats(acc, "acc");
   require_floats(x, "x");
   const wanda::Matrix sums = matrix_of(acc, "acc"), rows = matrix_of(x, "x");
-  STD_TORCH_CHECK(sums.n_rows == rows.n_cols && sums.n_cols == rows.n_cols, "acc must be square, as wide as x");
-  STD_TORCH_CHECK(wanda::adds_squares(in_bf16), "no square of these operands here");
+  require(sums.n_rows == rows.n_cols && sums.n_cols == rows.n_cols, "acc must be square, as wide as x");
+  require(wanda::adds_squares(in_bf16), "no square of these operands here");
   wanda::add_square(Surroundings(acc).context(), rows, in_bf16, sums);
 }
 
 void native_mirror_(Tensor acc) {
   require_floats(acc, "acc");
   const wanda::Matrix sums = matrix_of(acc, "acc");
-  STD_TORCH_CHECK(sums.n_rows == sums.n_cols, "acc must be square");
+  require(sums.n_rows == sums.n_cols, "acc must be square");
   wanda::mirror(Surroundings(acc).context(), sums);
 }
 
@@ -130,16 +130,16 @@ int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(Surroundings(x)
 
 // fp32 or bf16, all of one dtype and of x's shape.
 void require_like(const wanda::Matrix& x, const wanda::Matrix& other) {
-  STD_TORCH_CHECK(x.dtype != wanda::DType::kHalf && x.dtype == other.dtype && x.n_rows == other.n_rows &&
-                      x.n_cols == other.n_cols,
-                  "expected matrices of one shape and dtype, float32 or bfloat16");
+  require(x.dtype != wanda::DType::kHalf && x.dtype == other.dtype && x.n_rows == other.n_rows &&
+              x.n_cols == other.n_cols,
+          "expected matrices of one shape and dtype, float32 or bfloat16");
 }
 
 void native_rms_norm_(Tensor out, Tensor x, Tensor weight, double epsilon) {
   const wanda::Matrix rows = matrix_of(x, "x"), target = matrix_of(out, "out");
   require_like(rows, target);
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == rows.n_cols && dtype_of(weight) == rows.dtype,
-                  "weight must be contiguous, of x's dtype, with ", rows.n_cols, " elements");
+  require(weight.is_contiguous() && weight.numel() == rows.n_cols && dtype_of(weight) == rows.dtype,
+          "weight must be contiguous, of x's dtype, with ", rows.n_cols, " elements");
   wanda::rms_norm(Surroundings(x).context(), rows, data_of(weight, "weight"), static_cast<float>(epsilon), target);
 }
 
@@ -147,7 +147,7 @@ void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activatio
   const wanda::Matrix g = matrix_of(gate, "gate"), u = matrix_of(up, "up"), target = matrix_of(out, "out");
   require_like(g, u);
   require_like(g, target);
-  STD_TORCH_CHECK(0 <= activation && activation <= 4, "no such activation");
+  require(0 <= activation && activation <= 4, "no such activation");
   wanda::gated_product(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), target);
 }
 
@@ -162,11 +162,11 @@ bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bo
                            bias ? data_of(*bias, "bias") : nullptr};
   const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
                     (!bias || (bias->is_contiguous() && bias->numel() == s.weight.n_rows));
-  STD_TORCH_CHECK(fits, "the shapes of x, weight, bias and out do not fit");
+  require(fits, "the shapes of x, weight, bias and out do not fit");
   const bool alike = s.x.dtype == s.weight.dtype && s.out.dtype == s.weight.dtype &&
                      (!bias || dtype_of(*bias) == s.weight.dtype);
-  STD_TORCH_CHECK(alike, "x, weight, bias and out must have one dtype");
-  STD_TORCH_CHECK(wanda::multiplies(s.weight.dtype, sparse), "no product with a weight of this dtype here");
+  require(alike, "x, weight, bias and out must have one dtype");
+  require(wanda::multiplies(s.weight.dtype, sparse), "no product with a weight of this dtype here");
   return wanda::linear(Surroundings(x).context(), s, sparse);
 }
 

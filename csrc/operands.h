@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "launch.h"
 
@@ -22,32 +24,41 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline std::string text_of(const char* part) { return part; }
+inline std::string text_of(int64_t part) { return std::to_string(part); }
+
+// Throws what Python sees as a RuntimeError, its message the parts in a row.
+template <typename... Parts>
+inline void require(bool holds, Parts... parts) {
+  if (!holds) throw std::runtime_error((text_of(parts) + ...));
+}
+
 inline wanda::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return wanda::DType::kFloat;
     case ScalarType::Half: return wanda::DType::kHalf;
     case ScalarType::BFloat16: return wanda::DType::kBFloat;
-    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+    default: throw std::runtime_error("expected float32, float16 or bfloat16");
   }
 }
 
 inline void require_floats(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  require(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
 // The tensor's memory, which this library's device reaches.
 inline void* data_of(const Tensor& tensor, const char* name) {
 #ifdef WANDA_CUDA
-  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a GPU");
+  require(tensor.is_cuda(), name, " must be on a GPU");
 #else
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  require(tensor.is_cpu(), name, " must be on the CPU");
 #endif
   return tensor.data_ptr();
 }
 
 inline wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, "'s rows must be contiguous");
+  require(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+  require(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, "'s rows must be contiguous");
   return {data_of(tensor, name), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
@@ -55,7 +66,7 @@ inline const float* vector_of(const OptionalTensor& vector, const wanda::Matrix&
   if (!vector) return nullptr;
   require_floats(*vector, name);
   const bool fits = vector->dim() == 1 && vector->size(0) == weight.n_cols && vector->is_contiguous();
-  STD_TORCH_CHECK(fits, name, " must be contiguous with ", weight.n_cols, " elements");
+  require(fits, name, " must be contiguous with ", weight.n_cols, " elements");
   return static_cast<const float*>(data_of(*vector, name));
 }
 
@@ -63,7 +74,7 @@ inline uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight)
   if (!mask) return nullptr;
   const int64_t n_bytes = weight.n_rows * ((weight.n_cols + 7) / 8);
   const bool fits = mask->scalar_type() == ScalarType::Byte && mask->numel() == n_bytes && mask->is_contiguous();
-  STD_TORCH_CHECK(fits, "mask must be contiguous uint8 with ", n_bytes, " elements");
+  require(fits, "mask must be contiguous uint8 with ", n_bytes, " elements");
   return static_cast<uint8_t*>(data_of(*mask, "mask"));
 }
 
@@ -74,8 +85,8 @@ inline wanda::Selection selection_of(const Tensor& weight, const OptionalTensor&
   if (scale) {
     require_floats(*scale, "scale");
     const wanda::Matrix squared = matrix_of(*scale, "scale");
-    STD_TORCH_CHECK(!root && squared.n_rows == matrix.n_rows && squared.n_cols == matrix.n_cols,
-                    "scale must have the weight's shape, and no root beside it");
+    require(!root && squared.n_rows == matrix.n_rows && squared.n_cols == matrix.n_cols,
+            "scale must have the weight's shape, and no root beside it");
     selection.scale = static_cast<const float*>(squared.data);
     selection.scale_stride = squared.stride;
   }
@@ -84,7 +95,7 @@ inline wanda::Selection selection_of(const Tensor& weight, const OptionalTensor&
 
 inline float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
   require_floats(acc, name);
-  STD_TORCH_CHECK(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");
+  require(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");
   return static_cast<float*>(data_of(acc, name));
 }
 
@@ -97,7 +108,7 @@ class Surroundings {
   explicit Surroundings(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
     // by its code: the macro that judges it has another name in every version of torch's headers
     const auto code = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream);
-    STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "torch has no current stream on GPU ", tensor.get_device_index());
+    require(code == AOTI_TORCH_SUCCESS, "torch has no current stream on GPU ", tensor.get_device_index());
     if (scratch_bytes == 0) return;
     scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(scratch_bytes)}, ScalarType::Byte);
     context_.scratch = scratch_->data_ptr();

@@ -23,20 +23,20 @@ void native_add_sq_norm_(Tensor acc, Tensor x) {
 void native_prune_rows_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t num_pruned,
                         OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  STD_TORCH_CHECK(0 <= num_pruned && num_pruned <= selection.weight.n_cols, "num_pruned out of range");
+  require(0 <= num_pruned && num_pruned <= selection.weight.n_cols, "num_pruned out of range");
   wanda::prune_rows(Surroundings(weight).context(), selection, num_pruned);
 }
 
 void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t n, int64_t m,
                       OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  STD_TORCH_CHECK(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
+  require(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
   wanda::prune_nm(Surroundings(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
 }
 
 void native_prune_matrix_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t rank, OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  STD_TORCH_CHECK(0 <= rank && rank < weight.numel(), "rank out of range");
+  require(0 <= rank && rank < weight.numel(), "rank out of range");
 #ifdef WANDA_CUDA
   const Surroundings surroundings(weight, wanda::matrix_scratch_bytes());
 #else
@@ -48,7 +48,7 @@ void native_prune_matrix_(Tensor weight, OptionalTensor root, OptionalTensor sca
 void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor scale, double ratio, Tensor alpha,
                            OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double && alpha.numel() == 1, "alpha must be one float64");
+  require(alpha.scalar_type() == ScalarType::Double && alpha.numel() == 1, "alpha must be one float64");
 #ifdef WANDA_CUDA
   const Surroundings surroundings(weight, wanda::variant_scratch_bytes(selection.weight));
 #else

@@ -56,6 +56,12 @@ def test_work_follows_the_current_stream():
     assert torch.equal(pruned, expected)
 
 
+def test_memory_is_checked_below_the_face():
+    weight, scale = (each.cuda() for each in make("normal", (4, 16), torch.float32, "vector"))
+    with pytest.raises(RuntimeError, match="root must be contiguous with 16 elements"):
+        native.prune_rows_(weight, scale[:8], 3, None)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_other_device():
     weight, scale = make("normal", (64, 512), torch.float16, "vector")
