@@ -8,10 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "launch.h"
+#include "require.h"
 
 #ifdef WANDA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,15 +22,7 @@ namespace wanda::operands {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-inline std::string text_of(const char* part) { return part; }
-inline std::string text_of(int64_t part) { return std::to_string(part); }
-
-// Throws what Python sees as a RuntimeError, its message the parts in a row.
-template <typename... Parts>
-inline void require(bool holds, Parts... parts) {
-  if (!holds) throw std::runtime_error((text_of(parts) + ...));
-}
+using wanda::require;
 
 inline wanda::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

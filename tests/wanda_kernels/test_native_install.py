@@ -1,5 +1,6 @@
 """Installing without a compiler ends well in pure Python, and says what is missing."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -74,3 +75,33 @@ def test_no_file_has_instructions_that_nobody_asks_the_machine_for(tmp_path):
     assert [name for name in flags if "avx512vbmi2" in flags[name]] == ["cpu_sparse_linear_avx512"]
     assert not any("avx512bf16" in each for name, each in flags.items() if name.startswith("cpu_kernels"))
     assert not flags["cpu_launch"] | flags["cpu_ops"]
+
+
+SAYS = """
+#include <cstring>
+
+#include "require.h"
+
+extern "C" void say(char* text) {
+  try {
+    wanda::require(false, "root must have ", int64_t{16}, " elements");
+  } catch (const std::runtime_error& error) {
+    std::strcpy(text, error.what());
+  }
+}
+"""
+
+
+def test_a_library_with_its_own_libstdcxx_says_the_whole_of_it(tmp_path):
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        pytest.skip("no C++ compiler")
+    (tmp_path / "says.cpp").write_text(SAYS)
+    flags = ["-std=c++17", "-fPIC", "-I", ROOT / "csrc", "-c", "-o", "says.o"]
+    subprocess.run([*compiler, *flags, "says.cpp"], check=True, cwd=tmp_path)
+    link = [*compiler, "-shared", "-static-libstdc++", "says.o", "-o", "says.so"]
+    if subprocess.run(link, cwd=tmp_path).returncode:
+        pytest.skip("no libstdc++.a")
+    text = ctypes.create_string_buffer(100)
+    ctypes.CDLL(tmp_path / "says.so").say(text)
+    assert text.value == b"root must have 16 elements"
