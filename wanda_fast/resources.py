@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import nn
 
 from wanda_fast.architecture import Block
 from wanda_fast.errors import DeviceError
-from wanda_fast.footprint import footprint
+from wanda_fast.footprint import Footprint, footprint
 from wanda_fast.job import Job
 from wanda_fast.memory import free_memory
 from wanda_fast.placement import KINDS
@@ -76,14 +77,18 @@ def choose_resources(
     batch = batch_size or min(nsamples, max(1, tokens // seqlen))
     kinds = KINDS[device.type == "cpu" :] if activations == "auto" else (activations,)
 
+    @cache
+    def parts_of(batch: int) -> Footprint:
+        return footprint(job, model, blocks, stored, batch)
+
     def fits(kind: str, batch: int) -> bool:
-        needed = footprint(job, model, blocks, stored, batch).peak(device, kind)
+        needed = parts_of(batch).peak(device, kind)
         return all(needed[name] <= SHARE * free[name] for name in needed)
 
     kind = next((kind for kind in kinds if fits(kind, batch)), kinds[-1])
     while batch_size is None and batch > 1 and not fits(kind, batch):
         batch = (batch + 1) // 2
-    parts = footprint(job, model, blocks, stored, batch)
+    parts = parts_of(batch)
     predicted = parts.peak(device, kind)
     rooms = [
         f"{needed / MIB:,.0f} of {free[name] / MIB:,.0f} MiB free on {name}"

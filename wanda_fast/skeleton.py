@@ -91,12 +91,15 @@ def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
 def _without_weights(config, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     if getattr(config, "quantization_config", None) is not None:
         raise NotStreamableError("its weights are quantised")
-    with init_empty_weights(include_buffers=False):  # rotary frequencies and the like are computed
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.init_weights()  # buffers, in float32 as from_pretrained does: from_config does it in `dtype`
     return model
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Zamba2Config
+from transformers import AutoModelForCausalLM, GPTJConfig, Zamba2Config
 
 import wanda_fast
-from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
+from tests.tiny_models import FAMILIES, GQA, VOCAB, save_checkpoint, token_ids
 from wanda_fast import checkpoint, driver, durable, errors, job, layout, output, shards, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +82,16 @@ def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "streamed").iterdir()} == {
         p.name for p in (tmp_path / "whole").iterdir()
     }
+
+
+def test_positions_of_a_16_bit_model_are_computed_in_float32(tmp_path, pydoc_text):
+    sizes = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, rotary_dim=16, n_positions=256)
+    model = AutoModelForCausalLM.from_config(GPTJConfig(**sizes, initializer_range=0.2), dtype=torch.bfloat16)
+    save_checkpoint(model, tmp_path / "model", pydoc_text[:20000])
+    expected, tensors = prune(tmp_path / "model", tmp_path / "whole", whole=True, dtype="bfloat16")
+    report, streamed = prune(tmp_path / "model", tmp_path / "streamed", dtype="bfloat16")
+    assert_equal_bytes(streamed, tensors)
+    assert report.perplexity == expected.perplexity
 
 
 @pytest.mark.parametrize(
