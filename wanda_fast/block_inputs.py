@@ -161,21 +161,25 @@ class _Recorder:
             args = (kwargs.pop("hidden_states"),)
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         output = self.hidden if self.given is None else self.given
-        return (output, None) if self._returns_tuple() else output
+        others = self._other_outputs()
+        return output if others is None else (output, *[None] * others)
 
-    def _returns_tuple(self) -> bool:
-        """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
-        if type(self.block) not in _RETURNS_TUPLE:
+    def _other_outputs(self) -> int | None:
+        """How many values follow the hidden states in the block's tuple; None where it returns no tuple.
+
+        Asked of the block itself on the meta device: shapes only, no computing, no weights.
+        """
+        if type(self.block) not in _OTHER_OUTPUTS:
             with forwards_replaced({self.block: self.own}):
                 try:
                     output = _on_meta(self.block, self.hidden, self.call)
                 except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
                     output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
-            _RETURNS_TUPLE[type(self.block)] = isinstance(output, tuple)
-        return _RETURNS_TUPLE[type(self.block)]
+            _OTHER_OUTPUTS[type(self.block)] = len(output) - 1 if isinstance(output, tuple) else None
+        return _OTHER_OUTPUTS[type(self.block)]
 
 
-_RETURNS_TUPLE: dict[type, bool] = {}  # block class -> whether its forward returns a tuple
+_OTHER_OUTPUTS: dict[type, int | None] = {}  # by block class
 
 
 def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:

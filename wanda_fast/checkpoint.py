@@ -98,7 +98,7 @@ def load_tokenizer(path: str, **options: object):
 
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, TypeError) as error:  # the latter: a vocabulary's file that is not there
         logger.warning("no tokenizer in %s: %s", path, first_line(error))
         return None
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTJConfig, Zamba2Config
+from transformers import AutoModelForCausalLM, GPTJConfig, RwkvConfig, Zamba2Config
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, VOCAB, save_checkpoint, token_ids
@@ -84,9 +84,25 @@ def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
     }
 
 
-def test_positions_of_a_16_bit_model_are_computed_in_float32(tmp_path, pydoc_text):
-    sizes = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, rotary_dim=16, n_positions=256)
-    model = AutoModelForCausalLM.from_config(GPTJConfig(**sizes, initializer_range=0.2), dtype=torch.bfloat16)
+SIXTEEN_BIT = {
+    "positions are computed in float32": GPTJConfig(
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=16,
+        n_positions=256,
+        initializer_range=0.2,
+    ),
+    "blocks return three values": RwkvConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64, intermediate_size=96
+    ),
+}
+
+
+@pytest.mark.parametrize("config", SIXTEEN_BIT.values(), ids=SIXTEEN_BIT)
+def test_unlike_llama_in_16_bits(config, tmp_path, pydoc_text):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     save_checkpoint(model, tmp_path / "model", pydoc_text[:20000])
     expected, tensors = prune(tmp_path / "model", tmp_path / "whole", whole=True, dtype="bfloat16")
     report, streamed = prune(tmp_path / "model", tmp_path / "streamed", dtype="bfloat16")
