@@ -106,6 +106,8 @@ def record_block_inputs(
         batch = slice(start, min(start + batch_size, len(token_ids)))
         with _recorders(blocks) as recorders:
             forward(token_ids[batch])
+        if hidden is None:
+            _require_one_after_the_other(recorders, blocks)
         first = recorders[0].hidden
         _require_sequences(first, token_ids[batch], blocks[0])
         if hidden is None:
@@ -123,6 +125,23 @@ def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
             f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(token_ids)} "
             f"sequences of {token_ids.shape[1]} tokens: only [sequences, tokens, ...] run block by block"
         )
+
+
+def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Block]) -> None:
+    """Whether a forward is the blocks in turn, each once, with nothing done between them."""
+    for recorder, block in zip(recorders, blocks, strict=True):
+        if recorder.calls != 1:
+            raise HiddenStatesError(
+                f"{block.name} runs {recorder.calls} times in a forward: only blocks that run once can be "
+                "pruned one by one"
+            )
+    for index in range(1, len(blocks)):
+        put_out, taken = recorders[index - 1].hidden, recorders[index].hidden
+        if taken is not put_out and not torch.equal(taken, put_out):
+            raise HiddenStatesError(
+                f"{blocks[index].name} does not take what {blocks[index - 1].name} puts out: only blocks "
+                "that follow each other directly can be pruned one by one"
+            )
 
 
 @contextmanager
@@ -154,11 +173,13 @@ class _Recorder:
 
     def __init__(self, block: nn.Module):
         self.block, self.own = block, block.forward
+        self.calls = 0
         self.given: Tensor | None = None
 
     def __call__(self, *args, **kwargs):
         if not args:  # a model that names its hidden states
             args = (kwargs.pop("hidden_states"),)
+        self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         output = self.hidden if self.given is None else self.given
         others = self._other_outputs()

@@ -26,7 +26,8 @@ class NoPrunableBlockError(WandaFastError, ValueError):
 
 
 class HiddenStatesError(WandaFastError, ValueError):
-    """Blocks that take something else than one sequence's hidden states after the other."""
+    """Blocks that cannot run one by one: they take something else than one sequence's hidden states after the
+    other, or a forward does not run them in turn, each once."""
 
 
 class IgnorePatternError(WandaFastError, ValueError):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, XLMConfig
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
@@ -176,6 +176,26 @@ def test_no_prunable_block_lists_what_was_found():
     model = FAMILIES["gpt2"]()
     with pytest.raises(errors.NoPrunableBlockError, match="GPT2LMHeadModel.*Conv1D"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+
+
+def refused_unchanged(model, said):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(errors.HiddenStatesError, match=said):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 24), seqlen=24)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_blocks_with_other_modules_between_them():
+    """XLM keeps attentions, feed-forward parts and norms in a list each."""
+    model = AutoModelForCausalLM.from_config(XLMConfig(vocab_size=320, emb_dim=64, n_layers=2, n_heads=4))
+    refused_unchanged(model, r"transformer\.ffns\.1 does not take what transformer\.ffns\.0 puts out")
+
+
+def test_blocks_that_run_in_cycles():
+    model = FAMILIES["llama2"]()
+    once = model.model.forward
+    model.model.forward = lambda **inputs: once(inputs_embeds=once(**inputs).last_hidden_state)
+    refused_unchanged(model, r"model\.layers\.0 runs 2 times in a forward")
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
