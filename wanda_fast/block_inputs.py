@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,9 @@ def record_block_inputs(
         first = recorders[0].hidden
         _require_sequences(first, token_ids[batch], blocks[0])
         if hidden is None:
-            hidden = placement.empty((len(token_ids), *first.shape[1:]), first.dtype)
+            dtypes = [first.dtype, *(recorder.outputs.dtype for recorder in recorders)]
+            dtype = reduce(torch.promote_types, dtypes)  # Mamba's blocks put out float32, whatever they take
+            hidden = placement.empty((len(token_ids), *first.shape[1:]), dtype)
         hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
     return BlockInputs(hidden, batch_size, calls)
@@ -181,26 +183,33 @@ class _Recorder:
             args = (kwargs.pop("hidden_states"),)
         self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
+        self.outputs = self._outputs()
         output = self.hidden if self.given is None else self.given
-        others = self._other_outputs()
-        return output if others is None else (output, *[None] * others)
+        return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
 
-    def _other_outputs(self) -> int | None:
-        """How many values follow the hidden states in the block's tuple; None where it returns no tuple.
-
-        Asked of the block itself on the meta device: shapes only, no computing, no weights.
-        """
-        if type(self.block) not in _OTHER_OUTPUTS:
+    def _outputs(self) -> "_Outputs":
+        """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
+        key = type(self.block), self.hidden.dtype
+        if key not in _OUTPUTS:
             with forwards_replaced({self.block: self.own}):
                 try:
                     output = _on_meta(self.block, self.hidden, self.call)
                 except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
                     output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
-            _OTHER_OUTPUTS[type(self.block)] = len(output) - 1 if isinstance(output, tuple) else None
-        return _OTHER_OUTPUTS[type(self.block)]
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            _OUTPUTS[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
+        return _OUTPUTS[key]
 
 
-_OTHER_OUTPUTS: dict[type, int | None] = {}  # by block class
+@dataclass(frozen=True)
+class _Outputs:
+    """What a block returns: hidden states of a dtype, and how many values beside them, None for no tuple."""
+
+    dtype: torch.dtype
+    others: int | None
+
+
+_OUTPUTS: dict[tuple[type, torch.dtype], _Outputs] = {}  # by the block's class and what it takes
 
 
 def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:

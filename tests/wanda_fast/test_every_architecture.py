@@ -1,0 +1,20 @@
+"""Architectures unlike Llama, in bfloat16. `python -m tests.every_architecture` judges all of them."""
+
+import pytest
+
+from tests import every_architecture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+UNLIKE_LLAMA = ("bloom", "codegen", "deepseek_v3", "falcon", "granitemoehybrid", "jamba", "mamba", "mamba2")
+UNLIKE_LLAMA += ("mpt", "nemotron_h", "recurrent_gemma", "rwkv", "zamba2")
+
+
+@pytest.mark.parametrize("name", UNLIKE_LLAMA)
+def test_pruned_as_the_model_that_it_is(name, tmp_path):
+    assert every_architecture.judge(name, tmp_path).startswith("ok: ")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "xlm"])
+def test_refused(name, tmp_path):
+    assert every_architecture.judge(name, tmp_path).startswith("refused: ")
