@@ -66,8 +66,8 @@ class Block:
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
-    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear: structure,
-    not names. Routers and what `ignore` names are left out.
+    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear, in the language
+    model where transformers tells which part that is: structure, not names. Routers and what `ignore` names are left out.
 
     Raises: `NoPrunableBlockError`, `IgnorePatternError`.
     """
@@ -140,8 +140,9 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
+    decoding = {name: weight for name, weight in weights.items() if weight and _decodes(model, name)}
     # an outer list holds what its inner lists hold, and comes first
-    best = max(weights, key=weights.get, default=None)
+    best = max(decoding or weights, key=weights.get, default=None)
     if best is None or not weights[best]:
         owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
         raise NoPrunableBlockError(
@@ -149,6 +150,12 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"its weights are in {', '.join(sorted(owners))}"
         )
     return best, model.get_submodule(best)
+
+
+def _decodes(model: nn.Module, name: str) -> bool:
+    """Whether the module of that name is in the language model: an image encoder can hold more weight."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return any(module is model.get_submodule(name) for module in decoder.modules())
 
 
 def _named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
