@@ -66,8 +66,9 @@ class Block:
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
-    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear, in the language
-    model where transformers tells which part that is: structure, not names. Routers and what `ignore` names are left out.
+    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear, in the
+    language model where transformers tells which part that is: structure, not names. Routers and what `ignore`
+    names are left out.
 
     Raises: `NoPrunableBlockError`, `IgnorePatternError`.
     """
