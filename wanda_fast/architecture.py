@@ -67,8 +67,8 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
     The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear, in the
-    language model where transformers tells which part that is: structure, not names. Routers and what `ignore`
-    names are left out.
+    language model where transformers tells which part that is: structure, not names. Routers and what
+    `ignore` names are left out.
 
     Raises: `NoPrunableBlockError`, `IgnorePatternError`.
     """
@@ -155,8 +155,9 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _decodes(model: nn.Module, name: str) -> bool:
     """Whether the module of that name is in the language model: an image encoder can hold more weight."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return any(module is model.get_submodule(name) for module in decoder.modules())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    modules = (decoder if isinstance(decoder, nn.Module) else model).modules()
+    return any(module is model.get_submodule(name) for module in modules)
 
 
 def _named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

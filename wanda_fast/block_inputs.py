@@ -139,7 +139,7 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
             )
     for index in range(1, len(blocks)):
         put_out, taken = recorders[index - 1].hidden, recorders[index].hidden
-        if taken is not put_out and not torch.equal(taken, put_out):
+        if taken is not put_out and not torch.equal(taken.to(put_out), put_out):
             raise HiddenStatesError(
                 f"{blocks[index].name} does not take what {blocks[index - 1].name} puts out: only blocks "
                 "that follow each other directly can be pruned one by one"

@@ -95,6 +95,7 @@ def footprint(
         windows = job.evaluation and job.evaluation.windows
     widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
     in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
+    handed_on = FP32 if getattr(config, "residual_in_fp32", False) else size  # a hidden value between blocks
     tokens = 0 if calibration is None else calibration.numel()
     use = job.method.hessians
     one_pass = job.sequential == "linear"  # all sequences are inside the block at once
@@ -104,7 +105,7 @@ def footprint(
         block=weights * size,
         ahead=weights * (size + widened),
         stored=weights * widened,
-        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * size,
+        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * handed_on,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),

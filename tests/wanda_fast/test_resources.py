@@ -3,15 +3,20 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import wanda_fast
+from tests.every_architecture import tiny_config
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors, memory, output, resources
 from wanda_fast.architecture import find_blocks
+from wanda_fast.block_inputs import record_block_inputs
 from wanda_fast.clock import Clock
+from wanda_fast.footprint import footprint
 from wanda_fast.job import Job
 from wanda_fast.methods import make_method
 from wanda_fast.patterns import parse_pattern
+from wanda_fast.placement import Placement
 from wanda_fast.report import Report
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -20,23 +25,27 @@ ACTIVATIONS = NSAMPLES * SEQLEN * HIDDEN * 4
 SEQUENCE = SEQLEN * ((3 * WIDEST + 5 * HIDDEN) * 4 + 2 * 4 * HIDDEN)  # a forward's, by the formula
 
 
+def a_job(method, ids, sequential="block"):
+    return Job(
+        make_method(method, connect_gate="activated"),
+        parse_pattern("2:4", None, False),
+        ids,
+        evaluation=None,
+        clock=Clock(CPU),
+        report=Report({}),
+        progress=None,
+        masks=None,
+        sequential=sequential,
+    )
+
+
 @pytest.fixture
 def choose(monkeypatch):
     """What is chosen on `device` for a live tiny Llama in float32, with these bytes free."""
 
     def choose(device=CPU, host=2**40, gpu=0, method="wanda", sequential="block", **asked):
         model = FAMILIES["llama2"]()
-        job = Job(
-            make_method(method, connect_gate="activated"),
-            parse_pattern("2:4", None, False),
-            token_ids(model, NSAMPLES, SEQLEN),
-            evaluation=None,
-            clock=Clock(CPU),
-            report=Report({}),
-            progress=None,
-            masks=None,
-            sequential=sequential,
-        )
+        job = a_job(method, token_ids(model, NSAMPLES, SEQLEN), sequential)
         free = {"cpu": host, "cuda": gpu}
         monkeypatch.setattr(
             resources, "free_memory", lambda device: int(free[device.type] / resources.SHARE) + 1
@@ -82,6 +91,17 @@ def test_on_a_gpu(choose):
     }
     assert choose(GPU, gpu=room - 1, host=ACTIVATIONS - 1).activations == "disk"
     assert choose(GPU, gpu=room - ACTIVATIONS - 1, host=ACTIVATIONS).batch_size == NSAMPLES // 2
+
+
+def test_hidden_states_that_are_wider_than_the_model_count_so():
+    """Mamba's residual stream is float32 in a 16-bit model."""
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.bfloat16).eval()
+    ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
+    inputs = record_block_inputs(
+        lambda batch: model.base_model(batch, use_cache=False), blocks, ids, NSAMPLES, Placement("host", CPU)
+    )
+    assert inputs.hidden.dtype == torch.float32
+    assert footprint(a_job("wanda", ids), model, blocks, None, 1).activations == inputs.hidden.nbytes
 
 
 def test_connect_and_linear_take_more(choose):
