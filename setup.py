@@ -92,7 +92,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",
-        "transformers>=5.0",
+        "transformers>=5.1",
         "datasets>=4.0",
         "safetensors>=0.5",
         "psutil>=5.9",
