@@ -1,6 +1,6 @@
 """Every causal LM that transformers knows, tiny: is it pruned as the model that it is?
 
-    python -m tests.every_architecture [NAME ...]        a quarter of an hour for all on one core
+    python -m tests.every_architecture [NAME ...]        all: five minutes on one core
 
 A checkpoint of random weights in bfloat16 is pruned in memory, where transformers' own forward measures the
 perplexities, and streamed, where they are what came out of the blocks one by one: the same files and the same
@@ -110,9 +110,7 @@ def save_tiny(name: str, folder: Path) -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         with torch.no_grad():
-            for (
-                parameter
-            ) in model.parameters():  # norms begin as ones, biases as zeros, matrices near to zero
+            for parameter in model.parameters():  # most begin as ones, as zeros or near to them
                 parameter.add_(0.1 * torch.randn_like(parameter))
             model(tokens()[:1], use_cache=False)
     except Exception as error:
