@@ -106,7 +106,7 @@ def save_tiny(name: str, folder: Path) -> None:
         with torch.device("meta"):
             size = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
         if size > LARGEST:
-            raise NotBuiltError(f"{size / 1e6:.0f}M parameters")
+            raise ValueError(f"{size / 1e6:.0f}M parameters")
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         with torch.no_grad():

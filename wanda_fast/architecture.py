@@ -136,14 +136,19 @@ def reach(model: nn.Module, blocks: list[Block]) -> Reach:
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    weights = {
-        name: sum(linear.weight.numel() for _, linear in _named_linears(module))
+    lists = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
-    decoding = {name: weight for name, weight in weights.items() if weight and _decodes(model, name)}
+    weights = {
+        name: sum(linear.weight.numel() for _, linear in _named_linears(module))
+        for name, module in lists.items()
+    }
+    language = _language_modules(model)  # an image encoder can hold more weight
+    decoding = [name for name, module in lists.items() if weights[name] and module in language]
     # an outer list holds what its inner lists hold, and comes first
-    best = max(decoding or weights, key=weights.get, default=None)
+    best = max(decoding or lists, key=weights.get, default=None)
     if best is None or not weights[best]:
         owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
         raise NoPrunableBlockError(
@@ -153,11 +158,10 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best, model.get_submodule(best)
 
 
-def _decodes(model: nn.Module, name: str) -> bool:
-    """Whether the module of that name is in the language model: an image encoder can hold more weight."""
+def _language_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of the language model, where transformers tells which part that is; else all."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    modules = (decoder if isinstance(decoder, nn.Module) else model).modules()
-    return any(module is model.get_submodule(name) for module in modules)
+    return set((decoder if isinstance(decoder, nn.Module) else model).modules())
 
 
 def _named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial, reduce
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,8 @@ def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
 @contextmanager
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
     """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
-    recorders = [_Recorder(block.module) for block in blocks]
+    known = _OUTPUTS.setdefault(blocks[0].module, {})
+    recorders = [_Recorder(block.module, known) for block in blocks]
     turns: dict[nn.Module, list[_Recorder]] = {}  # several, where one module is several of the blocks
     for recorder in recorders:
         turns.setdefault(recorder.block, []).append(recorder)
@@ -173,8 +175,8 @@ def _take_turn(recorders: list["_Recorder"], *args, **kwargs) -> object:
 class _Recorder:
     """Stands for a block's forward: notes the arguments, returns the hidden states that came in, or given."""
 
-    def __init__(self, block: nn.Module):
-        self.block, self.own = block, block.forward
+    def __init__(self, block: nn.Module, known: dict[tuple[type, torch.dtype], "_Outputs"]):
+        self.block, self.own, self.known = block, block.forward, known
         self.calls = 0
         self.given: Tensor | None = None
 
@@ -188,17 +190,17 @@ class _Recorder:
         return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
 
     def _outputs(self) -> "_Outputs":
-        """Asked of the block itself on the meta device: shapes only, no computing, no weights."""
+        """Asked of the block itself on the meta device, where it can: shapes only, no computing, no weights."""
         key = type(self.block), self.hidden.dtype
-        if key not in _OUTPUTS:
+        if key not in self.known:
             with forwards_replaced({self.block: self.own}):
                 try:
                     output = _on_meta(self.block, self.hidden, self.call)
                 except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
-                    output = self.block(self.hidden, *self.call.args, **self.call.kwargs)
+                    output = _on_zeros(self.block, self.hidden, self.call)
             hidden, *others = output if isinstance(output, tuple) else (output,)
-            _OUTPUTS[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
-        return _OUTPUTS[key]
+            self.known[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
+        return self.known[key]
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class _Outputs:
     others: int | None
 
 
-_OUTPUTS: dict[tuple[type, torch.dtype], _Outputs] = {}  # by the block's class and what it takes
+# By a model's first block, since models of one class can differ; then by a block's class and what it takes.
+_OUTPUTS: WeakKeyDictionary[nn.Module, dict[tuple[type, torch.dtype], _Outputs]] = WeakKeyDictionary()
 
 
 def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
@@ -217,6 +220,13 @@ def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
     to_meta = lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf  # noqa: E731
     state, args, kwargs = tree_map(to_meta, (state, (hidden, *call.args), call.kwargs))
     return torch.func.functional_call(block, state, args, kwargs)
+
+
+def _on_zeros(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
+    """Zeros for weights that are not read yet."""
+    state = dict(block.named_parameters()) | dict(block.named_buffers())
+    state = {key: torch.zeros_like(t, device=hidden.device) if t.is_meta else t for key, t in state.items()}
+    return torch.func.functional_call(block, state, (hidden, *call.args), call.kwargs)
 
 
 class _KeepOnce:

@@ -97,9 +97,9 @@ def _without_weights(config, dtype: torch.dtype) -> nn.Module:
         raise NotStreamableError("its weights are quantised")
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # there is nothing to initialise of them
         parameter._is_hf_initialized = True
-    model.init_weights()  # buffers, in float32 as from_pretrained does: from_config does it in `dtype`
+    model.init_weights()  # only now: from_config computes buffers in `dtype`, from_pretrained in float32
     return model
 
 

@@ -7,7 +7,7 @@ from tests import every_architecture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNLIKE_LLAMA = ("bloom", "codegen", "deepseek_v3", "falcon", "got_ocr2", "granitemoehybrid", "jamba")
-UNLIKE_LLAMA += ("mamba", "mamba2", "mpt", "nemotron_h", "recurrent_gemma", "rwkv", "zamba2")
+UNLIKE_LLAMA += ("jetmoe", "mamba", "mamba2", "mpt", "nemotron_h", "recurrent_gemma", "rwkv", "zamba2")
 
 
 @pytest.mark.parametrize("name", UNLIKE_LLAMA)

@@ -93,14 +93,17 @@ def test_on_a_gpu(choose):
     assert choose(GPU, gpu=room - ACTIVATIONS - 1, host=ACTIVATIONS).batch_size == NSAMPLES // 2
 
 
-def test_hidden_states_that_are_wider_than_the_model_count_so():
-    """Mamba's residual stream is float32 in a 16-bit model."""
-    model = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.bfloat16).eval()
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_hidden_states_that_are_wider_than_the_model_count_so(kept):
+    """Mamba's residual stream is float32 in a 16-bit model, unless its configuration says otherwise."""
+    config = tiny_config("mamba")
+    config.residual_in_fp32 = kept == torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
     inputs = record_block_inputs(
         lambda batch: model.base_model(batch, use_cache=False), blocks, ids, NSAMPLES, Placement("host", CPU)
     )
-    assert inputs.hidden.dtype == torch.float32
+    assert inputs.hidden.dtype == kept
     assert footprint(a_job("wanda", ids), model, blocks, None, 1).activations == inputs.hidden.nbytes
 
 
