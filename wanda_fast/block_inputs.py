@@ -190,7 +190,7 @@ class _Recorder:
         return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
 
     def _outputs(self) -> "_Outputs":
-        """Asked of the block itself on the meta device, where it can: shapes only, no computing, no weights."""
+        """Asked of the block itself, on the meta device where it can: no computing, no weights."""
         key = type(self.block), self.hidden.dtype
         if key not in self.known:
             with forwards_replaced({self.block: self.own}):
