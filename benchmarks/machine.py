@@ -39,10 +39,21 @@ def describe(device: str) -> dict[str, str | int | float]:
     return facts | (_gpu() if device == "cuda" else {})
 
 
+def short_name(facts: dict) -> str:
+    """`NVIDIA H200`, `Intel Xeon Processor, 2 cores, AVX512`."""
+    if facts["device"] == "cuda":
+        return facts["gpu"]
+    return f"{_plain(facts['cpu'])}, {facts['cores']} cores, {facts['cpu_capability']}"
+
+
 def slug(facts: dict) -> str:
     """A short name for folders: `nvidia-h200`, `intel-xeon-processor-2-cores`."""
-    name = facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} {facts['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name).lower()).strip("-")
+    name = facts["gpu"] if facts["device"] == "cuda" else f"{_plain(facts['cpu'])} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _plain(cpu: str) -> str:
+    return re.sub(r"\((R|TM)\)", "", cpu)
 
 
 def sentence(facts: dict) -> str:

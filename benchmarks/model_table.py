@@ -13,6 +13,8 @@ ONCE = ("read", "block inputs", "write", "other")  # phases that hang on no bloc
 COLUMNS = ("method", "dtype", "pipeline", "seconds", "over published, same dtype", "over published, float32")
 COLUMNS += ("of GEMM rate", "peak memory")
 LEAST_AGREEMENT = 0.99  # of the masks of block 0's query: sums in another order swap near ties, no more
+PIPELINES = ("published", "wanda_fast, block", "wanda_fast, linear")  # as `_name` has them
+NOT_MEASURED = "A whole job: not measured."
 GPU_NOT_MEASURED = "On a GPU: not measured."
 
 
@@ -27,17 +29,45 @@ def page(report: dict) -> str:
 
 def section(results: Path, device: str) -> list[str]:
     """The README's part on whole jobs on such a device: the newest run on each kind of machine."""
-    reports = [json.loads(path.read_text()) for path in results.glob("*/prune_model.json")]
-    reports = [report for report in reports if report["machine"]["device"] == device]
+    reports = [report for report in newest(results) if report["machine"]["device"] == device]
     if not reports:
-        return ["A whole job: not measured."]
+        return [NOT_MEASURED]
+    return [part for each in reports for part in (conditions(each), table(each), agreement(each))]
+
+
+def newest(results: Path) -> list[dict]:
+    """Of each kind of machine."""
+    reports = [json.loads(path.read_text()) for path in results.glob("*/prune_model.json")]
     reports.sort(key=lambda report: report["machine"]["date"])
-    newest = {_kind_of_machine(report["machine"]): report for report in reports}
-    return [part for each in newest.values() for part in (conditions(each), table(each), agreement(each))]
+    kind = ("cpu", "gpu", "cpu_capability", "cores")
+    return list({tuple(report["machine"].get(name) for name in kind): report for report in reports}.values())
 
 
-def _kind_of_machine(facts: dict) -> tuple[str | None, ...]:
-    return tuple(facts.get(name) for name in ("cpu", "gpu", "cpu_capability"))
+def summary(results: Path) -> str:
+    """A table a model; a line for each machine, method and dtype: seconds, and how many times as fast as
+    the published code."""
+    by_work: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
+    for report in newest(results):
+        work = report["workload"]
+        jobs = by_work.setdefault(
+            f"**{work['model']}**, {work['nsamples']} x {work['seqlen']} tokens, {work['sparsity_type']}:", {}
+        )
+        for row in _sorted(report):
+            method, dtype, pipeline = _name(row)
+            cells = jobs.setdefault((machine.short_name(report["machine"]), method, dtype), {})
+            cells[pipeline] = _seconds_and_factor(row)
+    parts = []
+    for work, jobs in by_work.items():
+        lines = [(*job, *(cells.get(name, "-") for name in PIPELINES)) for job, cells in jobs.items()]
+        parts += [work, markdown(("machine", "method", "dtype", *PIPELINES), lines)]
+    return "\n\n".join(parts or [NOT_MEASURED])
+
+
+def _seconds_and_factor(row: dict) -> str:
+    seconds = f"{row['wall_s']:.1f} s"
+    if row["pipeline"] == "published" or row["over_same_dtype"] is None and row["agreement"] is not False:
+        return seconds
+    return f"{seconds}, {_factor(row, 'over_same_dtype')}"
 
 
 def merged(reports: dict[str, dict]) -> dict[str, dict]:
@@ -177,12 +207,14 @@ def _name(row: dict) -> tuple[str, ...]:
 
 
 def _cells(row: dict, device: str) -> tuple[str, ...]:
-    factors = [times(row[key]) for key in ("over_same_dtype", "over_float32")]
-    if row["agreement"] is False:
-        factors = ["**other masks**"] * 2
+    factors = [_factor(row, key) for key in ("over_same_dtype", "over_float32")]
     low, high = min(row["walls_s"]), max(row["walls_s"])
     share = "-" if row["gemm_share"] is None else f"{row['gemm_share']:.0%}"
     if device == "cuda" and (row["gemm_share"] or 0) > 1:  # a CPU's pruned pass leaves products out
         share = "**wrong split**"  # a pass's work was counted as another phase's: see LOG.md
     wall = f"{row['wall_s']:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
     return (wall, *factors, share, f"{row['peak_bytes'] / 2**20:,.0f} MiB")
+
+
+def _factor(row: dict, key: str) -> str:
+    return "**other masks**" if row["agreement"] is False else times(row[key])

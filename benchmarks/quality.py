@@ -99,7 +99,7 @@ def costs(
 
 @app.command()
 def pages() -> None:
-    """Write the tables into README.md and docs/gated.md."""
+    """Write the tables into README.md, docs/quality.md and docs/gated.md."""
     quality_pages.write(Results.every())
 
 

@@ -1,9 +1,9 @@
-"""The quality tables as Markdown, between markers of the README and of docs/gated.md."""
+"""The quality tables as Markdown, between markers of the README and of pages in docs/."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import machine, tables
+from benchmarks import machine, pages, tables
 from benchmarks.machine import ROOT
 from benchmarks.quality_results import Results, mean_and_std
 
@@ -11,16 +11,22 @@ METHODS = ("magnitude", "wanda", "connect", "gated", "sparsegpt", "wanda+obs")
 PATTERNS = ("0.5", "0.6", "4:8", "2:4")
 SIZES = (1, 4, 16, 64)
 SIZE = 16  # calibration windows of the methods table
-BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 
 
-def write(
-    every: list[Results], readme: Path = ROOT / "README.md", gated: Path = ROOT / "docs/gated.md"
-) -> None:
-    """Replace what stands between the markers."""
-    _replace(readme, "quality", "\n\n".join(_section(results, methods_table) for results in every))
-    _replace(readme, "sizes", "\n\n".join(_section(results, sizes_table) for results in every))
-    _replace(gated, "quality", "\n\n".join(_section(results, gated_table) for results in every))
+def write(every: list[Results], root: Path = ROOT) -> None:
+    """Replace what stands between the markers; `root`: the folder of README.md and docs/.
+
+    The README shows models whose jobs were timed.
+    """
+    timed = [results for results in every if results.machine]
+    for page, shown, sections in (
+        ("README.md", timed, {"quality": methods_table, "sizes": sizes_table}),
+        ("docs/quality.md", every, {"quality": methods_table, "sizes": sizes_table}),
+        ("docs/gated.md", every, {"quality": gated_table}),
+    ):
+        for name, table in sections.items():
+            text = "\n\n".join(_section(results, table) for results in shown)
+            pages.replace_section(root / page, name, text)
 
 
 def methods_table(results: Results) -> str:
@@ -78,12 +84,3 @@ def _section(results: Results, table: Callable[[Results], str]) -> str:
     if table is methods_table and results.machine:
         about += f" Seconds and memory: {machine.sentence(results.machine)}"
     return f"{about}\n\n{table(results)}"
-
-
-def _replace(page: Path, name: str, text: str) -> None:
-    begin, end = BEGIN.format(name), END.format(name)
-    content = page.read_text(encoding="utf-8")
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise SystemExit(f"{page} needs the lines {begin} and {end}, once each")
-    before, rest = content.split(begin)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")

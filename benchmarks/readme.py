@@ -1,98 +1,77 @@
-"""`python -m benchmarks.readme`: writes the README's section on speed from `benchmarks/results/`.
+"""`python -m benchmarks.readme`: the figures in README.md and docs/speed.md, from `benchmarks/results/`.
 
-The section stands between two comments. It shows the headline workloads: our backends, won or lost, from the
-newest file of each operation, on a CPU and on a GPU. What has no file reads "not measured".
+They stand between two comments of each page. The README says in one line a job and one an operation what
+docs/speed.md has by shape, setting and provider.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import model_table, tables
+from benchmarks import model_table, pages, speed_page, tables
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.machine import ROOT
-from benchmarks.providers import OURS, TORCH
-from benchmarks.rows import Row
+from benchmarks.rows import OK, Row
+from benchmarks.speed_page import NOT_MEASURED, TITLES
 from benchmarks.tables import RESULTS
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-COLUMNS = ("operation", *tables.COLUMNS)
-INTRODUCTION = """\
-Median time of one call, the share of what a plain copy (for the co-activation, a matmul) reaches on the same
-machine in the same run, and factors over the published algorithm and over the best plain torch. Below 1.00x
-we are slower. All shapes and providers are in `benchmarks/results/`; your own machine's: `make bench`."""
-TITLES = {"cpu": "CPU", "cuda": "GPU"}
-NOT_MEASURED = "not measured"
+SECTION = "benchmarks"
+MEASURES = ("over published", "over torch", "of roof")
+COLUMNS = ("operation", *(f"{title}: {measure}" for title in TITLES.values() for measure in MEASURES))
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def write(
-    readme: Annotated[Path, typer.Option(help="The page with the two comments.")] = ROOT / "README.md",
+    readme: Annotated[Path, typer.Option(help="The page with the summary.")] = ROOT / "README.md",
+    speed: Annotated[Path, typer.Option(help="The page with every figure.")] = ROOT / "docs" / "speed.md",
     results: Annotated[Path, typer.Option(help="Folder of DATE-MACHINE folders.")] = RESULTS,
 ) -> None:
-    """Replace what stands between the two comments."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise typer.BadParameter(f"{readme} needs the lines {BEGIN} and {END}, once each and in this order")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
+    """Replace what stands between the two comments of each page."""
+    pages.replace_section(readme, SECTION, summary(results))
+    pages.replace_section(speed, SECTION, speed_page.section(results))
 
 
-def section(results: Path) -> str:
-    """Everything between the comments."""
-    parts = [INTRODUCTION]
-    for device, title in TITLES.items():
-        parts += [f"### {title}", *_device(latest(results, device)), *model_table.section(results, device)]
-    return "\n\n".join(parts)
+def summary(results: Path) -> str:
+    """Whole jobs, a line each; the operations, the range over their headline workloads; the plots."""
+    paths = {device: speed_page.latest(results, device) for device in TITLES}
+    names = [name for name in BENCHMARKS if name != "dispatch"]
+    lines = [_line(name, [of_device.get(name) for of_device in paths.values()]) for name in names]
+    folders = sorted({path.parent for of_device in paths.values() for path in of_device.values()})
+    plots = [plot for folder in folders for plot in speed_page.plot(folder, "benchmarks/results")]
+    return "\n\n".join([model_table.summary(results), tables.markdown(COLUMNS, lines), *plots])
 
 
-def latest(results: Path, device: str) -> dict[str, Path]:
-    """The newest file of each operation that was measured on such a device, smoke tests aside."""
-    reports = {path: tables.read(path) for path in results.glob("*/*.json") if path.stem in BENCHMARKS}
-    for path, report in reports.items():
-        if report["machine"].get("rehearsal"):
-            raise typer.BadParameter(f"{path} is no measurement. {tables.REHEARSAL}")
-    return {
-        path.stem: path
-        for path, report in sorted(reports.items(), key=lambda item: item[1]["machine"]["date"])
-        if report["machine"]["device"] == device and not report["quick"]
-    }
+def _line(name: str, paths: list[Path | None]) -> tuple[str, ...]:
+    cells = [cell for path in paths for cell in _ranges(path)]
+    return (BENCHMARKS[name].operation, *cells)
 
 
-def _device(paths: dict[str, Path]) -> list[str]:
-    lines = [line for name in BENCHMARKS if name != "dispatch" for line in _lines(name, paths)]
-    parts = [tables.markdown(COLUMNS, lines)]
-    for folder in sorted({path.parent for path in paths.values()}):
-        report = tables.read(next(path for path in paths.values() if path.parent == folder))
-        parts.append(f"`{folder.name}`: {tables.conditions(report['machine'], report['roofs'])}")
-        if (folder / "roofline.svg").exists():
-            parts.append(f"![Roofline]({_relative(folder)}/roofline.svg)")
-    return parts + _dispatch(paths)
+def _ranges(path: Path | None) -> tuple[str, ...]:
+    """Lowest to highest of each measure, over the headline workloads; of each the fastest of our backends."""
+    if path is None:
+        return (NOT_MEASURED, "-", "-")
+    rows = speed_page.headlines(path)
+    wrong = [row for row in rows if row.status != OK]
+    if wrong:
+        return (f"**{wrong[0].status}**: {wrong[0].provider}, {wrong[0].note}", "-", "-")
+    fastest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        fastest[row.case] = min(row, fastest.get(row.case, row), key=lambda each: each.time_ms)
+    return (
+        _range(tables.times, [row.over_published for row in fastest.values()]),
+        _range(tables.times, [row.over_torch for row in fastest.values()]),
+        _range("{:.0f}%".format, [row.roof_pct for row in fastest.values()]),
+    )
 
 
-def _lines(name: str, paths: dict[str, Path]) -> list[tuple[str, ...]]:
-    if name not in paths:
-        operation = BENCHMARKS[name].operation
-        return [(operation, *[NOT_MEASURED if column == "time" else "-" for column in tables.COLUMNS])]
-    rows = [row for row in tables.read(paths[name])["rows"] if row.headline]
-    shown = [row for row in rows if row.provider in OURS] or [row for row in rows if row.provider == TORCH]
-    return [(row.operation, *tables.cells(row)) for row in shown]
-
-
-def _dispatch(paths: dict[str, Path]) -> list[str]:
-    if "dispatch" not in paths:
-        return []
-    rows: list[Row] = tables.read(paths["dispatch"])["rows"]
-    calls = [f"`{row.setting}` {row.provider} {tables.duration(row.time_ms)}" for row in rows]
-    return ["What a call costs before any work: " + "; ".join(calls) + "."]
-
-
-def _relative(folder: Path) -> str:
-    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
+def _range(text: Callable[[float], str], values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    ends = dict.fromkeys(text(end) for end in (min(known), max(known))) if known else ["-"]
+    return " to ".join(ends)
 
 
 if __name__ == "__main__":

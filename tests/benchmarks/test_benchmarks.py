@@ -13,7 +13,6 @@ from benchmarks import (
     bench_dispatch,
     bench_prune_rows,
     block_forward,
-    readme,
     rows,
     shapes,
     suite,
@@ -26,11 +25,6 @@ from benchmarks.rows import FAILED, Row
 
 ROOFS = Roofs(bytes_per_s=1e10, flops_per_s=1e12, copy="a copy", matmul="a matmul")
 SESSION = suite.Session("cpu", quick=True, compiled=False, budget_s=0.0, roofs=ROOFS)
-FACTS = {
-    name: "?"
-    for name in ("cpu", "cores", "threads", "openmp", "cpu_capability", "torch", "triton", "python", "commit")
-}
-FACTS |= {"device": "cpu", "load_before": 0.0, "date": "2026-01-01 00:00 UTC"}
 
 
 def invoke(*arguments):
@@ -209,47 +203,6 @@ def test_targets_of_the_issues_have_workloads():
     of_gpu = {work.shape for work in suite_command.BENCHMARKS["sparsegpt"].workloads("cuda", False)}
     assert {"4096x4096", "4096x11008", "4096x14336"} <= of_gpu
     assert {(4096, 4096), (11008, 4096), (8192, 28672), (512, 2048)} <= set(shapes.weights("cuda", False))
-
-
-def page(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    return path
-
-
-def write_readme(path, results):
-    return CliRunner().invoke(readme.app, ["--readme", str(path), "--results", str(results)])
-
-
-def test_readme_is_idempotent_and_says_what_was_not_measured(tmp_path):
-    found = rows.with_speed_ups([row(PUBLISHED, 8.0), row("cpu", 2.0)])
-    for day, measured in (("2026-01-01", [row("cpu", 77.0)]), ("2026-01-02", found)):
-        facts = FACTS | {"date": f"{day} 00:00 UTC"}
-        tables.write(tmp_path / "results" / f"{day}-x", "prune_rows_", measured, facts, ROOFS, False, {})
-    path = page(tmp_path)
-    assert write_readme(path, tmp_path / "results").exit_code == 0
-    text = path.read_text()
-    assert write_readme(path, tmp_path / "results").exit_code == 0
-    assert path.read_text() == text
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    cpu, gpu = text.split("### GPU")
-    assert "| cpu | 2 ms | - | - | - | 4.00x | - |" in cpu and "77" not in cpu
-    assert gpu.count("not measured") == 10 and cpu.count("not measured") == 9
-
-
-def test_readme_passes_smoke_tests_by_and_needs_its_comments(tmp_path, quick):
-    path = page(tmp_path)
-    assert write_readme(path, quick.parent).exit_code == 0
-    assert path.read_text().count("not measured") == 20
-    path.write_text("no comments here\n")
-    assert write_readme(path, quick.parent).exit_code == 2
-    assert path.read_text() == "no comments here\n"
-
-
-def test_the_readme_shows_what_the_results_say():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    between = text.split(readme.BEGIN)[1].split(readme.END)[0]
-    assert between.strip() == readme.section(readme.RESULTS).strip()
 
 
 def test_a_reference_that_raises_fails_its_workload_and_no_other(monkeypatch):

@@ -1,9 +1,12 @@
 """The quality tables: which cells they hold, how they are counted, what is not measured."""
 
+import shutil
+
 import pytest
+import typer
 
 from benchmarks import machine, quality, quality_pages
-from benchmarks.quality_results import Cell, Results, mean_and_std
+from benchmarks.quality_results import Cell, Cost, Results, mean_and_std
 
 
 def cell(method, pattern, nsamples, seed, perplexity):
@@ -46,29 +49,39 @@ def test_results_grow_and_keep_to_one_protocol(results, tmp_path):
         again.require_protocol("another protocol", lambda: 1.0)
 
 
+PAGES = {
+    "README.md": ("quality", "sizes"),
+    "docs/quality.md": ("quality", "sizes"),
+    "docs/gated.md": ("quality",),
+}
+
+
 def test_pages_replace_what_stands_between_the_markers(results, tmp_path):
-    readme, gated = tmp_path / "README.md", tmp_path / "gated.md"
-    markers = "before\n<!-- {0}:begin -->\nold\n<!-- {0}:end -->\nafter\n"
-    readme.write_text(markers.format("quality") + markers.format("sizes"))
-    gated.write_text(markers.format("quality"))
-    quality_pages.write([results], readme, gated)
-    assert "old" not in readme.read_text() + gated.read_text()
-    assert (
-        readme.read_text().count("**tiny**, dense 10.00; a protocol.") == 2
-        and "| 3 | 2 |" in gated.read_text()
-    )
-    gated.write_text("no markers")
-    with pytest.raises(SystemExit, match="gated.md needs the lines"):
-        quality_pages.write([results], readme, gated)
+    (tmp_path / "docs").mkdir()
+    for name, sections in PAGES.items():
+        marked = "before\n<!-- {0}:begin -->\nold\n<!-- {0}:end -->\nafter\n"
+        (tmp_path / name).write_text("".join(map(marked.format, sections)))
+    quality_pages.write([results], tmp_path)
+    found = {name: (tmp_path / name).read_text() for name in PAGES}
+    assert not any("old" in text for text in found.values())
+    shown = {name: text.count("**tiny**, dense 10.00; a protocol.") for name, text in found.items()}
+    assert shown == {"README.md": 0, "docs/quality.md": 2, "docs/gated.md": 1}  # no seconds: not the README's
+    assert "| 3 | 2 |" in found["docs/gated.md"]
+    results.costs, results.machine = [Cost("wanda", "2:4", 16, 1.25, 2**30)], machine.describe("cpu")
+    quality_pages.write([results], tmp_path)
+    assert "| wanda | 2:4 | 31.00 (1.00) | 3 | 1.2 s | 1024 MiB |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "docs" / "gated.md").write_text("no markers")
+    with pytest.raises(typer.BadParameter, match="gated.md needs the lines"):
+        quality_pages.write([results], tmp_path)
 
 
 def test_the_pages_show_what_the_results_say(tmp_path):
-    pages = [machine.ROOT / "README.md", machine.ROOT / "docs" / "gated.md"]
-    copies = [tmp_path / page.name for page in pages]
-    for page, copy in zip(pages, copies, strict=True):
-        copy.write_bytes(page.read_bytes())
-    quality_pages.write(Results.every(), *copies)
-    assert [copy.read_text() for copy in copies] == [page.read_text() for page in pages]
+    (tmp_path / "docs").mkdir()
+    for name in PAGES:
+        shutil.copyfile(machine.ROOT / name, tmp_path / name)
+    quality_pages.write(Results.every(), tmp_path)
+    for name in PAGES:
+        assert (tmp_path / name).read_text() == (machine.ROOT / name).read_text()
 
 
 def test_options_of_a_cell():

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import model_table, readme
+from benchmarks import model_table, speed_page
 from benchmarks.providers import PUBLISHED, TORCH
 from benchmarks.roofs import Roofs
 from benchmarks.rows import OK, TEST_FAILED, Row
@@ -48,13 +48,13 @@ PROVEN = proof.check("prune_nm_", "truth triton", 3, 3, [])
 
 
 @pytest.mark.parametrize("failing", [None, "pytest -m gpu", "memcheck cuda"])
-def test_published_visits_reach_the_readme(tmp_path, failing):
+def test_published_visits_reach_the_page(tmp_path, failing):
     rows = (row(PUBLISHED, 80.0), row(TORCH, 40.0), row("triton", 2.0))
     checks = [PROVEN] + ([proof.check("prune_nm_", failing, 8, 9, ["one is wrong"])] if failing else [])
     (tmp_path / "a.json").write_text(json.dumps(visit(checks, *rows)))
     folder = publish.publish([tmp_path / "a.json"], tmp_path / "results")
     assert folder.name == "2027-01-02-g"
-    text = readme.section(tmp_path / "results").split("### GPU")[1]
+    text = speed_page.section(tmp_path / "results").split("### GPU")[1]
     if failing:
         assert f"**test failed**: {failing}: one is wrong" in text and "40x" not in text
     else:
@@ -71,7 +71,7 @@ def test_whole_jobs_of_several_visits_are_published(tmp_path):
     assert [each["method"] for each in first["runs"]] == ["wanda", "connect"]
     assert len(json.loads((folder / "jobs" / "b-unstructured.json").read_text())["runs"]) == 1
     assert "| connect | bfloat16 | wanda_fast, block | 4.00 |" in (folder / "visit.md").read_text()
-    assert "| connect | bfloat16 | wanda_fast, block | 4.00" in readme.section(tmp_path / "results")
+    assert "| connect | bfloat16 | wanda_fast, block | 4.00" in speed_page.section(tmp_path / "results")
 
 
 def job(*runs):
@@ -108,7 +108,7 @@ def test_no_other_commits_tests_vouch_for_a_figure(checks, tmp_path):
     for name, data in (("a", first), ("b", second)):
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     folder = publish.publish([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "results")
-    text = readme.section(tmp_path / "results").split("### GPU")[1]
+    text = speed_page.section(tmp_path / "results").split("### GPU")[1]
     assert ("40x" in text) == bool(checks) and "commit def;" in text
     assert "commit abc, def;" in (folder / "visit.md").read_text()
 
