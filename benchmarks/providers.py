@@ -41,16 +41,19 @@ class Lineup:
     not_run: dict[str, str]
 
 
-def lineup(operation: str, device: str, peers: list[Provider], compiled: bool) -> Lineup:
-    """All who can run `operation` on `device`; `peers` are the published algorithm and other rivals."""
+def lineup(operation: str, device: str, peers: list[Provider], not_compiled: str) -> Lineup:
+    """All who can run `operation` on `device`; `peers` are the published algorithm and other rivals.
+
+    `not_compiled`: why torch.compile is left out, empty where it is not.
+    """
     not_run = {peer.name: why_not(operation, device, peer.needs) for peer in peers if peer.needs}
     not_run = {name: reason for name, reason in not_run.items() if reason}
     providers = [peer for peer in peers if peer.name not in not_run]
     providers.append(Provider(TORCH, ours(operation, TORCH)))
-    if compiled:
-        providers.append(Provider(COMPILED, _compiled(operation), optional=True))
+    if not_compiled:
+        not_run[COMPILED] = not_compiled
     else:
-        not_run[COMPILED] = "left out by --quick or --no-compile"
+        providers.append(Provider(COMPILED, _compiled(operation), optional=True))
     for backend in OURS:
         reason = why_not(operation, device, backend)
         if reason:

@@ -32,9 +32,11 @@ class Benchmark:
     operation: str
     workloads: Callable[[str, bool], list[Workload]]  # of (device, quick)
     peers: list[Provider]
+    not_compiled: str = ""  # why torch.compile has nothing to take
 
     def lineup(self, session: Session) -> Lineup:
-        return lineup(self.operation, session.device, self.peers, session.compiled)
+        not_compiled = self.not_compiled or ("" if session.compiled else "left out by --quick or --no-compile")
+        return lineup(self.operation, session.device, self.peers, not_compiled)
 
     def run(self, session: Session, line: Lineup) -> Iterator[list[Row]]:
         """Rows of one workload after another. Who turns out unable to run is moved to `line.not_run`."""

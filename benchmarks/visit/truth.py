@@ -44,7 +44,7 @@ def cases(operation: str, device: str, quick: bool, short: bool) -> list[tuple[W
 def providers(operation: str, device: str, backend: str) -> list[Provider]:
     """The backend, and each path that may be forced within it."""
     peers = [peer for peer in BENCHMARKS[operation.rstrip("_")].peers if peer.needs == backend]
-    line = lineup(operation, device, peers, compiled=False)
+    line = lineup(operation, device, peers, not_compiled="only what is ours is judged here")
     return [provider for provider in line.providers if backend in (provider.name, provider.needs)]
 
 

@@ -30,8 +30,7 @@ inline int64_t prune_at_most(const Selection& s, const int32_t* thresholds, int6
     const int32_t bound = thresholds[row * threshold_step] + 1;
     row_keys(s, row, padded, scratch.keys);
     n_pruned += count_below(scratch.keys, padded, bound);
-    mark_below(scratch.keys, padded, {bound, 0}, scratch.pruned);
-    apply_row(s, row, scratch.pruned);
+    prune_below(s, row, scratch.keys, {bound, 0}, scratch.pruned);
   }
   return n_pruned;
 }

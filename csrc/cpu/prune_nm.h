@@ -1,54 +1,74 @@
 // Keep the n best of every m consecutive columns, m <= 32.
 //
-// m = 2, 4, 8, 16 within a vector: a key's rank is counted against the m - 1 rotations of its group.
-// Any other m: kWidth groups side by side, one a lane; a sorting network finds the threshold of all of them at once.
+// m = 2, 4, 8, 16 within a vector: a key's rank is counted against the other m - 1 lanes of its group, and the weights
+// are zeroed where they were read. Any other m: kWidth groups side by side, one a lane; a sorting network finds the
+// threshold of all of them at once.
 #pragma once
+
+#include <utility>
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-template <int M>
-struct Rotations {
-  Simd::Int index[M], earlier[M];  // rotation r: the lane to look at, and 1 where it is the lower column
+constexpr int highest_bit(int n) { return n < 2 ? n : 2 * highest_bit(n / 2); }
 
-  Rotations() {
-    for (int r = 1; r < M; ++r) {
-      int32_t lanes[kWidth], flags[kWidth];
-      for (int lane = 0; lane < kWidth; ++lane) {
-        const int partner = lane / M * M + (lane + r) % M;
-        lanes[lane] = partner;
-        flags[lane] = partner < lane;
-      }
-      index[r] = Simd::load(lanes);
-      earlier[r] = Simd::load(flags);
+// Lanes of which fewer than m - n of their group come before them in (key, column).
+template <int M>
+struct LowestOfGroup {
+  Simd::Int num_pruned, later[M];  // later[b]: 1 in the lanes that bit b makes the higher column of a pair
+
+  explicit LowestOfGroup(int n) : num_pruned(Simd::broadcast(M - n)) {
+    for (int bit = 1; bit < M; bit *= 2) {
+      int32_t lanes[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = (lane & bit) != 0;
+      later[bit] = Simd::load(lanes);
     }
+  }
+
+  Simd::Mask operator()(Simd::Int key) const { return of(key, std::make_integer_sequence<int, M - 1>()); }
+
+ private:
+  template <int... I>
+  Simd::Mask of(Simd::Int key, std::integer_sequence<int, I...>) const {
+    Simd::Int rank = Simd::broadcast(0);
+    ((rank = Simd::increment_where(comes_before<I + 1>(key), rank)), ...);
+    return Simd::less(rank, num_pruned);
+  }
+
+  // Whether the key of lane ^ R does; one more makes an equal key of a lower column come first.
+  template <int R>
+  Simd::Mask comes_before(Simd::Int key) const {
+    return Simd::less(Simd::template exchange<R>(key), Simd::add(key, later[highest_bit(R)]));
   }
 };
 
-// pruned: where fewer than m - n of the group come before this one in (key, column).
 template <int M>
-void mark_by_rotation(const int32_t* keys, int64_t padded, int n, uint8_t* pruned) {
-  const Rotations<M> rotations;
-  const Simd::Int num_pruned = Simd::broadcast(M - n);
-  for (int64_t col = 0; col < padded; col += kWidth) {
-    const Simd::Int key = Simd::load(keys + col);
-    Simd::Int rank = Simd::broadcast(0);
-    for (int r = 1; r < M; ++r) {
-      // One less makes an equal key of a lower column come first.
-      const Simd::Int other = Simd::subtract(Simd::permute(key, rotations.index[r]), rotations.earlier[r]);
-      rank = Simd::increment_where(Simd::less(other, key), rank);
-    }
-    store_bits(pruned, col, Simd::to_bits(Simd::less(rank, num_pruned)));
+void prune_in_vectors(const Selection& s, int n, int64_t begin, int64_t end, uint8_t* pruned) {
+  const LowestOfGroup<M> lowest(n);
+  const bool wants_mask = s.mask != nullptr;
+  for (int64_t row = begin; row < end; ++row) {
+    with_row(s.weight, row, [&](auto* w) {
+      visit_scored(w, s.weight.n_cols, s.root, scale_of(s, row), s.divisor,
+                   [&](auto* w, const auto scale, int64_t n_weights, int64_t first) {
+                     for (int64_t col = 0; col < n_weights; col += kWidth) {
+                       const Simd::Mask gone = lowest(key_of(scale.score(Simd::load(w + col), col)));
+                       if (wants_mask) store_bits(pruned, first + col, Simd::to_bits(gone));
+                       Simd::zero_where(gone, w + col);
+                     }
+                   });
+    });
+    emit_mask(s, row, pruned);
   }
 }
 
-// Batcher's merge exchange for any m (Knuth, volume 3, 5.2.2 M): 191 comparisons for m = 32.
+// Batcher's merge exchange for any m (Knuth, volume 3, 5.2.2 M), without the comparisons that the wanted position does
+// not hang on: 157 of 191 stay for 16:32.
 struct Network {
   uint8_t first[200], second[200];
   int size = 0;
 
-  explicit Network(int m) {
+  Network(int m, int wanted) {
     int top = 1;
     while (2 * top < m) top *= 2;
     for (int p = top; p > 0; p /= 2) {
@@ -65,16 +85,49 @@ struct Network {
         r = p;
       }
     }
+    keep_what_reaches(wanted);
+  }
+
+ private:
+  void keep_what_reaches(int wanted) {
+    bool needed[wanda::cpu::kMaxGroup] = {};
+    needed[wanted] = true;
+    int kept = size;  // from here on, to the end
+    for (int i = size - 1; i >= 0; --i) {
+      if (!needed[first[i]] && !needed[second[i]]) continue;
+      needed[first[i]] = needed[second[i]] = true;
+      --kept;
+      first[kept] = first[i];
+      second[kept] = second[i];
+    }
+    memmove(first, first + kept, size - kept);
+    memmove(second, second + kept, size - kept);
+    size -= kept;
   }
 };
 
-// One word a lane: bit j = column j of that lane's group is pruned.
-inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& network) {
+// Column j of kWidth groups of m, one a lane.
+inline void load_groups(const int32_t* keys, int m, Simd::Int* columns) {
+  if (m % kWidth == 0) {
+    for (int j = 0; j < m; j += kWidth) {
+      Simd::Float square[kWidth];
+      for (int group = 0; group < kWidth; ++group) square[group] = Simd::as_float(Simd::load(keys + group * m + j));
+      Simd::transpose(square);
+      for (int i = 0; i < kWidth; ++i) columns[j + i] = Simd::bits(square[i]);
+    }
+    return;
+  }
   int32_t lanes[kWidth];
   for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane * m;
   const Simd::Int first = Simd::load(lanes);
+  for (int j = 0; j < m; ++j) columns[j] = Simd::gather(keys + j, first);
+}
+
+// One word a lane: bit j = column j of that lane's group is pruned.
+inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& network) {
   Simd::Int key[wanda::cpu::kMaxGroup], sorted[wanda::cpu::kMaxGroup];
-  for (int j = 0; j < m; ++j) key[j] = sorted[j] = Simd::gather(keys + j, first);
+  load_groups(keys, m, key);
+  for (int j = 0; j < m; ++j) sorted[j] = key[j];
   for (int i = 0; i < network.size; ++i) {
     const Simd::Int a = sorted[network.first[i]], b = sorted[network.second[i]];
     sorted[network.first[i]] = Simd::min(a, b);
@@ -93,8 +146,9 @@ inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& n
   return pruned;
 }
 
-inline void mark_by_network(const int32_t* keys, int64_t n_groups, int n, int m, uint8_t* pruned) {
-  const Network network(m);
+// The network finds the key at sorted position m - n - 1.
+inline void mark_by_network(const int32_t* keys, int64_t n_groups, int n, int m, const Network& network,
+                            uint8_t* pruned) {
   uint64_t pending = 0;  // bits of the row not yet written
   int n_pending = 0;
   for (int64_t group = 0; group < n_groups; group += kWidth) {
@@ -110,22 +164,20 @@ inline void mark_by_network(const int32_t* keys, int64_t n_groups, int n, int m,
   memcpy(pruned, &pending, sizeof pending);
 }
 
-inline void mark_nm(const int32_t* keys, int64_t n_cols, int n, int m, uint8_t* pruned) {
-  const int64_t padded = round_up(n_cols, kWidth);
-  if (m == 2) return mark_by_rotation<2>(keys, padded, n, pruned);
-  if (m == 4) return mark_by_rotation<4>(keys, padded, n, pruned);
-  if (m == 8) return mark_by_rotation<8>(keys, padded, n, pruned);
-  if (m == 16 && kWidth == 16) return mark_by_rotation<kWidth>(keys, padded, n, pruned);
-  mark_by_network(keys, n_cols / m, n, m, pruned);
-}
-
 inline void prune_nm(const Selection& s, int n, int m, int64_t begin, int64_t end, void* memory) {
   const int64_t n_cols = s.weight.n_cols;
-  const int64_t padded = round_up(n_cols, kWidth * m);  // whole vectors of groups
   const Scratch scratch(memory, n_cols);
+  if (m == 2) return prune_in_vectors<2>(s, n, begin, end, scratch.pruned);
+  if (m == 4) return prune_in_vectors<4>(s, n, begin, end, scratch.pruned);
+  if (m == 8) return prune_in_vectors<8>(s, n, begin, end, scratch.pruned);
+  if constexpr (kWidth == 16) {
+    if (m == 16) return prune_in_vectors<16>(s, n, begin, end, scratch.pruned);
+  }
+  const int64_t padded = round_up(n_cols, kWidth * m);  // whole vectors of groups
+  const Network network(m, m - n - 1);
   for (int64_t row = begin; row < end; ++row) {
     row_keys(s, row, padded, scratch.keys);
-    mark_nm(scratch.keys, n_cols, n, m, scratch.pruned);
+    mark_by_network(scratch.keys, n_cols / m, n, m, network, scratch.pruned);
     apply_row(s, row, scratch.pruned);
   }
 }

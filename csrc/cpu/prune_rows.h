@@ -1,5 +1,7 @@
-// The num_pruned lowest of each row: bisection on integer keys over [min, max], exact, with an early exit.
-// A row's keys stay in L1 or L2; a pass compares kWidth of them a cycle, and 10 to 20 passes beat any histogram.
+// The num_pruned lowest of each row: exact, by counting the keys below a pivot until just num_pruned are.
+//
+// A row's keys stay in L1 or L2; a pass compares kWidth of them a cycle. The first pivot is the last row's threshold, the
+// next ones go by how many keys lie there: 7 to 9 passes, where bisection takes 16.
 #pragma once
 
 #include "rows.h"
@@ -12,22 +14,68 @@ struct Threshold {
   int64_t ties;
 };
 
-inline Threshold find_threshold(const int32_t* keys, int64_t n_cols, int64_t padded, int64_t num_pruned) {
+// What the last row's search ended with: rows resemble each other. A wrong guess costs passes, no more.
+struct Guess {
+  float score = 0;
+  float keys_per_score = 0;  // around it
+};
+
+// The lowest and the highest of the keys in [low, high), of which there is one at least.
+inline Range keys_between(const int32_t* keys, int64_t padded, int32_t low, int32_t high) {
+  const Simd::Int first = Simd::broadcast(low), last = Simd::broadcast(high - 1);
+  const Simd::Int unsign = Simd::broadcast(0x7fffffff);  // what lies outside becomes larger than all distances inside
+  Simd::Int above = unsign, below = unsign;
+  for (int64_t col = 0; col < padded; col += kWidth) {
+    const Simd::Int key = Simd::load(keys + col);
+    above = Simd::min(above, Simd::bit_and(Simd::subtract(key, first), unsign));
+    below = Simd::min(below, Simd::bit_and(Simd::subtract(last, key), unsign));
+  }
+  return {low + Simd::lowest(above), high - 1 - Simd::lowest(below)};
+}
+
+// The middle between two keys, as many of them away as are missing below `score`.
+inline int32_t next_pivot(float score, float keys_per_score, int64_t missing) {
+  const float distance = static_cast<float>(missing) + (missing < 0 ? -0.5f : 0.5f);
+  return bits_of(score + distance / keys_per_score);
+}
+
+inline Threshold find_threshold(const int32_t* keys, int64_t n_cols, int64_t padded, int64_t num_pruned, Range range,
+                                Guess& guess) {
   if (num_pruned == 0) return {0, 0};
   if (num_pruned == n_cols) return {wanda::kPaddingKey, 0};
-  const Range range = range_of(keys, n_cols);
-  int32_t low = range.low, high = range.high + 1;  // count_below(low) <= num_pruned < count_below(high)
-  int64_t below_low = 0;
-  while (high - low > 1) {
-    const int32_t middle = low + (high - low) / 2;
-    const int64_t below = count_below(keys, padded, middle);
-    if (below == num_pruned) return {middle, 0};
+  constexpr int64_t kFarApart = 32;  // keys between two pivots: fewer say little of how many there are
+  int32_t low = range.low, high = range.high + 1;
+  int64_t below_low = 0, below_high = n_cols;  // below_low <= num_pruned < below_high
+  int64_t last_below = num_pruned;
+  int32_t pivot = bits_of(guess.score);
+  for (int pass = 1; high - low > 1; ++pass) {
+    if (pivot <= low || pivot >= high || pass % 8 == 0) pivot = low + (high - low) / 2;
+    const int64_t below = count_below(keys, padded, pivot);
+    if (below == num_pruned) {
+      guess.score = float_of(pivot);
+      return {pivot, 0};
+    }
+    const float score = float_of(pivot);
+    const int64_t apart = below - last_below;
+    if (pass > 1 && (apart >= kFarApart || apart <= -kFarApart)) {
+      guess.keys_per_score = static_cast<float>(apart) / (score - guess.score);
+    }
+    guess.score = score;
+    last_below = below;
+    const bool none_between = below == below_low || below == below_high;
     if (below < num_pruned) {
-      low = middle;
+      low = pivot;
       below_low = below;
     } else {
-      high = middle;
+      high = pivot;
+      below_high = below;
     }
+    if (none_between) {  // a gap, or all that is left between are ties
+      const Range left = keys_between(keys, padded, low, high);
+      low = left.low;
+      high = left.high + 1;
+    }
+    pivot = next_pivot(score, guess.keys_per_score, num_pruned - below);
   }
   return {low, num_pruned - below_low};
 }
@@ -38,30 +86,38 @@ inline uint32_t lowest_bits(uint32_t bits, int64_t count) {
   return bits ^ kept;
 }
 
-inline void mark_below(const int32_t* keys, int64_t padded, Threshold threshold, uint8_t* pruned) {
+// Zero the row's weights below the threshold, by their keys.
+inline void prune_below(const Selection& s, int64_t row, const int32_t* keys, Threshold threshold, uint8_t* pruned) {
   const Simd::Int bound = Simd::broadcast(threshold.key);
+  const bool wants_mask = s.mask != nullptr;
   int64_t ties = threshold.ties;
-  for (int64_t col = 0; col < padded; col += kWidth) {
-    const Simd::Int key = Simd::load(keys + col);
-    uint32_t bits = Simd::to_bits(Simd::less(key, bound));
-    if (ties > 0) {
-      const uint32_t equal = Simd::to_bits(Simd::equal(key, bound));
-      const int count = __builtin_popcount(equal);
-      bits |= count <= ties ? equal : lowest_bits(equal, ties);
-      ties -= smaller<int64_t>(count, ties);
-    }
-    store_bits(pruned, col, bits);
-  }
+  with_row(s.weight, row, [&](auto* w) {
+    each_vector(w, s.weight.n_cols, [&](auto* w, int64_t col) {
+      const Simd::Int key = Simd::load(keys + col);
+      const Simd::Mask below = Simd::less(key, bound);
+      if (ties == 0 && !wants_mask) return Simd::zero_where(below, w);
+      uint32_t bits = Simd::to_bits(below);
+      if (ties > 0) {
+        const uint32_t equal = Simd::to_bits(Simd::equal(key, bound));
+        const int count = __builtin_popcount(equal);
+        bits |= count <= ties ? equal : lowest_bits(equal, ties);
+        ties -= smaller<int64_t>(count, ties);
+      }
+      store_bits(pruned, col, bits);
+      Simd::zero_where(bits, w);
+    });
+  });
+  emit_mask(s, row, pruned);
 }
 
 inline void prune_rows(const Selection& s, int64_t num_pruned, int64_t begin, int64_t end, void* memory) {
   const int64_t n_cols = s.weight.n_cols, padded = round_up(n_cols, kWidth);
   const Scratch scratch(memory, n_cols);
+  Guess guess;
   for (int64_t row = begin; row < end; ++row) {
-    row_keys(s, row, padded, scratch.keys);
-    const Threshold threshold = find_threshold(scratch.keys, n_cols, padded, num_pruned);
-    mark_below(scratch.keys, padded, threshold, scratch.pruned);
-    apply_row(s, row, scratch.pruned);
+    const Range range = row_keys(s, row, padded, scratch.keys);
+    const Threshold threshold = find_threshold(scratch.keys, n_cols, padded, num_pruned, range, guess);
+    prune_below(s, row, scratch.keys, threshold, scratch.pruned);
   }
 }
 

@@ -35,9 +35,8 @@ inline int64_t mass_below(const int32_t* keys, const int64_t* masses, int64_t n_
   return sum;
 }
 
-inline int32_t find_key(const int32_t* keys, int64_t* masses, int64_t n_cols, double alpha,
+inline int32_t find_key(const int32_t* keys, Range range, int64_t* masses, int64_t n_cols, double alpha,
                         wanda::cpu::Bracket bracket) {
-  const Range range = range_of(keys, n_cols);
   const FixedPoint fixed_point(range.high, n_cols);
   int64_t total = 0;
   for (int64_t col = 0; col < n_cols; ++col) total += masses[col] = fixed_point.mass(keys[col]);
@@ -60,8 +59,8 @@ inline int64_t find_variant(const Selection& s, double alpha, const wanda::cpu::
   const Scratch scratch(memory, n_cols);
   int64_t n_pruned = 0;
   for (int64_t row = begin; row < end; ++row) {
-    row_keys(s, row, padded, scratch.keys);
-    thresholds[row] = find_key(scratch.keys, scratch.masses, n_cols, alpha, brackets[row]);
+    const Range range = row_keys(s, row, padded, scratch.keys);
+    thresholds[row] = find_key(scratch.keys, range, scratch.masses, n_cols, alpha, brackets[row]);
     n_pruned += count_below(scratch.keys, padded, thresholds[row] + 1);
   }
   return n_pruned;

@@ -2,6 +2,8 @@
 // knows no dtype: a selection turns int32 keys into one bit a column, 1 = pruned.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels_cpu.h"
 
 namespace WANDA_ISA {
@@ -53,40 +55,40 @@ inline Simd::Int key_of(Simd::Float score) {
   return Simd::min(magnitude, Simd::broadcast(wanda::kNaNKey));
 }
 
-template <typename T, typename Scale>
-void keys_of(const T* w, int64_t n_cols, Scale scale, int32_t* keys) {
-  for (int64_t col = 0; col < n_cols; col += kWidth) {
-    Simd::store(keys + col, key_of(scale.score(Simd::load(w + col), col)));
-  }
-}
-
 inline const float* tail_of(const float* p, int64_t begin, int64_t n, float* tail) {
   if (p == nullptr) return nullptr;
   memcpy(tail, p + begin, n * sizeof(float));
   return tail;
 }
 
-// Whole vectors from the row itself, the rest from a padded copy: nothing is read past the row.
-template <typename T>
-void keys_of_row(const T* w, int64_t n_cols, const float* root, const float* scale, const float* divisor,
-                 int32_t* keys) {
-  const int64_t whole = n_cols / kWidth * kWidth;
+template <typename T, typename Body>
+void visit_vectors(T* w, int64_t n, int64_t first, const float* root, const float* scale, const float* divisor,
+                   const Body& body) {
   if (root != nullptr) {
-    keys_of(w, whole, VectorRoot{root}, keys);
+    body(w, VectorRoot{root}, n, first);
   } else if (scale != nullptr) {
-    keys_of(w, whole, MatrixScale{scale}, keys);
+    body(w, MatrixScale{scale}, n, first);
   } else if (divisor != nullptr) {
-    keys_of(w, whole, SquareOver{divisor}, keys);
+    body(w, SquareOver{divisor}, n, first);
   } else {
-    keys_of(w, whole, NoScale{}, keys);
+    body(w, NoScale{}, n, first);
   }
-  if (whole == n_cols) return;
-  T w_tail[kWidth] = {};
+}
+
+// body(w, scale, n, first): n weights from column `first` on, whole vectors of them. What is left of a row comes as a
+// padded copy, so that nothing is read past it; what body writes there goes back unless T is const.
+template <typename T, typename Body>
+void visit_scored(T* w, int64_t n_cols, const float* root, const float* scale, const float* divisor,
+                  const Body& body) {
+  const int64_t whole = n_cols / kWidth * kWidth, left = n_cols - whole;
+  visit_vectors(w, whole, 0, root, scale, divisor, body);
+  if (left == 0) return;
+  std::remove_const_t<T> w_tail[kWidth] = {};
   float root_tail[kWidth] = {}, scale_tail[kWidth] = {}, divisor_tail[kWidth] = {};
-  memcpy(w_tail, w + whole, (n_cols - whole) * sizeof(T));
-  keys_of_row(w_tail, kWidth, tail_of(root, whole, n_cols - whole, root_tail),
-              tail_of(scale, whole, n_cols - whole, scale_tail), tail_of(divisor, whole, n_cols - whole, divisor_tail),
-              keys + whole);
+  memcpy(w_tail, w + whole, left * sizeof(T));
+  visit_vectors<T>(w_tail, kWidth, whole, tail_of(root, whole, left, root_tail), tail_of(scale, whole, left, scale_tail),
+                   tail_of(divisor, whole, left, divisor_tail), body);
+  if constexpr (!std::is_const_v<T>) memcpy(w + whole, w_tail, left * sizeof(T));
 }
 
 template <typename T>
@@ -94,16 +96,45 @@ T* row_of(const Matrix& matrix, int64_t row) {
   return static_cast<T*>(matrix.data) + row * matrix.stride;
 }
 
-// Keys of a row, padded to `padded` columns with keys that no selection prunes.
-inline void row_keys(const Selection& s, int64_t row, int64_t padded, int32_t* keys) {
-  const int64_t n_cols = s.weight.n_cols;
-  const float* scale = s.scale == nullptr ? nullptr : s.scale + row * s.scale_stride;
-  switch (s.weight.dtype) {
-    case DType::kFloat: keys_of_row(row_of<float>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
-    case DType::kHalf: keys_of_row(row_of<Half>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
-    case DType::kBFloat: keys_of_row(row_of<BFloat>(s.weight, row), n_cols, s.root, scale, s.divisor, keys); break;
+inline const float* scale_of(const Selection& s, int64_t row) {
+  return s.scale == nullptr ? nullptr : s.scale + row * s.scale_stride;
+}
+
+// body(T*): the row's weights in their own type.
+template <typename Body>
+void with_row(const Matrix& matrix, int64_t row, const Body& body) {
+  switch (matrix.dtype) {
+    case DType::kFloat: body(row_of<float>(matrix, row)); break;
+    case DType::kHalf: body(row_of<Half>(matrix, row)); break;
+    case DType::kBFloat: body(row_of<BFloat>(matrix, row)); break;
   }
+}
+
+struct Range {
+  int32_t low, high;
+};
+
+// Keys of a row, padded to `padded` columns with keys that no selection prunes. Returns the highest, and what none is
+// below.
+inline Range row_keys(const Selection& s, int64_t row, int64_t padded, int32_t* keys) {
+  const int64_t n_cols = s.weight.n_cols;
+  Simd::Int low = Simd::broadcast(wanda::kPaddingKey), high = Simd::broadcast(0);
+  with_row(s.weight, row, [&](const auto* w) {
+    visit_scored(w, n_cols, s.root, scale_of(s, row), s.divisor,
+                 [&](const auto* w, const auto scale, int64_t n, int64_t first) {
+                   Simd::Int lowest = low, highest = high;
+                   for (int64_t col = 0; col < n; col += kWidth) {
+                     const Simd::Int key = key_of(scale.score(Simd::load(w + col), col));
+                     Simd::store(keys + first + col, key);
+                     lowest = Simd::min(lowest, key);
+                     highest = Simd::max(highest, key);
+                   }
+                   low = lowest;
+                   high = highest;
+                 });
+  });
   for (int64_t col = n_cols; col < padded; ++col) keys[col] = wanda::kPaddingKey;
+  return {Simd::lowest(low), Simd::highest(high)};
 }
 
 inline uint32_t load_bits(const uint8_t* pruned, int64_t col) {
@@ -122,28 +153,33 @@ inline void store_bits(uint8_t* pruned, int64_t col, uint32_t bits) {
   }
 }
 
-template <typename T>
-void zero_pruned(T* w, int64_t n_cols, const uint8_t* pruned) {
-  const int64_t whole = n_cols / kWidth * kWidth;
-  for (int64_t col = 0; col < whole; col += kWidth) Simd::zero_where(load_bits(pruned, col), w + col);
-  for (int64_t col = whole; col < n_cols; ++col) {
-    if (pruned[col / 8] >> col % 8 & 1) w[col] = T{};
-  }
+// body(w, col): each vector of a row; the last, where it is not whole, is a padded copy that goes back.
+template <typename T, typename Body>
+void each_vector(T* w, int64_t n_cols, const Body& body) {
+  const int64_t whole = n_cols / kWidth * kWidth, left = n_cols - whole;
+  for (int64_t col = 0; col < whole; col += kWidth) body(w + col, col);
+  if (left == 0) return;
+  T tail[kWidth] = {};
+  memcpy(tail, w + whole, left * sizeof(T));
+  body(tail, whole);
+  memcpy(w + whole, tail, left * sizeof(T));
 }
 
-// Write +0.0 where a bit of `pruned` is set; emit the packed mask if one is asked for.
-inline void apply_row(const Selection& s, int64_t row, const uint8_t* pruned) {
-  const int64_t n_cols = s.weight.n_cols;
-  switch (s.weight.dtype) {
-    case DType::kFloat: zero_pruned(row_of<float>(s.weight, row), n_cols, pruned); break;
-    case DType::kHalf: zero_pruned(row_of<Half>(s.weight, row), n_cols, pruned); break;
-    case DType::kBFloat: zero_pruned(row_of<BFloat>(s.weight, row), n_cols, pruned); break;
-  }
+// The packed mask of a row, if one is asked for.
+inline void emit_mask(const Selection& s, int64_t row, const uint8_t* pruned) {
   if (s.mask == nullptr) return;
-  const int64_t n_bytes = round_up(n_cols, 8) / 8;
+  const int64_t n_cols = s.weight.n_cols, n_bytes = round_up(n_cols, 8) / 8;
   uint8_t* mask = s.mask + row * n_bytes;
   for (int64_t i = 0; i < n_bytes; ++i) mask[i] = static_cast<uint8_t>(~pruned[i]);
   if (n_cols % 8) mask[n_bytes - 1] &= static_cast<uint8_t>((1 << n_cols % 8) - 1);
+}
+
+// Write +0.0 where a bit of `pruned` is set.
+inline void apply_row(const Selection& s, int64_t row, const uint8_t* pruned) {
+  with_row(s.weight, row, [&](auto* w) {
+    each_vector(w, s.weight.n_cols, [&](auto* w, int64_t col) { Simd::zero_where(load_bits(pruned, col), w); });
+  });
+  emit_mask(s, row, pruned);
 }
 
 // How many of the keys are below the pivot; four sums hide the latency. `padded` is a multiple of kWidth.
@@ -160,26 +196,6 @@ inline int64_t count_below(const int32_t* keys, int64_t padded, int32_t pivot) {
     count[0] = Simd::increment_where(Simd::less(Simd::load(keys + col), bound), count[0]);
   }
   return Simd::sum(Simd::add(Simd::add(count[0], count[1]), Simd::add(count[2], count[3])));
-}
-
-struct Range {
-  int32_t low, high;
-};
-
-inline Range range_of(const int32_t* keys, int64_t n_cols) {
-  Simd::Int low = Simd::broadcast(wanda::kPaddingKey), high = Simd::broadcast(0);
-  const int64_t whole = n_cols / kWidth * kWidth;
-  for (int64_t col = 0; col < whole; col += kWidth) {
-    const Simd::Int key = Simd::load(keys + col);
-    low = Simd::min(low, key);
-    high = Simd::max(high, key);
-  }
-  Range range = {Simd::lowest(low), Simd::highest(high)};
-  for (int64_t col = whole; col < n_cols; ++col) {
-    range.low = smaller(range.low, keys[col]);
-    range.high = larger(range.high, keys[col]);
-  }
-  return range;
 }
 
 }  // namespace WANDA_ISA

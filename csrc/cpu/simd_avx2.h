@@ -62,7 +62,12 @@ struct Simd {
   static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
-  static Int permute(Int v, Int index) { return _mm256_permutevar8x32_epi32(v, index); }
+  template <int R>  // lane i holds what lane i ^ R held
+  static Int exchange(Int v) {
+    if constexpr ((R & 4) != 0) v = _mm256_permute2x128_si256(v, v, 1);
+    if constexpr ((R & 3) != 0) v = _mm256_shuffle_epi32(v, (R & 3) == 1 ? 0xb1 : (R & 3) == 2 ? 0x4e : 0x1b);
+    return v;
+  }
   static Int gather(const int32_t* p, Int index) { return _mm256_i32gather_epi32(p, index, 4); }
   static int64_t sum(Int v) {
     int32_t lane[kWidth];
@@ -134,7 +139,15 @@ struct Simd {
     }
   }
 
-  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  // p[lane] = 0 where the mask or the lane's bit is set; the others keep their bits.
+  static void zero_where(Mask mask, float* p) {
+    _mm256_storeu_ps(p, _mm256_andnot_ps(_mm256_castsi256_ps(mask), _mm256_loadu_ps(p)));
+  }
+  template <typename T>  // Half, BFloat
+  static void zero_where(Mask mask, T* p) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(mask), _mm256_extracti128_si256(mask, 1));
+    _mm_storeu_si128((__m128i*)p, _mm_andnot_si128(words, _mm_loadu_si128((const __m128i*)p)));
+  }
   static void zero_where(uint32_t bits, float* p) {
     const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i pruned = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), place), place);

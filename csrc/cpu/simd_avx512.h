@@ -48,7 +48,15 @@ struct Simd {
   static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
-  static Int permute(Int v, Int index) { return _mm512_permutexvar_epi32(index, v); }
+  template <int R>  // lane i holds what lane i ^ R held
+  static Int exchange(Int v) {
+    if constexpr ((R & 8) != 0) v = _mm512_shuffle_i32x4(v, v, 0x4e);
+    if constexpr ((R & 4) != 0) v = _mm512_shuffle_i32x4(v, v, 0xb1);
+    if constexpr ((R & 3) == 1) return _mm512_shuffle_epi32(v, _MM_PERM_CDAB);
+    if constexpr ((R & 3) == 2) return _mm512_shuffle_epi32(v, _MM_PERM_BADC);
+    if constexpr ((R & 3) == 3) return _mm512_shuffle_epi32(v, _MM_PERM_ABCD);
+    return v;
+  }
   static Int gather(const int32_t* p, Int index) { return _mm512_i32gather_epi32(index, p, 4); }
   static int64_t sum(Int v) { return _mm512_reduce_add_epi32(v); }
   static int32_t lowest(Int v) { return _mm512_reduce_min_epi32(v); }
@@ -98,7 +106,7 @@ struct Simd {
     }
   }
 
-  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  // p[lane] = 0 where the lane's bit is set, which is what a mask is; the others keep their bits.
   static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, _mm512_setzero_ps()); }
   template <typename T>  // Half, BFloat
   static void zero_where(uint32_t bits, T* p) {

@@ -56,10 +56,10 @@ struct Simd {
   static Int max(Int x, Int y) { return select(less(x, y), y, x); }
   static Int add(Int x, Int y) { return {x.a + y.a, x.b + y.b}; }
   static Int subtract(Int x, Int y) { return {x.a - y.a, x.b - y.b}; }
-  static Int permute(Int v, Int index) {
-    int32_t from[kWidth];
-    store(from, v);
-    return gather(from, index);
+  template <int R>  // lane i holds what lane i ^ R held
+  static Int exchange(Int v) {
+    const auto within = [](Int4 h) { return Int4{h[R & 3], h[1 ^ (R & 3)], h[2 ^ (R & 3)], h[3 ^ (R & 3)]}; };
+    return R & 4 ? Int{within(v.b), within(v.a)} : Int{within(v.a), within(v.b)};
   }
   static Int gather(const int32_t* p, Int index) {
     int32_t at[kWidth];
@@ -106,7 +106,11 @@ struct Simd {
     for (int i = 0; i < kWidth; ++i) v[i] = load(turned[i]);
   }
 
-  // p[lane] = 0 where the lane's bit is set; the others keep their bits.
+  // p[lane] = 0 where the mask or the lane's bit is set; the others keep their bits.
+  template <typename T>
+  static void zero_where(Mask mask, T* p) {
+    zero_where(to_bits(mask), p);
+  }
   template <typename T>
   static void zero_where(uint32_t bits, T* p) {
     for (int lane = 0; lane < kWidth; ++lane) p[lane] = bits >> lane & 1 ? T{} : p[lane];

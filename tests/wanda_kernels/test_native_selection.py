@@ -38,6 +38,19 @@ def test_rows(isa, recipe, dtype):
                 assert_same("prune_rows_", weight, statistic, num_pruned)
 
 
+@pytest.mark.parametrize("n_cols", [41, 1000])
+def test_rows_unlike_their_neighbours(isa, n_cols):
+    """A search begins where the last row's ended: that must cost time only."""
+    weight = torch.randn(24, n_cols) * torch.logspace(-30, 30, 24)[torch.randperm(24), None]
+    weight[3], weight[8] = 0.5, torch.where(torch.rand(n_cols) < 0.7, 0.0, 2.0)
+    weight[11, 7], weight[12], weight[13] = 3e38, weight[12].sign(), weight[13].bfloat16()
+    weight[17] = torch.where(torch.rand(n_cols) < 0.5, 1e-38, 1e38)  # a gap, and ties on both sides
+    weight[18] = torch.arange(n_cols).flip(0) * 2.0**-149  # subnormal, each key one above another's
+    for num_pruned in {1, n_cols // 10, n_cols // 2, n_cols - 1}:
+        assert_same("prune_rows_", weight, None, num_pruned)
+        assert_same("prune_rows_", weight, torch.rand(n_cols), num_pruned)
+
+
 @pytest.mark.parametrize("m", range(2, 33))
 def test_every_n_of_m(isa, m):
     for n_groups in (1, 16, 33):  # below, at and above a vector of groups
