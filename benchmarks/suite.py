@@ -35,7 +35,9 @@ class Benchmark:
     not_compiled: str = ""  # why torch.compile has nothing to take
 
     def lineup(self, session: Session) -> Lineup:
-        not_compiled = self.not_compiled or ("" if session.compiled else "left out by --quick or --no-compile")
+        not_compiled = self.not_compiled or (
+            "" if session.compiled else "left out by --quick or --no-compile"
+        )
         return lineup(self.operation, session.device, self.peers, not_compiled)
 
     def run(self, session: Session, line: Lineup) -> Iterator[list[Row]]:
