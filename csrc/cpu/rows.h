@@ -1,5 +1,5 @@
-// From weights to keys, and from a row of prune bits back to weights. What lies between is in the kernels' files and
-// knows no dtype: a selection turns int32 keys into one bit a column, 1 = pruned.
+// From a row's weights to their keys, and from prune bits, one a column, back to weights. What a selection makes of int32
+// keys is in the kernels' files and knows no dtype.
 #pragma once
 
 #include <type_traits>
