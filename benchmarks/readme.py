@@ -64,8 +64,12 @@ def _ranges(path: Path | None) -> tuple[str, ...]:
     return (
         _range(tables.times, [row.over_published for row in fastest.values()]),
         _range(tables.times, [row.over_torch for row in fastest.values()]),
-        _range("{:.0f}%".format, [row.roof_pct for row in fastest.values()]),
+        _range(_percent, [row.roof_pct for row in fastest.values()]),
     )
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0f}%" if value >= 1 else f"{value:.1f}%"
 
 
 def _range(text: Callable[[float], str], values: list[float | None]) -> str:
