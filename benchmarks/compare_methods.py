@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import wanda_fast
+from benchmarks import program
 from wanda_fast import checkpoint
 from wanda_fast.architecture import find_blocks
 from wanda_fast.evaluation import evaluation_set
@@ -68,4 +69,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    app()
+    program.run(app)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import wanda_fast
+from benchmarks import program
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
 from benchmarks.quality_results import mean_and_std
 from wanda_fast import checkpoint
@@ -234,4 +235,4 @@ def add_row(
 
 
 if __name__ == "__main__":
-    app()
+    program.run(app)

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 import wanda_fast
-from benchmarks import machine, quality_pages
+from benchmarks import machine, program, quality_pages
 from benchmarks.quality_results import Cell, Cost, Results
 from wanda_fast import checkpoint
 from wanda_fast.architecture import find_blocks
@@ -113,4 +113,4 @@ def options(method: str, pattern: str) -> dict:
 
 
 if __name__ == "__main__":
-    app()
+    program.run(app)

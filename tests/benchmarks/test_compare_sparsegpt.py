@@ -1,14 +1,17 @@
 """SparseGPT against the published pipeline, each block on the same inputs: what agrees, what would not."""
 
 import copy
+import os
 import pydoc_data.topics
+import subprocess
+import sys
 
 import pytest
 import torch
 import typer
 
 import wanda_fast
-from benchmarks import compare_sparsegpt
+from benchmarks import compare_sparsegpt, machine
 from benchmarks.compare_sparsegpt import SameInputs, our_options, same_inputs
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
 from tests.published import prune_published
@@ -107,3 +110,11 @@ def test_exit_code(folder, monkeypatch, capsys, wrong, code):
     assert exit.value.exit_code == code, said
     assert "2:4: on the same inputs, published" in said and "lower in 2 of 2" in said
     assert ("from end to end" in said) == (code == 0)
+
+
+@pytest.mark.parametrize("program", ["compare_sparsegpt", "compare_methods"])
+def test_bad_input_is_one_sentence(program):
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--model", "no/such/model"]
+    paths = os.pathsep.join([str(machine.ROOT), str(machine.ROOT / "kernels")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 2 and "no/such/model" in done.stderr and "Traceback" not in done.stderr
