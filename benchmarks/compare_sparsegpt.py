@@ -36,6 +36,7 @@ from benchmarks.quality_results import mean_and_std
 from wanda_fast import checkpoint
 from wanda_fast.calibration import calibration_tokens
 from wanda_fast.evaluation import EvaluationSet, evaluation_set
+from wanda_fast.patterns import parse_pattern
 
 PERPLEXITY, MASKS = 0.005, 0.995  # relative difference, mean share in common; on the same inputs
 FACTORINGS = ("torch.linalg.cholesky", "torch.cholesky_inverse")
@@ -56,6 +57,8 @@ def compare(
     orders: Annotated[int, typer.Option(help="Runs of each from end to end, each in another order.")] = 1,
 ) -> None:
     """Prune the model both ways, for each pattern, and print one table."""
+    for pattern in patterns.split(","):
+        parse_pattern(pattern, 0.5)  # a wrong one is refused before the work
     loaded = checkpoint.load(model, dtype, device=device)
     dense = loaded.model.to(device)
     token_ids = calibration_tokens(dataset, loaded.tokenizer, nsamples, seqlen, 0, None)

@@ -28,7 +28,7 @@ def page(report: dict) -> str:
 
 
 def section(results: Path, device: str) -> list[str]:
-    """The README's part on whole jobs on such a device: the newest run on each kind of machine."""
+    """docs/speed.md's part on whole jobs on such a device: the newest run on each kind of machine."""
     reports = [report for report in newest(results) if report["machine"]["device"] == device]
     if not reports:
         return [NOT_MEASURED]
@@ -64,10 +64,8 @@ def summary(results: Path) -> str:
 
 
 def _seconds_and_factor(row: dict) -> str:
-    seconds = f"{row['wall_s']:.1f} s"
-    if row["pipeline"] == "published" or row["over_same_dtype"] is None and row["agreement"] is not False:
-        return seconds
-    return f"{seconds}, {_factor(row, 'over_same_dtype')}"
+    seconds, factor = f"{row['wall_s']:.1f} s", _factor(row, "over_same_dtype")
+    return seconds if row["pipeline"] == "published" or factor == times(None) else f"{seconds}, {factor}"
 
 
 def merged(reports: dict[str, dict]) -> dict[str, dict]:

@@ -112,9 +112,16 @@ def test_exit_code(folder, monkeypatch, capsys, wrong, code):
     assert ("from end to end" in said) == (code == 0)
 
 
-@pytest.mark.parametrize("program", ["compare_sparsegpt", "compare_methods"])
-def test_bad_input_is_one_sentence(program):
-    command = [sys.executable, "-m", f"benchmarks.{program}", "--model", "no/such/model"]
+@pytest.mark.parametrize(
+    ("program", "culprit"),
+    [
+        (["compare_sparsegpt"], "no/such/model"),
+        (["compare_methods"], "no/such/model"),
+        (["compare_sparsegpt", "--patterns", "2:4,0.7"], "'0.7'"),
+    ],
+)
+def test_bad_input_is_one_sentence(program, culprit):
+    command = [sys.executable, "-m", f"benchmarks.{program[0]}", *program[1:], "--model", "no/such/model"]
     paths = os.pathsep.join([str(machine.ROOT), str(machine.ROOT / "kernels")])
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 2 and "no/such/model" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and culprit in done.stderr and "Traceback" not in done.stderr

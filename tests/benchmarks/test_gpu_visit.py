@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import typer
+from typer.testing import CliRunner
 
 from benchmarks import gpu_visit, machine, readme, tables
 from benchmarks.rows import TEST_FAILED
@@ -87,8 +87,13 @@ def test_a_rehearsal_is_never_published(rehearsal, tmp_path):
     report = json.loads((folder / "visit.json").read_text())["reports"]["prune_nm"]
     (tmp_path / "results" / "x").mkdir(parents=True)
     (tmp_path / "results" / "x" / "prune_nm.json").write_text(json.dumps(report))
-    with pytest.raises(typer.BadParameter, match="no measurement"):
-        readme.summary(tmp_path / "results")
+    pages = [tmp_path / "README.md", tmp_path / "speed.md"]
+    for page in pages:
+        page.write_text("<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\n")
+    arguments = ["--readme", pages[0], "--speed", pages[1], "--results", tmp_path / "results"]
+    result = CliRunner().invoke(readme.app, list(map(str, arguments)))
+    assert result.exit_code == 2 and "no measurement" in result.output
+    assert all("old" in page.read_text() for page in pages)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
