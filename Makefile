@@ -25,7 +25,7 @@ sanitize: $(VENV)/installed
 
 # Registers, stack and shared memory of every Triton kernel that the tables can choose, for sm_80 and sm_90.
 compile-report: $(VENV)/installed
-	env -u TRITON_INTERPRET $(BIN)/python -m wanda_kernels.compile_report
+	env -u TRITON_INTERPRET $(BIN)/python -m tools.compile_report
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

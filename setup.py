@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -39,7 +39,9 @@ def native_extensions() -> list[Extension]:
         if reason:
             say(f"{library} is left out: {reason}")
         else:
-            extensions.append(Extension(f"wanda_kernels.{backend}", sources=[], optional=choice == "auto"))
+            extensions.append(
+                Extension(f"wanda_kernels.native.{backend}", sources=[], optional=choice == "auto")
+            )
     return extensions
 
 
@@ -85,7 +87,10 @@ setup(
     author="wanda_fast contributors",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["wanda_fast", "wanda_kernels"],
+    packages=[
+        *find_packages(include=["wanda_fast", "wanda_fast.*"]),
+        *find_packages("kernels", include=["wanda_kernels", "wanda_kernels.*"]),
+    ],
     package_dir={"wanda_fast": "wanda_fast", "wanda_kernels": "kernels/wanda_kernels"},
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
@@ -108,5 +113,5 @@ setup(
         "eval": ["lm-eval>=0.4.5"],
         "vision": ["pillow"],
     },
-    entry_points={"console_scripts": ["wanda-fast = wanda_fast.cli:main"]},
+    entry_points={"console_scripts": ["wanda-fast = wanda_fast.cli.main:main"]},
 )

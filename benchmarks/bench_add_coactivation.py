@@ -34,7 +34,7 @@ def triton_path(name: str, **fixed) -> Callable[..., None]:
     """One of the Triton backend's two ways, whichever its table picks: the table follows these figures."""
 
     def call(*arguments) -> None:
-        getattr(import_module("wanda_kernels.add_coactivation"), name)(*arguments, **fixed)
+        getattr(import_module("wanda_kernels.triton_ops.add_coactivation"), name)(*arguments, **fixed)
 
     return call
 

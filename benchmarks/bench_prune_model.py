@@ -104,7 +104,7 @@ def _with_earlier_runs(report: dict, file: Path) -> dict:
 
 def _jobs(options: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
     """Every job of a round, and why others are left out."""
-    from wanda_fast import methods
+    from wanda_fast.prune import methods
 
     jobs, not_run = [], {}
     for method in options.methods:
@@ -126,7 +126,7 @@ def _tokens(options: argparse.Namespace, config) -> torch.Tensor:
     if options.model and (Path(options.model) / "tokenizer.json").exists():
         from transformers import AutoTokenizer
 
-        from wanda_fast.calibration import calibration_tokens
+        from wanda_fast.data.calibration import calibration_tokens
 
         return calibration_tokens(
             options.dataset, AutoTokenizer.from_pretrained(options.model), *shape, 0, None

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 import wanda_kernels
 from benchmarks import machine, shapes, tables
-from wanda_kernels import native_forward
+from wanda_kernels.native import forward as native_forward
 
 HEAD, HEADS, SHARED, SEQUENCE = 64, 9, 3, 512  # SmolLM2-135M's attention
 

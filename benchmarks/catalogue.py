@@ -7,7 +7,7 @@ below does not comes after those that it names.
 from importlib import import_module
 from importlib.util import find_spec
 
-from wanda_kernels.backends import TABLE
+from wanda_kernels.dispatch.backends import TABLE
 
 WORTH = (
     "prune_nm",

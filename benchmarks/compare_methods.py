@@ -16,9 +16,9 @@ from rich.table import Table
 
 import wanda_fast
 from benchmarks import program
-from wanda_fast import checkpoint
-from wanda_fast.architecture import find_blocks
-from wanda_fast.evaluation import evaluation_set
+from wanda_fast.checkpoint import load as checkpoint
+from wanda_fast.data.evaluation import evaluation_set
+from wanda_fast.model.architecture import find_blocks
 
 app = typer.Typer(add_completion=False)
 

@@ -33,10 +33,10 @@ import wanda_fast
 from benchmarks import program
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
 from benchmarks.quality_results import mean_and_std
-from wanda_fast import checkpoint
-from wanda_fast.calibration import calibration_tokens
-from wanda_fast.evaluation import EvaluationSet, evaluation_set
-from wanda_fast.patterns import parse_pattern
+from wanda_fast.checkpoint import load as checkpoint
+from wanda_fast.data.calibration import calibration_tokens
+from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
+from wanda_fast.prune.patterns import parse_pattern
 
 PERPLEXITY, MASKS = 0.005, 0.995  # relative difference, mean share in common; on the same inputs
 FACTORINGS = ("torch.linalg.cholesky", "torch.cholesky_inverse")

@@ -29,7 +29,7 @@ from benchmarks import machine
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.tables import RESULTS
 from benchmarks.visit import figures, jobs, page, proof, proving, publish, state
-from wanda_kernels.backends import TABLE
+from wanda_kernels.dispatch.backends import TABLE
 
 REHEARSAL = os.environ.get("WANDA_BENCH_REHEARSE") == "1"
 LEAST_S = 20  # a part that would have less is left out

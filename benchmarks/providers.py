@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 import wanda_kernels
-from wanda_kernels import backends
+from wanda_kernels.dispatch import backends
 
 PUBLISHED, TORCH, COMPILED = "published", "torch", "torch.compile"
 OURS = tuple(name for name in backends.BACKENDS if name != TORCH)

@@ -21,10 +21,10 @@ import typer
 import wanda_fast
 from benchmarks import machine, program, quality_pages
 from benchmarks.quality_results import Cell, Cost, Results
-from wanda_fast import checkpoint
-from wanda_fast.architecture import find_blocks
-from wanda_fast.calibration import calibration_tokens
-from wanda_fast.evaluation import evaluation_set
+from wanda_fast.checkpoint import load as checkpoint
+from wanda_fast.data.calibration import calibration_tokens
+from wanda_fast.data.evaluation import evaluation_set
+from wanda_fast.model.architecture import find_blocks
 
 app = typer.Typer(add_completion=False)
 

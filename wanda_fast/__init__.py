@@ -1,11 +1,11 @@
 """One-shot pruning of transformers: magnitude, Wanda and its variant, CoNNect, gated, SparseGPT; any N:M."""
 
 from wanda_fast import errors
-from wanda_fast.driver import prune
-from wanda_fast.evaluation import perplexity
-from wanda_fast.methods import Method
-from wanda_fast.patterns import Pattern
-from wanda_fast.registry import register_method, register_pattern
+from wanda_fast.api import prune
+from wanda_fast.data.evaluation import perplexity
+from wanda_fast.prune.methods import Method
+from wanda_fast.prune.patterns import Pattern
+from wanda_fast.prune.registry import register_method, register_pattern
 from wanda_fast.report import Report
 
 __all__ = [

@@ -5,7 +5,7 @@ import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 
-from wanda_fast.architecture import Reach
+from wanda_fast.model.architecture import Reach
 
 
 @dataclass

@@ -9,7 +9,7 @@ from benchmarks.machine import ROOT
 from benchmarks.visit import gpu_tests, proof, sanitizer
 from benchmarks.visit.commands import Command, Ended, run, run_all
 from benchmarks.visit.state import Visit
-from wanda_kernels.backends import TABLE
+from wanda_kernels.dispatch.backends import TABLE
 
 BUILD = ROOT / "build" / "visit"  # kept from call to call while the machine is
 BUILD_S, TRUTH_S, TESTS_S, SANITIZER_S = 120, 75, 75, 60  # at most, each; many run at once

@@ -12,7 +12,7 @@ import re
 import time
 from pathlib import Path
 
-from wanda_kernels.backends import TABLE
+from wanda_kernels.dispatch.backends import TABLE
 
 VERDICTS = {"passed": "passed", "failed": "wrong", "skipped": "not run"}
 

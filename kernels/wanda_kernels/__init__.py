@@ -3,8 +3,9 @@
 A leaf: it knows tensors, not models.
 """
 
-from wanda_kernels.backends import BackendError
-from wanda_kernels.checks import first_not_finite, require_finite
+from wanda_kernels.dispatch.backends import BackendError
+from wanda_kernels.dispatch.checks import first_not_finite, require_finite
+from wanda_kernels.dispatch.zeros import count_zeros
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.operations import (
     add_coactivation_,
@@ -17,8 +18,7 @@ from wanda_kernels.operations import (
     prune_variant_,
     sparsegpt_,
 )
-from wanda_kernels.reference import pack_bits, unpack_bits
-from wanda_kernels.zeros import count_zeros
+from wanda_kernels.reference.ops import pack_bits, unpack_bits
 
 __all__ = [
     "BackendError",

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from wanda_kernels import backends, native
+from wanda_kernels.dispatch import backends
+from wanda_kernels.native import ops as native
 
 Fact = tuple[str, str, str]  # section, name, value
 

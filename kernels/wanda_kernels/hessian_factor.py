@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanda_kernels import checks
-from wanda_kernels.precision import in_full_precision
+from wanda_kernels.dispatch import checks
+from wanda_kernels.dispatch.precision import in_full_precision
 
 LEAF_COLUMNS = 128  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
 ATTEMPTS = 4  # the dampening asked for, then ten times more, up to a thousand times

@@ -6,9 +6,9 @@ and hundreds of times less than the host would.
 
 from torch import Tensor
 
+from wanda_kernels.dispatch.precision import in_full_precision
 from wanda_kernels.fp32_sums import MOST_TOKENS, add_product_, addmm_adds_to_fp32
-from wanda_kernels.native import as_rows
-from wanda_kernels.precision import in_full_precision
+from wanda_kernels.native.ops import as_rows
 
 BAND = 2**28
 

@@ -16,9 +16,9 @@ other tensors are, and no graph is kept.
 
 from torch import Tensor
 
-from wanda_kernels import checks
+from wanda_kernels.dispatch import checks
+from wanda_kernels.dispatch.torch_ops import call
 from wanda_kernels.hessian_factor import Factor
-from wanda_kernels.registration import call
 from wanda_kernels.sparsegpt import SELECTORS
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wanda_kernels.reference import pack_bits
+from wanda_kernels.reference.ops import pack_bits
 
 SELECTORS = ("obs", "wanda", "magnitude")
 BLOCK_WIDTH = 128  # as published

@@ -16,7 +16,7 @@ from benchmarks.compare_sparsegpt import SameInputs, our_options, same_inputs
 from benchmarks.published_pipeline import Stopwatch, prune_as_published
 from tests.published import prune_published
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast.evaluation import evaluation_set
+from wanda_fast.data.evaluation import evaluation_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from benchmarks.visit import (
     proof,
     publish,
 )
-from wanda_kernels.backends import TABLE
+from wanda_kernels.dispatch.backends import TABLE
 
 WITHOUT = ("typer", "rich", "datasets", "gguf", "hypothesis", "matplotlib")
 

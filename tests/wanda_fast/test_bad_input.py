@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, XLMConfig
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
-from wanda_fast import cli, errors
+from wanda_fast import errors
+from wanda_fast.cli import main as cli
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
     def hungry(*_args, **_kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("wanda_fast.job.prune_blocks", hungry)
+    monkeypatch.setattr("wanda_fast.run.job.prune_blocks", hungry)
     model = FAMILIES["llama2"]()
     with pytest.raises(errors.OutOfMemoryError, match="--batch_size, --nsamples or --seqlen"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
@@ -241,7 +242,7 @@ def test_full_disk_leaves_no_folder_that_looks_complete(llama, tmp_path):
         "import resource, signal, sys\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
         f"resource.setrlimit({resource.RLIMIT_FSIZE}, (100_000, 100_000))\n"
-        "from wanda_fast.cli import main\n"
+        "from wanda_fast.cli.main import main\n"
         "main()\n"
     )
     out = tmp_path / "out"

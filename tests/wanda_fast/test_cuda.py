@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from tests.wanda_fast.test_fused_modules import names_of_calls
-from wanda_fast.fused_modules import fused_modules
-from wanda_fast.placement import Placement, on_host
+from tests.wanda_fast.model.test_fused_modules import names_of_calls
+from wanda_fast.model.fused_modules import fused_modules
+from wanda_fast.model.offload import Placement, on_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,7 +104,7 @@ def test_host_memory_is_pinned(tmp_path):
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_fused_forward_gives_the_models_own_results(name, monkeypatch):
     """The kernels are asked, what they put out is the model's, and the sums they leave are the norms'."""
-    from wanda_kernels import triton_forward
+    from wanda_kernels.triton_ops import forward as triton_forward
 
     model, ids = FAMILIES[name]().cuda(), token_ids(FAMILIES[name](), 2, 40).cuda()
     used = names_of_calls(triton_forward, monkeypatch)

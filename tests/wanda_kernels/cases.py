@@ -6,7 +6,7 @@ Interpreted Triton takes about 10 ms a pass over a row whatever its length, so m
 import torch
 
 import wanda_kernels
-from wanda_kernels import reference
+from wanda_kernels.reference import ops as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ("none", "vector", "matrix")

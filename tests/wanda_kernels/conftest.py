@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wanda_kernels import backends
+from wanda_kernels.dispatch import backends
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 

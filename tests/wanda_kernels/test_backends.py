@@ -2,7 +2,9 @@ import pytest
 import torch
 
 import wanda_kernels
-from wanda_kernels import backends, coactivation_paths, native
+from wanda_kernels.dispatch import backends
+from wanda_kernels.native import ops as native
+from wanda_kernels.triton_ops import coactivation_paths
 
 
 def test_every_cell_of_the_table_is_a_function():

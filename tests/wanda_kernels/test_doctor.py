@@ -2,7 +2,9 @@
 
 import torch
 
-from wanda_kernels import backends, doctor, native
+from wanda_kernels import doctor
+from wanda_kernels.dispatch import backends
+from wanda_kernels.native import ops as native
 
 
 def facts() -> dict[tuple[str, str], str]:

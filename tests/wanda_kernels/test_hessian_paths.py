@@ -5,8 +5,8 @@ import torch
 
 from tests.wanda_kernels.cases import random_weight
 from tests.wanda_kernels.conftest import GPU
-from wanda_kernels import add_hessian
-from wanda_kernels.add_hessian import BLOCK_K, BLOCK_M, BLOCK_N
+from wanda_kernels.triton_ops import add_hessian
+from wanda_kernels.triton_ops.add_hessian import BLOCK_K, BLOCK_M, BLOCK_N
 
 # fp32 sums of exact products, in tiles of tokens: rounding of some 100 terms, on the scale of the diagonal
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

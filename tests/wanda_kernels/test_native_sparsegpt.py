@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import bits, needs_cpu
-from wanda_kernels import native, reference_sparsegpt
+from wanda_kernels.native import ops as native
+from wanda_kernels.reference import sparsegpt_block as reference_sparsegpt
 
 pytestmark = needs_cpu
 ISAS = () if native.why_not("cpu") else native.cpu_isas()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import wanda_kernels
-from wanda_kernels import backends, hessian_factor, host_hessian
+from wanda_kernels import hessian_factor, host_hessian
+from wanda_kernels.dispatch import backends
 
 
 @pytest.fixture(params=["high", "medium", "of a device"])

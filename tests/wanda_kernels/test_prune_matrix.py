@@ -18,7 +18,7 @@ from tests.wanda_kernels.cases import (
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
-from wanda_kernels import reference
+from wanda_kernels.reference import ops as reference
 
 OPERATION = "prune_matrix_"
 

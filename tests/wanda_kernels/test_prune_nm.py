@@ -18,7 +18,7 @@ from tests.wanda_kernels.cases import (
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
-from wanda_kernels import reference
+from wanda_kernels.reference import ops as reference
 
 OPERATION = "prune_nm_"
 # by rank in a thread, by extraction of the lowest or the highest, and m that is no power of two
@@ -78,7 +78,7 @@ def test_empty(backend, device):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (2, 5)])
 def test_triton_grid_holds_the_rows_of_a_large_vocabulary(monkeypatch, n, m):
-    triton_nm = pytest.importorskip("wanda_kernels.prune_nm")
+    triton_nm = pytest.importorskip("wanda_kernels.triton_ops.prune_nm")
     kernel = MagicMock()
     for name in ("_prune_nm_kernel", "_prune_short_groups_kernel", "_prune_long_groups_kernel"):
         monkeypatch.setattr(triton_nm, name, kernel)

@@ -4,7 +4,7 @@ import torch
 import wanda_kernels
 from tests.wanda_kernels.cases import random_weight
 from tests.wanda_kernels.native_cases import needs_cpu
-from wanda_kernels.registration import OPERATIONS, call
+from wanda_kernels.dispatch.torch_ops import OPERATIONS, call
 
 
 def arguments(operation: str, backend: str) -> tuple:

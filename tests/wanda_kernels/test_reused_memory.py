@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from wanda_kernels import reused_memory
+from wanda_kernels.native import reused_memory
 
 SHAPE = (512, 1024)  # fp32: 2 MiB
 

@@ -8,8 +8,9 @@ import torch
 
 from tests.wanda_kernels.cases import bits, edge_weight, random_weight
 from tests.wanda_kernels.conftest import GPU
-from wanda_kernels import reference_sparsegpt, sparsegpt_block
+from wanda_kernels.reference import sparsegpt_block as reference_sparsegpt
 from wanda_kernels.sparsegpt import SELECTORS
+from wanda_kernels.triton_ops import sparsegpt_block
 
 POISON = -7.0
 SHAPES = ((1, 24), (17, 24), (5, 72))  # rows: one, and one more than the 16 of an interpreted program

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from tests.wanda_kernels.conftest import GPU
-from wanda_kernels import reference
+from wanda_kernels.reference import ops as reference
 
 pytest.importorskip("triton")
-from wanda_kernels import column_squares, triton_forward  # noqa: E402  (needs triton)
+from wanda_kernels import column_squares
+from wanda_kernels.triton_ops import forward as triton_forward  # noqa: E402  (needs triton)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

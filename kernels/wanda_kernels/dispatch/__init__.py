@@ -1,0 +1,1 @@
+"""Backend choice, argument checks, torch.library registration."""

@@ -1,0 +1,1 @@
+"""Every operation in plain torch: defines what is right."""

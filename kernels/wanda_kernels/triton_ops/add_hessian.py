@@ -1,0 +1,134 @@
+"""Hessian of a linear's squared output error: acc[i, j] += sum over tokens of x[t, i] * x[t, j].
+
+x [n_tokens, n_cols], acc fp32 [n_cols, n_cols], symmetric. n_tokens * n_cols^2 FLOP on tensor cores, half of
+what a matmul takes that does not know its result to be symmetric; the roof is the matmul rate. acc is read
+and written once in every 16,384 tokens, 8 bytes an element, and mirrored once a call, 4 more. Products of
+16-bit values are exact in fp32.
+Two paths. "symmetric": a Triton matmul of the tiles that reach above the diagonal. "addmm": cuBLAS adds the
+whole product to acc; the only path for fp32, in full precision. In both, what stands above the diagonal is
+then copied below it. Each element is added to once in 16,384 tokens: the same bits on every run.
+Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanda_kernels.fp32_sums import MOST_TOKENS, add_product_, addmm_adds_to_fp32
+from wanda_kernels.native.ops import as_rows
+from wanda_kernels.triton_ops.add_coactivation import INTERPRETED, add_tile
+
+# compute capability at least, in features at least, path; the first row that fits. Estimates: half the tiles,
+# at some 95 % (sm_80) or 70 % (sm_90; measured: 87 %) of cuBLAS's rate, in whole waves
+PATHS = (
+    ((9, 0), 8192, "symmetric"),
+    ((9, 0), 0, "addmm"),  # 4096: 3 waves of 272 tiles on 132 multiprocessors, against 4 faster ones of 512
+    ((8, 0), 2048, "symmetric"),
+    ((8, 0), 0, "addmm"),  # fewer tiles than an A100 has multiprocessors: cuBLAS splits the tokens
+)
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # 128 fp32 sums a thread; the most FLOP a byte of shared memory
+
+
+@triton.jit
+def _hessian_kernel(
+    acc_ptr, stride_am,
+    x_ptr, stride_xt,
+    n_tokens, n_cols,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # neighbouring programs share GROUP_M bands of x, which then come from L2
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(n_cols, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    rows_in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    first_m = (group * GROUP_M + within % rows_in_group).to(tl.int64) * BLOCK_M
+    first_n = (within // rows_in_group).to(tl.int64) * BLOCK_N
+    if first_m >= first_n + BLOCK_N:
+        return  # below the diagonal
+
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    left_offs = offs_m[:, None] + offs_k[None, :] * stride_xt  # [BLOCK_M, BLOCK_K]
+    right_offs = offs_k[:, None] * stride_xt + offs_n[None, :]  # [BLOCK_K, BLOCK_N]
+    inside_m, inside_n = (first_m + offs_m < n_cols)[:, None], (first_n + offs_n < n_cols)[None, :]
+    left_ptr, right_ptr = x_ptr + first_m, x_ptr + first_n
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, n_tokens, BLOCK_K):
+        inside_k = offs_k < n_tokens - start
+        left = tl.load(left_ptr + left_offs, mask=inside_m & inside_k[None, :], other=0.0)
+        right = tl.load(right_ptr + right_offs, mask=inside_k[:, None] & inside_n, other=0.0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        tile = tl.dot(left, right, tile)
+        # cast: a stride of 1 is a constant, which has no .to
+        left_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
+        right_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
+
+    # half a tile at a time: to load all of acc beside the tile takes more registers than there are
+    halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    left_half, right_half = tl.split(halves)  # [BLOCK_M, BLOCK_N // 2]
+    offs_m, offs_n = first_m + offs_m, first_n + tl.arange(0, BLOCK_N // 2)
+    add_tile(acc_ptr, stride_am, left_half, offs_m, offs_n, n_cols, n_cols)
+    add_tile(acc_ptr, stride_am, right_half, offs_m, offs_n + BLOCK_N // 2, n_cols, n_cols)
+
+
+@triton.jit
+def _mirror_kernel(
+    acc_ptr, stride_am,
+    n_cols,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) > tl.program_id(1):
+        return  # below the diagonal
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    above = (rows[:, None] < cols[None, :]) & (cols < n_cols)[None, :]
+    tile = tl.load(acc_ptr + rows[:, None] * stride_am + cols[None, :], mask=above)  # [BLOCK, BLOCK]
+    tl.store(acc_ptr + cols[:, None] * stride_am + rows[None, :], tl.trans(tile), mask=tl.trans(above))
+
+
+def add_symmetric_(acc: Tensor, x: Tensor) -> None:
+    """The Triton matmul; x 16-bit [tokens, features]. Adds to what is above the diagonal."""
+    n_tokens, n_cols = x.shape
+    _hessian_kernel[(triton.cdiv(n_cols, BLOCK_M) * triton.cdiv(n_cols, BLOCK_N),)](
+        acc, acc.stride(0), x, x.stride(0), n_tokens, n_cols,
+        UPCAST=INTERPRETED, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+def add_addmm_(acc: Tensor, x: Tensor) -> None:
+    """torch's matmul; x [tokens, features]."""
+    add_product_(acc, x, x)
+
+
+def mirror_(acc: Tensor) -> None:
+    """Copies what is above the diagonal below it."""
+    tiles = triton.cdiv(len(acc), 64)
+    _mirror_kernel[(tiles, tiles)](acc, acc.stride(0), len(acc), BLOCK=64, num_warps=4)
+
+
+def _path(acc: Tensor, dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return "addmm"
+    if not addmm_adds_to_fp32(acc.device.type):
+        return "symmetric"
+    return path(torch.cuda.get_device_capability(acc.device), len(acc))
+
+
+def path(capability: tuple[int, int], in_features: int) -> str:
+    """Either "symmetric" or "addmm", by the first row of the table that fits; "symmetric" where none does."""
+    for least_capability, least_features, name in PATHS:
+        if capability >= least_capability and in_features >= least_features:
+            return name
+    return "symmetric"
+
+
+def add_hessian_(acc: Tensor, x: Tensor) -> None:
+    x = as_rows(x)
+    add = add_addmm_ if _path(acc, x.dtype) == "addmm" else add_symmetric_
+    for tokens in x.split(MOST_TOKENS):
+        add(acc, tokens)
+    mirror_(acc)

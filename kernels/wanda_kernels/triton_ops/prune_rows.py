@@ -1,0 +1,211 @@
+"""Zero the lowest scores of each row: pruned is what fewer than num_pruned others precede in (score, column).
+
+W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Reads W once from DRAM and writes it
+once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A row's keys stay
+in registers, and what costs is counting over them: about 9 passes a row on LLM-like scores (halving takes
+14 to 17). Beyond the registers' end a row is read again, from L2, at every pass.
+Source: RTop-K (ICLR 2025) bisects float values for a small k; here integer keys, so exact, stable ties.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanda_kernels.triton_ops.false_position import NO_SIDE, narrow, next_guess
+from wanda_kernels.triton_ops.score_keys import (
+    PAD_KEY,
+    highest_key,
+    load_keys,
+    mask_arguments,
+    pack_mask,
+    scale_arguments,
+)
+
+
+@triton.jit
+def _count_ties(keys, key, first_col, col_end, BLOCK: tl.constexpr):
+    """How many of a segment's keys equal `key` in columns before col_end."""
+    return tl.sum(((keys == key) & (first_col + tl.arange(0, BLOCK) < col_end)).to(tl.int32))
+
+
+@triton.jit
+def _store_kept(
+    w_ptr, mask_ptr, keys, key, tie_end, first_col, n_cols, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a segment back, +0.0 where its key is below `key`, or equal to it in a column before tie_end."""
+    offs = first_col + tl.arange(0, BLOCK)
+    inside = offs < n_cols
+    kept = (keys > key) | ((keys == key) & (offs >= tie_end))
+    w = tl.load(w_ptr + offs, mask=inside)  # from L2: to hold it through the passes costs registers
+    tl.store(w_ptr + offs, tl.where(kept, w, 0.0), mask=inside)
+    if HAS_MASK:
+        offs = first_col // 8 + tl.arange(0, BLOCK // 8)
+        tl.store(mask_ptr + offs, pack_mask(kept & inside, BLOCK), mask=offs < tl.cdiv(n_cols, 8))
+
+
+@triton.jit(do_not_specialize=["num_pruned"])
+def _prune_rows_kernel(
+    w_ptr, stride_wm,
+    scale_ptr, stride_sm,
+    mask_ptr, stride_mm,
+    n_cols, num_pruned,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    w_ptr += row * stride_wm
+    scale_ptr += row * stride_sm
+    mask_ptr += row * stride_mm
+
+    offs_0 = tl.arange(0, B0)
+    k0 = load_keys(w_ptr + offs_0, scale_ptr + offs_0, offs_0 < n_cols, SCALE)  # [B0]
+    lowest, highest = tl.min(k0), highest_key(k0)
+    if B1 > 0:
+        offs_1 = B0 + tl.arange(0, B1)
+        k1 = load_keys(w_ptr + offs_1, scale_ptr + offs_1, offs_1 < n_cols, SCALE)  # [B1]
+        lowest, highest = tl.minimum(lowest, tl.min(k1)), tl.maximum(highest, highest_key(k1))
+    if B2 > 0:
+        offs_2 = B0 + B1 + tl.arange(0, B2)
+        k2 = load_keys(w_ptr + offs_2, scale_ptr + offs_2, offs_2 < n_cols, SCALE)  # [B2]
+        lowest, highest = tl.minimum(lowest, tl.min(k2)), tl.maximum(highest, highest_key(k2))
+
+    # narrow low < high, with `below` keys under low, until below is num_pruned or one key value is left
+    high = highest + 1
+    low = tl.where(num_pruned == n_cols, high, lowest)
+    below = tl.where(num_pruned == n_cols, n_cols, 0)
+    missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
+    side, n_passes = NO_SIDE, 0
+    while (high - low > 1) & (below != num_pruned):
+        guess = next_guess(low, high, missing, surplus, n_passes)
+        count = tl.sum((k0 < guess).to(tl.int32))
+        if B1 > 0:
+            count += tl.sum((k1 < guess).to(tl.int32))
+        if B2 > 0:
+            count += tl.sum((k2 < guess).to(tl.int32))
+        low, high, below, missing, surplus, side = narrow(
+            low, high, below, missing, surplus, side, guess, count, num_pruned
+        )
+        n_passes += 1
+
+    # the keys equal to low stand astride the cut: the same search, over their columns
+    ties = num_pruned - below
+    tie_low, tie_high, tie_below = 0, n_cols, 0
+    missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
+    while (tie_high - tie_low > 1) & (tie_below != ties):
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        count = _count_ties(k0, low, 0, guess, B0)
+        if B1 > 0:
+            count += _count_ties(k1, low, B0, guess, B1)
+        if B2 > 0:
+            count += _count_ties(k2, low, B0 + B1, guess, B2)
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
+            tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
+        )
+        n_passes += 1
+
+    _store_kept(w_ptr, mask_ptr, k0, low, tie_low, 0, n_cols, HAS_MASK, B0)
+    if B1 > 0:
+        _store_kept(w_ptr, mask_ptr, k1, low, tie_low, B0, n_cols, HAS_MASK, B1)
+    if B2 > 0:
+        _store_kept(w_ptr, mask_ptr, k2, low, tie_low, B0 + B1, n_cols, HAS_MASK, B2)
+
+
+@triton.jit(do_not_specialize=["num_pruned"])
+def _prune_long_rows_kernel(
+    w_ptr, stride_wm,
+    scale_ptr, stride_sm,
+    mask_ptr, stride_mm,
+    n_cols, num_pruned,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    w_ptr += row * stride_wm
+    scale_ptr += row * stride_sm
+    mask_ptr += row * stride_mm
+
+    lowest, highest = PAD_KEY, -1
+    for first_col in range(0, n_cols, BLOCK):
+        offs = first_col + tl.arange(0, BLOCK)
+        keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)  # [BLOCK]
+        lowest, highest = tl.minimum(lowest, tl.min(keys)), tl.maximum(highest, highest_key(keys))
+
+    high = highest + 1
+    low = tl.where(num_pruned == n_cols, high, lowest)
+    below = tl.where(num_pruned == n_cols, n_cols, 0)
+    missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
+    side, n_passes = NO_SIDE, 0
+    while (high - low > 1) & (below != num_pruned):
+        guess = next_guess(low, high, missing, surplus, n_passes)
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for first_col in range(0, n_cols, BLOCK):
+            offs = first_col + tl.arange(0, BLOCK)
+            counts += load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE) < guess
+        low, high, below, missing, surplus, side = narrow(
+            low, high, below, missing, surplus, side, guess, tl.sum(counts), num_pruned
+        )
+        n_passes += 1
+
+    ties = num_pruned - below
+    tie_low, tie_high, tie_below = 0, n_cols, 0
+    missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
+    while (tie_high - tie_low > 1) & (tie_below != ties):
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        count = 0
+        for first_col in range(0, guess, BLOCK):
+            offs = first_col + tl.arange(0, BLOCK)
+            keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
+            count += _count_ties(keys, low, first_col, guess, BLOCK)
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
+            tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
+        )
+        n_passes += 1
+
+    for first_col in range(0, n_cols, BLOCK):
+        offs = first_col + tl.arange(0, BLOCK)
+        keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
+        _store_kept(w_ptr, mask_ptr, keys, low, tie_low, first_col, n_cols, HAS_MASK, BLOCK)
+
+
+# most columns -> segments in registers, warps. Segments instead of one padded block: 30 % less to compare
+SEGMENTS = (
+    (128, (128, 0, 0), 1),  # one warp a row: no barriers
+    (256, (256, 0, 0), 1),
+    (512, (512, 0, 0), 1),
+    (1024, (1024, 0, 0), 2),  # 16 keys a thread from here to 4096
+    (2048, (2048, 0, 0), 4),
+    (3072, (2048, 1024, 0), 4),
+    (4096, (4096, 0, 0), 8),
+    (5120, (4096, 1024, 0), 8),
+    (6144, (4096, 2048, 0), 8),
+    (8192, (8192, 0, 0), 8),
+    (11264, (8192, 2048, 1024), 16),  # 11008, Llama-2-7B
+    (14336, (8192, 4096, 2048), 16),  # Llama-3-8B; 13824, Llama-2-13B
+    (16384, (16384, 0, 0), 16),
+    (20480, (16384, 4096, 0), 16),  # 18944, Qwen2-7B; 17920, Phi-4
+    (28672, (16384, 8192, 4096), 32),  # Llama-3-70B; 28 keys a thread of 64 registers: the end
+)
+IN_PARTS, IN_PARTS_WARPS = 8192, 16  # beyond: columns at a time
+
+
+def _segments(n_cols: int, spills: bool) -> tuple[tuple[int, int, int], int] | None:
+    """Segments and warps for a row that fits the registers; None where it does not."""
+    for most_cols, segments, num_warps in SEGMENTS:
+        if n_cols <= most_cols and not (num_warps == 32 and spills):
+            return segments, num_warps
+    return None
+
+
+def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
+    n_rows, n_cols = weight.shape
+    scale, stride_sm, kind = scale_arguments(weight, scale)
+    packed, stride_mm = mask_arguments(weight, mask)
+    arguments = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_cols, num_pruned)
+    flags = {"SCALE": kind, "HAS_MASK": mask is not None, "enable_fp_fusion": False}
+    # packing the bits of 28 fp32 keys a thread takes 48 bytes of stack
+    tile = _segments(n_cols, spills=mask is not None and weight.element_size() == 4)
+    if tile is None:
+        _prune_long_rows_kernel[(n_rows,)](*arguments, **flags, BLOCK=IN_PARTS, num_warps=IN_PARTS_WARPS)
+        return
+    (b0, b1, b2), num_warps = tile
+    _prune_rows_kernel[(n_rows,)](*arguments, **flags, B0=b0, B1=b1, B2=b2, num_warps=num_warps)

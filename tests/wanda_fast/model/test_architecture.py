@@ -1,0 +1,179 @@
+"""What is found in a model: blocks, linears, gated MLPs, routers, reach; and each linear's statistic."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+
+import wanda_fast
+from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.block_inputs import hidden_states_given, record_block_inputs
+from wanda_fast.model.offload import Placement
+from wanda_fast.prune.methods import make_method
+from wanda_fast.prune.statistics import BlockStatistics
+
+
+@pytest.mark.parametrize("family", PRUNABLE)
+def test_every_linear_of_every_block_and_nothing_else(family):
+    model = FAMILIES[family]()
+    blocks = find_blocks(model)
+    assert len(blocks) == model.config.num_hidden_layers
+    found = {linear.name for block in blocks for linear in block.linears}
+    prefix = blocks[0].name.rpartition(".")[0] + "."
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
+    assert found == linears
+    assert not any("lm_head" in name or "embed" in name for name in found)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_weights_out_of_reach_are_counted_and_said(family):
+    model = FAMILIES[family]()
+    report = wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    assert experts > 0 and report.reach.blocks - report.reach.prunable >= experts
+    assert report.reach.model == sum(p.numel() for p in model.parameters())
+    assert any("no prunable nn.Linear" in warning and "experts" in warning for warning in report.warnings)
+
+
+def test_a_router_that_is_a_linear_is_left_alone():
+    model = FAMILIES["llama2"]()
+    for layer in model.model.layers:
+        layer.mlp.gate = nn.Linear(64, 4)
+    assert any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+    model.config.num_experts = 4
+    assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
+
+
+ROUTED = {  # to 6 experts: as many outputs as no other linear has; Doge routes to 3 x 3
+    "dbrx": dict(
+        d_model=64, n_heads=4, attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+        ffn_config=dict(moe_num_experts=6),
+    ),
+    "doge": GQA | dict(is_moe=True, num_experts=9, num_experts_per_tok=2),
+    "gemma4_text": MOE | dict(enable_moe_block=True, num_experts=6, top_k_experts=2),
+    "hunyuan_v1_moe": GQA | dict(num_experts=6, moe_topk=2, head_dim=16),
+    "jetmoe": GQA | dict(num_local_experts=6, kv_channels=16),
+    "longcat_flash": dict(hidden_size=64, num_layers=1, n_routed_experts=6, zero_expert_num=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sizes"), ROUTED.items(), ids=ROUTED)
+def test_a_linear_inside_a_router_is_left_alone(family, sizes):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    block = find_blocks(model)[0]
+    linears = {n: m for n, m in block.module.named_modules() if isinstance(m, nn.Linear)}
+    routers = {name for name, linear in linears.items() if linear.out_features == 6}
+    found = {linear.name.removeprefix(f"{block.name}.") for linear in block.linears}
+    assert routers and found == linears.keys() - routers
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("opt", "connect"), ("phi", "connect"), ("gpt_neox", "connect"), ("opt", "gated"), ("mixtral", "gated")],
+)
+def test_without_a_gated_mlp_connect_and_gated_warn_once_and_prune_as_wanda(family, method):
+    model, wanda = FAMILIES[family](), FAMILIES[family]()
+    ids = token_ids(model, 2, 32)
+    report = wanda_fast.prune(model, dataset=ids, prune_method=method)
+    wanda_fast.prune(wanda, dataset=ids)
+    assert sum(f"no gated MLP: {method} prunes it as wanda" in w for w in report.warnings) == 1
+    for name, weight in wanda.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma2", "phi3", "glm4", "qwen2"])
+def test_both_projections_of_a_gated_mlp_are_found(family):
+    for index, block in enumerate(find_blocks(FAMILIES[family]())):
+        found = {linear.name.rpartition(".mlp.")[2]: linear.gated for linear in block.linears if linear.gated}
+        fused = family in ("phi3", "glm4")
+        assert found.keys() == ({"gate_up_proj"} if fused else {"gate_proj", "up_proj"}), index
+        (mlp,) = set(found.values())  # one object, which the projections share
+        assert mlp.fused == fused and mlp.width == 160
+
+
+def test_a_fused_linear_of_another_shape_is_no_gated_mlp():
+    model = FAMILIES["phi3"]()
+    for layer in model.model.layers:
+        layer.mlp.gate_up_proj = nn.Linear(64, 2 * 160 + 2, bias=False)
+    assert not any(linear.gated for block in find_blocks(model) for linear in block.linears)
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"),
+    [("llama2", [3, 1, 2, 1]), ("opt", [3, 1, 1, 1]), ("phi", [4, 1, 1]), ("gpt_neox", [1, 1, 1, 1])],
+)
+def test_linears_that_read_one_tensor_share_one_statistic(family, shared):
+    """Groups by identity: q, k, v; gate, up; and in Phi's parallel block q, k, v and fc1."""
+    model = FAMILIES[family]()
+    block = find_blocks(model)[0]
+    statistics = BlockStatistics(block, make_method("wanda").statistic)
+    inputs = {}
+    for linear in block.linears:
+        linear.module.register_forward_pre_hook(
+            lambda _, args, name=linear.name: inputs.update({name: args[0]})
+        )
+    with statistics.gathering():
+        model(token_ids(model, 2, 16))
+    groups = [id(statistics.by_name[linear.name]) for linear in block.linears]
+    assert sorted(groups.count(group) for group in set(groups)) == sorted(shared)
+    for name, x in inputs.items():
+        expected = x.flatten(0, -2).float().square().sum(0)
+        torch.testing.assert_close(statistics.by_name[name].acc, expected, rtol=1e-6, atol=0)
+
+
+def test_the_model_is_as_it_was_but_for_its_zeros():
+    """No hook, no patched forward, no changed mode stays behind."""
+    model = FAMILIES["llama2"]().train()
+    wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
+    assert model.training
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_forward_of_the_module_itself_stays():
+    """As accelerate's hooks put there, or somebody who watches; the model is pruned all the same."""
+    model, plain, watched, called = FAMILIES["llama2"](), FAMILIES["llama2"](), {}, set()
+    for layer in model.model.layers:
+        for module in (layer, layer.mlp.down_proj):
+            module.forward = watched[module] = partial(watch, called, module, module.forward)
+    ids = token_ids(model, 2, 32)
+    for each in (model, plain):
+        wanda_fast.prune(each, dataset=ids)
+    assert all(vars(module).get("forward") is forward for module, forward in watched.items())
+    assert called == watched.keys() - {model.model.layers[-1].mlp.down_proj}  # no pass goes through it
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def watch(called, module, forward, *args, **kwargs):
+    called.add(module)
+    return forward(*args, **kwargs)
+
+
+def test_one_module_that_is_several_blocks():
+    model = FAMILIES["llama2"]()
+    model.model.layers[1] = model.model.layers[0]
+    ids, blocks = token_ids(model, 3, 16), find_blocks(model)
+    expected = model(ids, use_cache=False).logits
+    placement = Placement("device", torch.device("cpu"))
+    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, placement)
+    for index, block in enumerate(blocks):
+        inputs.advance_(index, block.module)
+    with hidden_states_given(blocks, inputs.hidden):
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert wanda_fast.prune(model, dataset=ids).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_an_expert_that_no_token_reaches_is_said(caplog):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.layers[0].never_called = nn.Linear(8, 8)
+    wanda_fast.prune(model, dataset=torch.randint(0, 64, (1, 8)))
+    assert "never_called saw no calibration token" in caplog.text

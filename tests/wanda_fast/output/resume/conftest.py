@@ -1,0 +1,70 @@
+"""A checkpoint of five blocks, an unbroken run of it, and one that was broken off."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import wanda_fast
+from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint
+from tests.wanda_fast.output.resume.runs import NBLOCKS, QUICK, stop_in
+from wanda_fast import errors
+from wanda_fast.output import streamed as output
+from wanda_fast.prune import block_loop as pipeline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(llama):
+    before = Path.cwd()
+    os.chdir(llama)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pydoc_text):
+    """Folder of a checkpoint of five blocks."""
+    folder, small = tmp_path_factory.mktemp("llama"), CONFIGS["smollm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "smollm", lambda: deeper(small()))
+        save_checkpoint(FAMILIES["smollm"]().bfloat16(), folder, pydoc_text[:20000])
+    (folder / "text.txt").write_text(pydoc_text[:20000])
+    return folder
+
+
+def deeper(config):
+    config.num_hidden_layers = NBLOCKS
+    return config
+
+
+@pytest.fixture(scope="module")
+def unbroken(llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    report = wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
+    return report, out
+
+
+@pytest.fixture
+def pruned(monkeypatch):
+    """Names of the blocks whose weights were selected, in order."""
+    names, prune_block = [], pipeline.prune_block
+    monkeypatch.setattr(
+        pipeline, "prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
+    )
+    return names
+
+
+@pytest.fixture
+def broken_off(llama, tmp_path, monkeypatch):
+    """The folder of a run that was stopped by Ctrl-C after three of five blocks."""
+
+    def broken_off(**options):
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            write_block = output.StreamedOutput.write_block
+            patch.setattr(output.StreamedOutput, "write_block", stop_in(2, write_block))
+            with pytest.raises(errors.InterruptedRunError, match="stopped after block 3 of 5"):
+                wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK | options)
+        return out
+
+    return broken_off

@@ -1,0 +1,103 @@
+"""Runs that were finished, or seem to be: known by what they saw, not by their options alone."""
+
+import pytest
+import torch
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, token_ids
+from tests.wanda_fast.output.resume.runs import NBLOCKS, assert_same, copied, fine_tune, masks, resume
+from wanda_fast import api, errors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=["streamed", "in memory"])
+def held(request, monkeypatch):
+    """Runs of this kind."""
+    if request.param == "in memory":
+
+        def refuse(*_):
+            raise errors.NotStreamableError("the test says so")
+
+        monkeypatch.setattr(api, "open_skeleton", refuse)
+
+
+IDS = torch.arange(48).reshape(2, 24) + 3
+FINISHED = dict(dataset=IDS, eval_dataset=IDS)
+
+
+def test_a_finished_run_is_known_by_what_it_saw(held, llama, tmp_path, pruned, monkeypatch):
+    """Not by its options alone: by the weights, and the token ids themselves."""
+    model, out = copied(llama, tmp_path / "model"), tmp_path / "out"
+    first = resume(model, out, **FINISHED)
+    pruned.clear()
+    again = resume(model, out, **FINISHED)
+    assert not pruned and again.linears == first.linears and again.perplexity == first.perplexity
+    for change, sentence in (
+        (dict(dataset=IDS + 1), "calibration tokens differ"),
+        (dict(eval_dataset=IDS + 1), "evaluation tokens differ"),
+    ):
+        with pytest.raises(errors.ResumeError, match=rf"a finished run of other input \({sentence}\)"):
+            resume(model, out, **FINISHED | change)
+    with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
+        resume(model, out, **FINISHED, measure_error=True)
+    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
+    with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
+        resume(model, out, **FINISHED, eval_zero_shot=True)
+    fine_tune(model)
+    with pytest.raises(errors.ResumeError, match=r"a finished run of other input \(the model differs\)"):
+        resume(model, out, **FINISHED)
+    assert not pruned
+    resume(model, out, overwrite=True, **FINISHED)
+    assert len(pruned) == NBLOCKS
+
+
+def test_a_run_whose_files_are_gone_or_torn_is_not_finished(held, llama, tmp_path, pruned):
+    out = tmp_path / "out"
+    resume(llama, out)
+    masks(out).unlink()
+    resume(llama, out)
+    assert masks(out).is_file() and len(pruned) == 2 * NBLOCKS
+    report = out / "wanda_fast.json"
+    content = report.read_text()
+    for spoilt in (content[: len(content) // 2], "[]", "{}", '{"recipe": 3}', "\udcff"):
+        report.write_text(spoilt, errors="surrogateescape")
+        with pytest.raises(
+            errors.OutputError, match="and holds no finished run of this recipe: name another"
+        ):
+            resume(llama, out)
+
+
+def test_a_run_that_failed_after_its_save_is_done_again(llama, tmp_path, pruned, monkeypatch):
+    """In memory: the model is saved first. What was not measured is no finished run, and no stranger's."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(api, "zero_shot", lambda *_: 1 / 0)
+        resume(llama, out, eval_zero_shot=True)
+    monkeypatch.setattr(api, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
+    report = resume(llama, out, eval_zero_shot=True)
+    assert report.zero_shot and len(pruned) == 2 * NBLOCKS
+    assert resume(llama, out, eval_zero_shot=True).zero_shot == report.zero_shot
+    assert len(pruned) == 2 * NBLOCKS
+
+
+def test_a_live_model_is_always_pruned(tmp_path):
+    """A finished run of another live model says nothing about this one."""
+    model, out = FAMILIES["smollm"](), tmp_path / "out"
+    options = dict(dataset=token_ids(model, 2, 24), save_model=out, resume=True)
+    wanda_fast.prune(model, **options)
+    dense = FAMILIES["smollm"]()
+    with pytest.raises(errors.OutputError, match="not empty"):
+        wanda_fast.prune(dense, **options)
+    wanda_fast.prune(dense, overwrite=True, **options)
+    assert torch.equal(dense.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
+def test_resume_with_nothing_to_resume_begins(llama, tmp_path, unbroken):
+    out = tmp_path / "out"
+    assert_same(out, unbroken, resume(llama, out))
+    report = resume(llama, out)  # complete
+    assert_same(out, unbroken, report)
+    with pytest.raises(errors.OutputError, match="not empty"):
+        resume(llama, out, seed=3)

@@ -1,0 +1,241 @@
+"""Runs that were killed, stopped, out of space or tampered with: resumed, they give the same bytes."""
+
+import collections
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import wanda_fast
+from tests.wanda_fast.output.resume.runs import (
+    NBLOCKS,
+    QUICK,
+    WORDS,
+    assert_same,
+    copied,
+    fine_tune,
+    masks,
+    partial,
+    resume,
+    stop_in,
+)
+from wanda_fast import errors
+from wanda_fast.checkpoint import shards
+from wanda_fast.cli import main as cli
+from wanda_fast.output import activation_cache as boundary
+from wanda_fast.output import streamed as output
+from wanda_fast.run import job
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(("method", "kills"), [("connect", 21), ("sparsegpt", 7)])
+def test_killed_at_random_moments(llama, tmp_path, method, kills):
+    """Many kills, each at its own moment; whatever they left, each finished run is the same bytes."""
+    script = Path(__file__).with_name("killed_runs.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    words = [sys.executable, str(script), str(llama), str(tmp_path / "out"), method, str(kills), "1"]
+    runs = json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    assert len(runs["digests"]) >= 2 and len(set(runs["digests"])) == 1
+    assert len(runs["moments"]) == kills
+    assert min(collections.Counter(runs["moments"]).values()) == kills // 7  # of each kind
+
+
+def test_ctrl_c_ends_after_the_block_and_says_how_to_go_on(llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    assert not out.exists() and len(list((partial(out) / "model").glob("*.safetensors"))) == 4
+    report = resume(llama, out)
+    assert pruned == [f"model.layers.{index}" for index in range(NBLOCKS)]  # none of them twice
+    assert_same(out, unbroken, report)
+
+
+def test_the_command_line_prints_the_command(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    out, write_block = tmp_path / "out", output.StreamedOutput.write_block
+    words = ["prune", "--model", str(llama), *WORDS, "--save-model", str(out)]
+    monkeypatch.setattr(output.StreamedOutput, "write_block", stop_in(0, write_block))
+    assert run(monkeypatch, words) == 130
+    said = capsys.readouterr().err
+    assert f"wanda-fast {' '.join(words)} --resume" in said and "Traceback" not in said
+    for command in (
+        ["eval", str(out)],
+        ["eval", str(partial(out))],
+        ["inspect", str(partial(out) / "model")],
+    ):
+        assert run(monkeypatch, command) == 2
+        assert "is not finished: continue it with --resume" in capsys.readouterr().err
+    assert run(monkeypatch, words) == 2
+    assert "holds an unfinished run: continue it with --resume" in capsys.readouterr().err
+    monkeypatch.setattr(output.StreamedOutput, "write_block", write_block)
+    assert run(monkeypatch, [*words, "--resume"]) == 0
+    assert (out / "config.json").is_file() and not partial(out).exists()
+    assert run(monkeypatch, [*words, "--resume"]) == 0  # complete: nothing to do, nothing lost
+    assert "perplexity, pruned" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_copy(llama, tmp_path, monkeypatch):
+    pieces, copied = shards.TensorFiles.pieces, []
+
+    def many(self, name, dtype=None):
+        piece = next(pieces(self, name, dtype))
+        for _ in range(1000):
+            time.sleep(0.01)
+            copied.append(name)
+            yield piece
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.TensorFiles, "pieces", many)
+    monkeypatch.setattr(job, "record_activations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wanda_fast.prune(str(llama), save_model=tmp_path / "out", **QUICK)
+    assert len(copied) < 500 and list(tmp_path.iterdir()) == []
+
+
+def run(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["wanda-fast", *words])
+    try:
+        cli.main()
+    except SystemExit as exit:
+        return exit.code or 0
+    return 0
+
+
+SPOILT = {  # file -> the blocks that are pruned again
+    "model/model-00003-of-00006.safetensors": [1],
+    "masks-00002.safetensors": [2],
+    "block-00000.json": [0],
+    "run.json": [],
+    "boundary.json": [],
+    "boundary-00003.safetensors": [],
+}
+
+
+WAYS = [(name, how) for name in SPOILT for how in ("altered", "cut", "gone")]
+WAYS.remove(("run.json", "gone"))  # without its first note the folder is no run
+
+
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_only_what_is_spoilt_is_done_again(name, how, llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    file = partial(out) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if how == "altered" else content[: len(content) // 3])
+    if how == "gone":
+        file.unlink()
+    pruned.clear()
+    report = resume(llama, out)
+    assert pruned == [f"model.layers.{index}" for index in [*SPOILT[name], 3, 4]]
+    assert_same(out, unbroken, report)
+
+
+def test_blocks_are_replayed_where_no_boundary_was_written(llama, unbroken, broken_off, pruned, monkeypatch):
+    monkeypatch.setattr(boundary.Boundary, "begin", lambda *_: lambda: None)
+    out = broken_off()
+    assert not list(partial(out).glob("boundary*"))
+    pruned.clear()
+    report = resume(llama, out)
+    assert pruned == ["model.layers.3", "model.layers.4"]
+    assert_same(out, unbroken, report)
+
+
+DIFFERENCES = {
+    "sparsity_ratio was 0.5, is 0.25": dict(sparsity_ratio=0.25),
+    "prune_method was wanda, is connect": dict(prune_method="connect"),
+    "seed was 0, is 1; calibration tokens differ": dict(seed=1),
+    "batch_size was": dict(batch_size=1),
+    "sequential was block, is linear": dict(sequential="linear"),
+    "update was none, is obs": dict(update="obs"),
+    "dampening was 0.01, is 0.1": dict(dampening=0.1),
+    "evaluation tokens differ": dict(eval_windows=1),
+    "measure_error was None, is True": dict(measure_error=True),
+}
+
+
+@pytest.mark.parametrize("sentence", DIFFERENCES)
+def test_another_run_is_not_resumed(sentence, llama, unbroken, broken_off):
+    out = broken_off()
+    with pytest.raises(errors.ResumeError, match=f"cannot be resumed: {sentence}"):
+        resume(llama, out, **DIFFERENCES[sentence])
+    assert_same(out, unbroken, resume(llama, out))  # the refusal cost nothing
+
+
+def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
+    other = copied(llama, tmp_path_factory.mktemp("other"))
+    fine_tune(other)
+    with pytest.raises(errors.ResumeError, match="cannot be resumed: the model differs"):
+        resume(other, broken_off())
+
+
+def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
+    """A limit on file size that the second shard meets; resumed without it, the same bytes."""
+    limit = (
+        "import resource, signal, sys\n"
+        "from wanda_fast.output import streamed as output\n"
+        "from wanda_fast.cli.main import main\n"
+        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
+        "write_block = output.StreamedOutput.write_block\n"
+        "def limited(self, index, *rest):\n"
+        "    if index == 2:\n"
+        f"        resource.setrlimit({resource.RLIMIT_FSIZE}, (30_000, 30_000))\n"
+        "    write_block(self, index, *rest)\n"
+        "output.StreamedOutput.write_block = limited\n"
+        "main()\n"
+    )
+    out = tmp_path / "out"
+    words = ["prune", "--model", str(llama), *WORDS, "--save-model", str(out), "--save-mask", str(masks(out))]
+    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert "2 of 5 blocks are kept: continue with --resume" in done.stderr
+    assert not out.exists()
+    assert_same(out, unbroken, resume(llama, out))
+
+
+def test_resume_without_a_folder_is_refused(llama):
+    with pytest.raises(errors.ResumeError, match="--save_model FOLDER"):
+        wanda_fast.prune(str(llama), resume=True, **QUICK)
+
+
+def test_overwrite_drops_an_unfinished_run(llama, unbroken, broken_off, pruned):
+    out = broken_off()
+    pruned.clear()
+    report = wanda_fast.prune(
+        str(llama), save_model=out, save_mask=str(out) + ".masks", overwrite=True, **QUICK
+    )
+    assert len(pruned) == NBLOCKS
+    assert_same(out, unbroken, report)
+
+
+def test_a_resumed_run_replaces_its_own_mask_file(llama, tmp_path, unbroken, monkeypatch):
+    """It is written before the last rename, so a run may be killed with it there."""
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def stopped(*_):
+        raise errors.InterruptedRunError
+
+    with monkeypatch.context() as patch, pytest.raises(errors.InterruptedRunError):
+        patch.setattr(output.StreamedOutput, "finish", stopped)
+        resume(llama, out)
+    assert masks(out).is_file() and not out.exists()
+    log.touch()
+    resume(llama, out, save_log=log)
+    log.unlink()
+    assert_same(out, unbroken, resume(llama, out))
+
+
+def test_the_unbroken_run_twice(llama, tmp_path, unbroken):
+    """That nothing else moves: two runs write the same file."""
+    out = tmp_path / "out"
+    wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
+    digests = {hashlib.sha256((f / "model.safetensors").read_bytes()).digest() for f in (out, unbroken[1])}
+    assert len(digests) == 1

@@ -1,0 +1,51 @@
+"""The dense pass ends where nothing more is to be learned; statistics are a phase of their own."""
+
+import time
+
+import pytest
+import torch
+
+import wanda_fast
+from tests.tiny_models import FAMILIES, token_ids
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.timer import Clock
+
+
+@pytest.mark.parametrize("name", ["llama2", "opt", "phi3"])
+def test_forwards_end_at_the_last_linear(name):
+    model, ended = FAMILIES[name](), []
+    blocks = find_blocks(model)
+
+    def note(module, _args, output):
+        recorded = "forward" in vars(module)  # a recorder stands for the block, or asks it on the meta device
+        if not (recorded or (output[0] if isinstance(output, tuple) else output).is_meta):
+            ended.append(module)
+
+    for block in blocks:
+        block.module.register_forward_hook(note)
+    wanda_fast.prune(model, dataset=token_ids(model, 6, 16), batch_size=2)
+    first, pruned_passes = 1, 3 * (len(blocks) - 1)  # the first forward of all tells which linear is the last
+    assert len(ended) == first + pruned_passes
+
+
+def test_experts_that_a_batch_passes_by_end_no_forward():
+    model, ended = FAMILIES["qwen3_moe"](), []
+    for block in find_blocks(model):
+        block.module.register_forward_hook(lambda *_: ended.append(1))
+    report = wanda_fast.prune(model, dataset=token_ids(model, 2, 8), batch_size=1)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3) and ended
+
+
+def test_parts_are_taken_out_of_their_phase():
+    clock, began = Clock(torch.device("cpu")), time.perf_counter()
+    with clock.phase("outer"):
+        with clock.part("part"):
+            time.sleep(0.03)
+        with clock.phase("inner"):
+            with clock.part("part"):
+                time.sleep(0.02)
+            time.sleep(0.02)
+    wall = time.perf_counter() - began
+    assert clock.seconds["part"] == pytest.approx(0.05, abs=0.02)
+    assert clock.seconds["outer"] < 0.02 <= clock.seconds["inner"] < 0.045
+    assert sum(clock.seconds.values()) == pytest.approx(wall, rel=0.05)

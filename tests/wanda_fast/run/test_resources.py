@@ -1,0 +1,177 @@
+"""Batch size and placement by free memory: with figures of a machine that is not this one."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import wanda_fast
+from tests.every_architecture import tiny_config
+from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from wanda_fast import errors, memory
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.block_inputs import record_block_inputs
+from wanda_fast.model.offload import Placement
+from wanda_fast.output import streamed as output
+from wanda_fast.prune.methods import make_method
+from wanda_fast.prune.patterns import parse_pattern
+from wanda_fast.report import Report
+from wanda_fast.run import resources
+from wanda_fast.run.job import Job
+from wanda_fast.run.memory_model import footprint
+from wanda_fast.timer import Clock
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+NSAMPLES, SEQLEN, HIDDEN, WIDEST = 12, 100, 64, 160
+ACTIVATIONS = NSAMPLES * SEQLEN * HIDDEN * 4
+SEQUENCE = SEQLEN * ((3 * WIDEST + 5 * HIDDEN) * 4 + 2 * 4 * HIDDEN)  # a forward's, by the formula
+
+
+def a_job(method, ids, sequential="block"):
+    return Job(
+        make_method(method, connect_gate="activated"),
+        parse_pattern("2:4", None, False),
+        ids,
+        evaluation=None,
+        clock=Clock(CPU),
+        report=Report({}),
+        progress=None,
+        masks=None,
+        sequential=sequential,
+    )
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """What is chosen on `device` for a live tiny Llama in float32, with these bytes free."""
+
+    def choose(device=CPU, host=2**40, gpu=0, method="wanda", sequential="block", **asked):
+        model = FAMILIES["llama2"]()
+        job = a_job(method, token_ids(model, NSAMPLES, SEQLEN), sequential)
+        free = {"cpu": host, "cuda": gpu}
+        monkeypatch.setattr(
+            resources, "free_memory", lambda device: int(free[device.type] / resources.SHARE) + 1
+        )
+        return resources.choose_resources(job, model, find_blocks(model), device, None, **asked)
+
+    return choose
+
+
+def test_a_full_batch_where_there_is_room(choose, monkeypatch):
+    assert choose().batch_size == NSAMPLES and choose().activations == "host"
+    monkeypatch.setitem(resources.TOKENS_PER_BATCH, "cpu", 5 * SEQLEN + 7)
+    assert choose().batch_size == 5
+    monkeypatch.setitem(resources.TOKENS_PER_BATCH, "cpu", SEQLEN // 2)
+    assert choose().batch_size == 1
+    assert choose(batch_size=9).batch_size == 9
+
+
+def test_little_memory_on_a_cpu(choose):
+    """First the activations go, then the batch is halved; in the end it is one sequence."""
+    statistics = 7 * 64 * 4 + (WIDEST - 64) * 4
+    room = ACTIVATIONS + statistics + NSAMPLES * SEQUENCE
+    assert choose(host=room).activations == "host"
+    assert choose(host=room).predicted == {"host": room}
+    chosen = choose(host=room - 1)
+    assert (chosen.activations, chosen.batch_size) == ("disk", NSAMPLES)
+    chosen = choose(host=statistics + NSAMPLES * SEQUENCE - 1)
+    assert (chosen.activations, chosen.batch_size) == ("disk", NSAMPLES // 2)
+    assert choose(host=statistics + 2 * SEQUENCE).batch_size == 2
+    assert choose(host=0).batch_size == 1 and "more than 80%" in choose(host=0).why
+    assert choose(host=0, batch_size=9).batch_size == 9
+    assert choose(host=room - 1, activations="host").batch_size == NSAMPLES // 2
+
+
+def test_on_a_gpu(choose):
+    statistics = 7 * 64 * 4 + (WIDEST - 64) * 4
+    room = ACTIVATIONS + statistics + NSAMPLES * SEQUENCE
+    assert choose(GPU, gpu=room).activations == "device"
+    assert choose(GPU, gpu=room - 1).activations == "host"
+    assert choose(GPU, gpu=room - 1, host=ACTIVATIONS).predicted == {
+        "host": ACTIVATIONS,
+        "cuda:0": room - ACTIVATIONS,
+    }
+    assert choose(GPU, gpu=room - 1, host=ACTIVATIONS - 1).activations == "disk"
+    assert choose(GPU, gpu=room - ACTIVATIONS - 1, host=ACTIVATIONS).batch_size == NSAMPLES // 2
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_hidden_states_that_are_wider_than_the_model_count_so(kept):
+    """Mamba's residual stream is float32 in a 16-bit model, unless its configuration says otherwise."""
+    config = tiny_config("mamba")
+    config.residual_in_fp32 = kept == torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
+    inputs = record_block_inputs(
+        lambda batch: model.base_model(batch, use_cache=False), blocks, ids, NSAMPLES, Placement("host", CPU)
+    )
+    assert inputs.hidden.dtype == kept
+    assert footprint(a_job("wanda", ids), model, blocks, None, 1).activations == inputs.hidden.nbytes
+
+
+def test_connect_and_linear_take_more(choose):
+    plain = choose(batch_size=1)
+    connect = choose(method="connect", batch_size=1)
+    assert connect.parts["statistics"] - plain.parts["statistics"] == 4 * (WIDEST * 64 - 64)
+    sparsegpt = choose(method="sparsegpt", batch_size=1)
+    squares = 6 * 64**2 + WIDEST**2  # and their factors, and one matrix more while the last is factored
+    assert plain.parts["hessians"] == 0 and sparsegpt.parts["hessians"] == 4 * (2 * squares + 64**2)
+    linear = choose(sequential="linear", batch_size=1)
+    assert linear.parts["forward"] == NSAMPLES * plain.parts["forward"] == NSAMPLES * SEQUENCE
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts(version, tmp_path):
+    """The tightest group around the process, less what is in use, but for pages that can be dropped."""
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit, usage, droppable = names if version == 1 else ("memory.max", "memory.current", "inactive_file")
+    for group, most in (("a", 1000), ("a/b", 3000)):
+        (top / group).mkdir(parents=True)
+        (top / group / limit).write_text(f"{most}\n")
+        (top / group / usage).write_text("400\n")
+        (top / group / "memory.stat").write_text(f"anon 1\n{droppable} 50\n")
+    if version == 2:
+        (top / "a" / "b" / limit).write_text("max\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("7:cpu,cpuacct:/x\n" + ("4:memory:/a/b\n" if version == 1 else "0::/a/b\n"))
+    assert min(memory._left_in_cgroups(membership, tmp_path)) == 650
+    assert memory._left_in_cgroups(tmp_path / "none", tmp_path) == []
+
+
+def test_free_memory_is_what_linux_says():
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    assert 0.5 * available < memory.free_memory(CPU) < 1.1 * available or memory._left_in_cgroups(
+        memory.Path("/proc/self/cgroup")
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pydoc_text):
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint(FAMILIES["llama2"]().bfloat16(), folder, pydoc_text[:20000])
+    return folder
+
+
+def test_a_resumed_run_keeps_its_batch_size(llama, tmp_path, monkeypatch):
+    """Other free memory, and other figures of how much is fast, change nothing of it."""
+    options = dict(dataset=token_ids(FAMILIES["llama2"](), 6, 24), device="cpu", seqlen=24)
+    monkeypatch.setitem(resources.TOKENS_PER_BATCH, "cpu", 3 * 24)
+    whole = wanda_fast.prune(str(llama), save_model=tmp_path / "whole", **options)
+    assert whole.resources["batch_size"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(output.StreamedOutput, "reached", stop)
+        with pytest.raises(errors.InterruptedRunError):
+            wanda_fast.prune(str(llama), save_model=tmp_path / "out", **options)
+    monkeypatch.setattr(resources, "free_memory", lambda _: 0)
+    assert wanda_fast.prune(FAMILIES["llama2"](), **options).resources["batch_size"] == 1
+    report = wanda_fast.prune(str(llama), save_model=tmp_path / "out", resume=True, **options)
+    assert report.resources["batch_size"] == 3 and report.resources["activations"] == "disk"
+    tensors, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(tensors[name], other) for name, other in expected.items())
+
+
+def stop(self, index, activations):
+    self.disk.do(self.boundary.begin(index, activations))
+    raise errors.InterruptedRunError("stopped")

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: shards, meta-device models, atomic writes."""

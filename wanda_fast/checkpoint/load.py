@@ -1,0 +1,174 @@
+"""Models in: Hugging Face ids, local folders, GGUF files."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from wanda_fast.checkpoint.journal import unfinished_run
+from wanda_fast.errors import CheckpointError
+from wanda_fast.memory import out_of_memory_explained
+from wanda_fast.model.block_forward import multiplies_bf16
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NAMED = 3  # of the tensors that a checkpoint lacks
+# What transformers raises for what it cannot load.
+UNLOADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError)
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model, its tokenizer (None where there is none), and the dtype of its weights on disk.
+
+    Attributes:
+        dtypes: of each tensor on disk, where they were widened for the computation: transformers keeps some
+            in another than the model's.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
+    """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or the folder of one).
+
+    Args:
+        dtype: "auto" keeps the checkpoint's own, but computes 16-bit weights in float32 on a CPU without
+            fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
+            "bfloat16".
+    Raises: `CheckpointError`, also where the files lack a tensor of the model or hold one of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    folder, gguf = locate(path)
+    options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
+    require_dtype(dtype)
+    readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told, and refused below
+    readable |= {} if gguf else {"use_safetensors": True}
+    try:
+        with out_of_memory_explained():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
+            )
+    except (*UNLOADABLE, RuntimeError) as error:  # the latter: tensors that transformers cannot convert
+        raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    _require_whole(path, found)
+    tokenizer = load_tokenizer(folder, **options)
+    if gguf:
+        _forget_quantization(model)
+    loaded = Checkpoint(model.eval(), tokenizer, model.dtype)
+    if computed_in_float32(loaded.dtype, dtype, device):
+        loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.float()
+    return loaded
+
+
+def _require_whole(path: str, found: dict) -> None:
+    """Raise `CheckpointError` where transformers drew weights at random, as it does for what files lack."""
+    wrong = [f"{name} is absent" for name in sorted(found["missing_keys"])]
+    wrong += [
+        f"{name} is {list(stored)} in the file, {list(needed)} in the model"
+        for name, stored, needed in sorted(found["mismatched_keys"])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise CheckpointError(
+            f"model {path} lacks {len(wrong)} of its tensors: {'; '.join(wrong[:NAMED])}{more}"
+        )
+
+
+def require_dtype(dtype: str) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise CheckpointError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def load_tokenizer(path: str, **options: object):
+    """The tokenizer of a checkpoint, or None, with a warning, where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (*UNLOADABLE, TypeError) as error:  # the latter: a vocabulary's file that is not there
+        logger.warning("no tokenizer in %s: %s", path, first_line(error))
+        return None
+
+
+def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
+    """Whether weights of dtype `stored` are widened for the computation."""
+    return dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored)
+
+
+def locate(path: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name in it or None).
+
+    Raises: `CheckpointError` for what cannot be a model.
+    """
+    local = Path(path).expanduser()
+    if unfinished := unfinished_run(local):
+        raise CheckpointError(f"model {path} is not finished: continue it with --resume ({unfinished})")
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise CheckpointError(f"model file {path} does not exist")
+        return str(local.parent), local.name
+    if not local.is_dir():
+        if local.is_absolute() or path.startswith(("./", "../", "~")):
+            raise CheckpointError(f"model folder {path} does not exist")
+        return path, None
+    if not any(local.iterdir()):
+        raise CheckpointError(f"model folder {path} is empty")
+    pickles = sorted(file.name for file in local.glob("*.bin"))
+    if pickles and not any(local.glob("*.safetensors")) and not any(local.glob("*.gguf")):
+        raise _pickled(f"folder {path}", pickles[0])
+    gguf = sorted(file.name for file in local.glob("*.gguf"))
+    if (local / "config.json").is_file() or not gguf:
+        return str(local), None
+    if len(gguf) > 1:
+        raise CheckpointError(
+            f"model folder {path} holds {len(gguf)} GGUF files ({', '.join(gguf)}): name one of them"
+        )
+    return str(local), gguf[0]
+
+
+def refuse_pickles(repository: str, cache_dir: str | None) -> None:
+    """Raise `CheckpointError` where a hub repository without safetensors has pickles; fetches neither."""
+    from transformers.utils import has_file
+
+    for name in PICKLES:
+        try:
+            held = has_file(repository, name, cache_dir=cache_dir)
+        except UNLOADABLE:  # no such repository: whoever loads it says so
+            return
+        if held:
+            raise _pickled(repository, name)
+
+
+def _pickled(where: str, file: str) -> CheckpointError:
+    return CheckpointError(
+        f"model {where} holds its weights as pickles only ({file}), which can run code when they are read: "
+        f"save it as safetensors"
+    )
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """The weights are dequantised; without the marks of GGUF the model is what `save_pretrained` takes."""
+    del model.config.quantization_config
+    del model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+
+
+def _fast_on_cpu(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,151 @@
+"""A checkpoint's model without its weights: on the meta device, with the file of each tensor beside it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wanda_fast.checkpoint.load import (
+    DTYPES,
+    UNLOADABLE,
+    computed_in_float32,
+    first_line,
+    load_tokenizer,
+    locate,
+    refuse_pickles,
+    require_dtype,
+)
+from wanda_fast.checkpoint.shards import TensorFiles
+from wanda_fast.errors import NotStreamableError
+from wanda_fast.model.architecture import require_untied_blocks
+
+
+@dataclass
+class Skeleton:
+    """A model on the meta device, but for its non-persistent buffers, which are computed.
+
+    Attributes:
+        dtype: of the weights that are saved; `model.dtype` is that of the computation.
+        names: tensor name on disk -> its names in the model, several where weights are tied.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    dtype: torch.dtype
+    files: TensorFiles
+    names: dict[str, list[str]]
+
+
+def open_skeleton(
+    path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu"
+) -> Skeleton:
+    """What `checkpoint.load` gives, without the weights.
+
+    Raises: `NotStreamableError` with the reason why the checkpoint must be loaded whole;
+    `CheckpointError` for what is no model at all.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    folder, gguf = locate(path)
+    require_dtype(dtype)
+    if gguf:
+        raise NotStreamableError("GGUF files are read whole")
+    files = TensorFiles.of(_safetensors_of(folder, cache_dir))
+    try:
+        config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir)
+        stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
+        model = _without_weights(config, stored)
+    except UNLOADABLE as error:
+        raise NotStreamableError(first_line(error)) from error
+    _refuse_conversions(model, files, stored)
+    names = _names_on_disk(model, files)
+    require_untied_blocks(model, names.values())
+    if computed_in_float32(stored, dtype, device):
+        model.float()
+    model.generation_config = _generation_config(folder, cache_dir) or model.generation_config
+    tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
+    return Skeleton(model.eval(), tokenizer, stored, files, names)
+
+
+def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
+    """The checkpoint's files, fetched from the hub where they are not here: one, or an index's shards."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
+    try:
+        if single := cached_file(folder, "model.safetensors", **options):
+            return [Path(single)]
+        if index := cached_file(folder, "model.safetensors.index.json", **options):
+            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
+    except UNLOADABLE as caught:
+        error = caught
+    refuse_pickles(folder, cache_dir)
+    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
+
+
+def _without_weights(config, dtype: torch.dtype) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantised")
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():  # there is nothing to initialise of them
+        parameter._is_hf_initialized = True
+    model.init_weights()  # only now: from_config computes buffers in `dtype`, from_pretrained in float32
+    return model
+
+
+def _refuse_conversions(model: nn.Module, files: TensorFiles, dtype: torch.dtype) -> None:
+    """Where transformers would rename, merge or widen tensors as it loads them, it shall do so."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    for conversion in get_model_conversion_mapping(model, add_legacy=False):
+        for name in files.location:
+            if conversion.rename_source_key(name) != (name, None):
+                raise NotStreamableError(f"transformers converts {name} as it loads")
+    if model._get_dtype_plan(dtype):
+        raise NotStreamableError(f"some of its weights are not kept in {dtype}")
+
+
+def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]:
+    """Tensor name on disk -> names in the model; every tensor of the model must be there, in its shape."""
+    tied: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        tied.setdefault(id(tensor), []).append(name)
+    if unknown := files.unknown_dtypes():
+        raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
+    stored, names = files.on_meta(files.location), {}
+    for aliases in tied.values():
+        held = [alias for alias in aliases if alias in stored]
+        if not held:
+            raise NotStreamableError(f"{aliases[0]} is under another name, or absent")
+        if stored[held[0]].shape != state[held[0]].shape:
+            raise NotStreamableError(f"{held[0]} has shape {list(stored[held[0]].shape)} in the file")
+        for other in held[1:]:
+            same = files.read([held[0], other])
+            if not torch.equal(same[held[0]], same[other]):
+                raise NotStreamableError(f"{held[0]} and {other}, which are one weight, differ in the file")
+        names[held[0]] = aliases
+    return names
+
+
+def _first_dtype(files: TensorFiles) -> torch.dtype:
+    return files.read([next(iter(files.location))]).popitem()[1].dtype
+
+
+def _generation_config(folder: str, cache_dir: str | None):
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, cache_dir=cache_dir)
+    except (*UNLOADABLE, json.JSONDecodeError):
+        return None

@@ -1,0 +1,221 @@
+"""Safetensors files: where each tensor lies, read by name, written part by part."""
+
+import hashlib
+import itertools
+import json
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from wanda_fast.checkpoint.atomic_write import CHUNK, begin_write, chunks, write_atomically
+from wanda_fast.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # the names of safetensors
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAMPLES, SAMPLE = 8, 4096  # places of each tensor that a model's digest reads, and bytes at each
+
+
+def mapped_memory(nbytes: int) -> Tensor:
+    """Goes back to the system with the last tensor in it: malloc would keep some."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+
+
+def pinned_memory(nbytes: int) -> Tensor:
+    """A GPU copies from it while the host goes on. torch keeps it for the next block."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+@dataclass
+class TensorFiles:
+    """The tensors of a checkpoint. location: tensor name -> the file that holds it."""
+
+    location: dict[str, Path]
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> "TensorFiles":
+        return cls({name: file for file in files for name in _header(file)[1]})
+
+    def read(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        memory: Callable[[int], Tensor] = mapped_memory,
+    ) -> dict[str, Tensor]:
+        """Copies on the host, floating-point ones in `dtype` where given.
+
+        Read, not mapped: pages of a mapping would count as this process's memory beside the copies.
+
+        Args:
+            memory: bytes -> uint8 of as many, which all of them share.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.location[name], []).append(name)
+        headers = {file: _header(file) for file in wanted}
+        sizes = {name: _size(headers[file][1][name]) for file, held in wanted.items() for name in held}
+        buffers = iter(memory(sum(sizes.values())).split(list(sizes.values())))
+        tensors = {}
+        for file, held in wanted.items():
+            begin, header = headers[file]
+            with file.open("rb", buffering=0) as opened:
+                for name in held:
+                    tensor = _read_tensor(opened, begin, header[name], next(buffers))
+                    tensors[name] = _converted(tensor, dtype)
+        return tensors
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """The values of `read([name], dtype)` in order, flat, 4 MiB of the file at a time."""
+        begin, header = _header(self.location[name])
+        about = header[name]
+        first, end = about["data_offsets"]
+        with self.location[name].open("rb", buffering=0) as opened:
+            for offset in range(first, end, CHUNK):
+                offsets = [offset, min(offset + CHUNK, end)]
+                piece = {"dtype": about["dtype"], "shape": [-1], "data_offsets": offsets}
+                buffer = torch.empty(CHUNK, dtype=torch.uint8)
+                yield _converted(_read_tensor(opened, begin, piece, buffer), dtype)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self.location.values()), key=lambda file: file.name)
+
+    def on_meta(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What `read` returns, without values."""
+        headers = {file: _header(file)[1] for file in self.files}
+        found = {}
+        for name in names:
+            about = headers[self.location[name]][name]
+            tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]], device="meta")
+            found[name] = _converted(tensor, dtype)
+        return found
+
+    def unknown_dtypes(self) -> list[str]:
+        used = {about["dtype"] for file in self.files for about in _header(file)[1].values()}
+        return sorted(used - set(DTYPES))
+
+    def nbytes(self) -> int:
+        headers = [_header(file)[1] for file in self.files]
+        offsets = [about["data_offsets"] for header in headers for about in header.values()]
+        return sum(end - begin for begin, end in offsets)
+
+    def digest(self) -> str:
+        """sha256 of every header and of 4 KiB at eight places of every tensor, its first and last bytes among
+        them: tells fine-tunes apart without reading a model twice. A change elsewhere goes unseen."""
+        found = hashlib.sha256()
+        for file in self.files:
+            begin, header = _header(file)
+            found.update(json.dumps(header, sort_keys=True).encode())
+            with file.open("rb") as opened:
+                for about in header.values():
+                    first, end = about["data_offsets"]
+                    last = max(first, end - SAMPLE)
+                    for place in range(SAMPLES):
+                        opened.seek(begin + first + (last - first) * place // (SAMPLES - 1))
+                        found.update(opened.read(min(SAMPLE, end - first)))
+        return found.hexdigest()
+
+
+def begin_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    parts: Callable[[str, Tensor], Iterable[Tensor]] = lambda _name, tensor: [tensor],
+) -> Callable[[], str]:
+    """Write; what is returned waits for the disk, gives the file its name, and returns its checksum.
+
+    Args:
+        parts: what a tensor consists of, on the host, so that no second copy of all of it is needed; with it,
+            `tensors` may be whatever has dtype, shape and nbytes.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = about
+    contents = (_bytes(part) for name, tensor in tensors.items() for part in parts(name, tensor))
+    return begin_write(path, lambda unfinished: write_file(unfinished, header, contents))
+
+
+def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryview]) -> None:
+    """A safetensors file: the header's length, the header, the tensors' bytes in its order."""
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    with path.open("wb", buffering=0) as opened:
+        for content in itertools.chain((len(text).to_bytes(8, "little"), text), contents):
+            rest = memoryview(content)
+            while len(rest):  # one call writes at most 2 GiB
+                rest = rest[opened.write(rest) :]
+
+
+def join_files(shards: TensorFiles, path: Path) -> str:
+    """Write the tensors of all shards as one file, by copying bytes, never all at once. Returns checksum."""
+    merged, size = {}, 0
+    for file in shards.files:
+        begin, header = _header(file)
+        for name, about in header.items():
+            merged[name] = about | {"data_offsets": [size + offset for offset in about["data_offsets"]]}
+        size += file.stat().st_size - begin
+    contents = (chunk for file in shards.files for chunk in chunks(file, _header(file)[0]))
+    return write_atomically(path, lambda unfinished: write_file(unfinished, merged, contents))
+
+
+def _size(about: dict) -> int:
+    """Bytes of a tensor, and those that keep the next one aligned."""
+    first, end = about["data_offsets"]
+    return -(-(end - first) // ALIGNMENT) * ALIGNMENT
+
+
+def _read_tensor(opened: BinaryIO, begin: int, about: dict, buffer: Tensor) -> Tensor:
+    """Into `buffer`, uint8 of at least its size."""
+    first, end = about["data_offsets"]
+    tensor = buffer[: end - first].view(DTYPES[about["dtype"]]).view(about["shape"])
+    opened.seek(begin + first)
+    rest = _bytes(tensor)
+    while len(rest):  # one call reads at most 2 GiB
+        count = opened.readinto(rest)
+        if not count:
+            raise CheckpointError(f"{opened.name} ends before its last tensor: it is cut short")
+        rest = rest[count:]
+    return tensor
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the host, which is made contiguous where it is not."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _header(file: Path) -> tuple[int, dict[str, dict]]:
+    """(where the data begins, tensor name -> dtype, shape, data_offsets)."""
+    if not file.exists():
+        raise CheckpointError(f"{file} is absent, though the checkpoint's index names it")
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise CheckpointError(f"{file} is no safetensors file: its header would be {length} bytes long")
+        text = opened.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header is no JSON") from error
+    header.pop("__metadata__", None)
+    return 8 + length, header

@@ -1,0 +1,91 @@
+"""Tables for the terminal, made from reports."""
+
+from rich.table import Table
+
+from wanda_fast.cli.inspection import Inspection
+from wanda_fast.report import Report
+
+
+def summary_tables(report: Report) -> list[Table]:
+    """What a run did: results, then seconds per phase."""
+    recipe = report.recipe
+    summary = Table(title=f"{recipe['prune_method']}, {recipe['sparsity_type']}", show_header=False)
+    if report.linears:
+        summary.add_row("sparsity", f"{report.sparsity:.4f} over {len(report.linears)} linears")
+        blocks = report.block_sparsity().values()
+        summary.add_row("per block", f"{min(blocks):.4f} to {max(blocks):.4f}")
+    if errors := report.block_error().values():
+        low, high = min(errors), max(errors)
+        summary.add_row("error, mean of a block", f"{low:.4f} to {high:.4f} of ||WX||^2")
+    reach = report.reach
+    share = reach.prunable / max(reach.model, 1)
+    summary.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
+    if report.calibration:
+        nsamples, seqlen = report.calibration["shape"]
+        digest = report.calibration["sha256"][:12]
+        summary.add_row("calibration", f"{recipe['dataset']}, {nsamples} x {seqlen} tokens, sha256 {digest}")
+    for which in ("dense", "pruned"):
+        if which in report.perplexity:
+            summary.add_row(f"perplexity, {which}", f"{report.perplexity[which]:.4f}")
+    if report.perplexity:
+        summary.add_row("measured on", report.perplexity["protocol"])
+    for task, results in report.zero_shot.items():
+        summary.add_row(task, str(results))
+    if report.backends:
+        summary.add_row(
+            "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())
+        )
+    for sentence in report.warnings:
+        summary.add_row("warning", sentence)
+    for device, peak in report.peak_memory.items():
+        summary.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
+    seconds = Table("phase", "seconds", title="time")
+    for phase, value in report.seconds.items():
+        seconds.add_row(phase, f"{value:.2f}")
+    seconds.add_row("all", f"{sum(report.seconds.values()):.2f}")
+    return [summary, seconds]
+
+
+def error_table(report: Report) -> Table:
+    """Each linear's reconstruction error, where measured."""
+    table = Table("linear", "||(W - W')X||^2", "of ||WX||^2", title="reconstruction error")
+    for name, linear in report.linears.items():
+        if linear.error is not None:
+            table.add_row(name, f"{linear.error:.4g}", f"{linear.relative_error:.4f}")
+    return table
+
+
+def perplexity_line(report: Report) -> str:
+    if not report.perplexity:
+        return "perplexity: not measured (--dataset none)"
+    return f"perplexity {report.perplexity['dense']:.4f} ({report.perplexity['protocol']})"
+
+
+def inspection_tables(inspection: Inspection) -> list[Table]:
+    """One row a linear, then the totals."""
+    linears = Table(title=inspection.model)
+    linears.add_column("linear", overflow="fold")
+    for column in ("out x in", "dtype", "sparsity", "patterns"):
+        linears.add_column(column, no_wrap=True)
+    for linear in inspection.linears:
+        shape = f"{linear.shape[0]} x {linear.shape[1]}"
+        dtype = str(linear.dtype).removeprefix("torch.")
+        linears.add_row(
+            linear.name, shape, dtype, f"{linear.sparsity:.4f}", ", ".join(linear.patterns) or "-"
+        )
+    totals = Table(title="totals", show_header=False)
+    totals.add_row("blocks", f"{len(inspection.blocks)}")
+    totals.add_row("linears", f"{len(inspection.linears)}")
+    totals.add_row("sparsity", f"{inspection.sparsity:.4f}")
+    reach = inspection.reach
+    share = reach.prunable / max(reach.model, 1)
+    totals.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
+    return [linears, totals]
+
+
+def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
+    """One table a section of `wanda_kernels.doctor.report`."""
+    tables: dict[str, Table] = {}
+    for section, name, value in facts:
+        tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)
+    return list(tables.values())

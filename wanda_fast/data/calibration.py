@@ -1,0 +1,100 @@
+"""Calibration tokens: windows of seqlen, drawn from a text as the published code draws them."""
+
+import hashlib
+import logging
+import random
+
+import torch
+from torch import Tensor
+
+from wanda_fast.data.text import Text, calibration_text
+from wanda_fast.errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+DRAWS_PER_DOCUMENT = 1000  # documents drawn in search of one longer than seqlen, before documents are packed
+
+
+def calibration_tokens(
+    dataset: str | Tensor, tokenizer, nsamples: int, seqlen: int, seed: int, cache_dir: str | None = None
+) -> Tensor:
+    """Token ids int64 `[nsamples, seqlen]`.
+
+    Args:
+        dataset: a name or path that `text.calibration_text` knows, or token ids `[nsamples, seqlen]` taken
+            as they are.
+        tokenizer: of the model; not needed for token ids.
+        nsamples, seqlen, seed: how many windows, how long, and the seed of Python's `random`.
+    Raises: `CalibrationError`.
+    Source: the published Wanda's `lib/data.py`: `random.seed(seed)`, then a window's start is
+        `random.randint(0, len - seqlen - 1)`.
+    """
+    if isinstance(dataset, Tensor):
+        return _checked_ids(dataset)
+    if nsamples < 1 or seqlen < 1:
+        raise CalibrationError(f"nsamples and seqlen must be at least 1, got {nsamples} and {seqlen}")
+    require_tokenizer(tokenizer, dataset)
+    text = calibration_text(dataset, cache_dir)
+    chance = random.Random(seed)  # the sequence of random.seed(seed), without touching the caller's
+    if text.is_one:
+        return _windows_of_one(tokenize(tokenizer, text.documents[0]), text.label, nsamples, seqlen, chance)
+    return _windows_of_documents(text, tokenizer, nsamples, seqlen, chance)
+
+
+def require_tokenizer(tokenizer, dataset: str) -> None:
+    if tokenizer is None:
+        raise CalibrationError(f"dataset {dataset!r} is text: pass a tokenizer, or token ids in its place")
+
+
+def tokenize(tokenizer, text: str) -> Tensor:
+    """Token ids int64 `[tokens]`, with the special tokens that the tokenizer adds by itself."""
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def digest(token_ids: Tensor) -> str:
+    """sha256 of token ids and their shape: says whether two runs saw the same calibration."""
+    shape = "x".join(map(str, token_ids.shape))
+    return hashlib.sha256(shape.encode() + token_ids.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
+
+
+def _checked_ids(ids: Tensor) -> Tensor:
+    if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        raise CalibrationError(
+            f"token ids must be whole numbers [nsamples, seqlen], got {ids.dtype} {list(ids.shape)}"
+        )
+    return ids.long()
+
+
+def _windows_of_one(ids: Tensor, label: str, nsamples: int, seqlen: int, chance: random.Random) -> Tensor:
+    if len(ids) <= seqlen:
+        raise CalibrationError(
+            f"text {label} has {len(ids)} tokens; seqlen {seqlen} needs more: lower --seqlen"
+        )
+    starts = [chance.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([ids[start : start + seqlen] for start in starts])
+
+
+def _windows_of_documents(text: Text, tokenizer, nsamples: int, seqlen: int, chance: random.Random) -> Tensor:
+    windows = []
+    for _ in range(nsamples):
+        ids = _long_document(text, tokenizer, seqlen, chance)
+        if ids is None:
+            logger.warning(
+                "%s: no document of more than %d tokens in %d draws; documents are packed instead",
+                text.label,
+                seqlen,
+                DRAWS_PER_DOCUMENT,
+            )
+            packed = tokenize(tokenizer, "\n\n".join(text.documents))
+            return _windows_of_one(packed, text.label, nsamples, seqlen, chance)
+        start = chance.randint(0, len(ids) - seqlen - 1)
+        windows.append(ids[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def _long_document(text: Text, tokenizer, seqlen: int, chance: random.Random) -> Tensor | None:
+    for _ in range(DRAWS_PER_DOCUMENT):
+        ids = tokenize(tokenizer, text.documents[chance.randint(0, len(text.documents) - 1)])
+        if len(ids) > seqlen:
+            return ids
+    return None

@@ -1,0 +1,1 @@
+"""A model's blocks, weights and gated MLPs; block inputs; faster forwards."""

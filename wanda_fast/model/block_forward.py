@@ -1,0 +1,151 @@
+"""A block's forward: the same modules, with kernels of ours under them; on a CPU attention and matmuls too.
+
+Chosen by machine and dtype alone, never by timing, so that two runs on one machine give the same bytes.
+`WANDA_KERNELS_BACKEND=torch` leaves everything to torch.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from wanda_kernels.dispatch.backends import why_not
+from wanda_kernels.native import forward as native_forward
+from wanda_kernels.native import ops as native
+from wanda_kernels.native import reused_memory
+
+WIDENED_TOKENS = 512  # that a product of bf16 in fp32 takes at once: its copies stay small
+
+
+def faster_forward(device: torch.device):
+    """Context around a block's forward on `device`; of the calling thread alone."""
+    return _Replacing() if device.type == "cpu" and replacements() else nullcontext()
+
+
+def replacements() -> dict[Callable, Callable]:
+    """On a CPU: torch's function -> what stands in for it, and returns None where a call is left to torch."""
+    return _of_this_machine() if _may_replace("cpu") else {}
+
+
+def elementwise_kernels(device: torch.device) -> ModuleType | None:
+    """The module with `rms_norm`, `gated_product` and `rotary` for that device's tensors, or None."""
+    if device.type == "cpu" and _may_replace("cpu"):
+        return None if native.why_not("cpu") else native_forward
+    if device.type == "cuda" and _may_replace("triton") and not why_not("add_sq_norm_", device, "triton"):
+        from wanda_kernels.triton_ops import forward as triton_forward  # needs triton
+
+        return triton_forward
+    return None
+
+
+def _may_replace(backend: str) -> bool:
+    return os.environ.get("WANDA_KERNELS_BACKEND", "") in ("", "auto", backend)
+
+
+def described(device: torch.device) -> list[str]:
+    """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
+    modules = [] if elementwise_kernels(device) is None else ["gated_product", "rms_norm", "rotary"]
+    functions = replacements() if device.type == "cpu" else {}
+    return sorted([*modules, *(function.__name__ for function in functions)])
+
+
+class _Replacing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        replacement = _of_this_machine().get(func)
+        if replacement is not None:
+            output = replacement(*args, **(kwargs or {}))
+            if output is not None:
+                return output
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _of_this_machine() -> dict[Callable, Callable]:
+    attention = {} if native.why_not("cpu") else {F.scaled_dot_product_attention: _causal_attention}
+    return {F.linear: _linear} | attention
+
+
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if attn_mask is not None or not is_causal or dropout_p or not native_forward.attends(query, key, value):
+        return None
+    return native_forward.causal_attention(query, key, value, scale)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """A pruned weight's zeros are left out. A dense product is torch's, but where torch is slow."""
+    operands = [each for each in (x, weight, bias) if each is not None]
+    alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
+    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
+    if not alike or wants_gradient or weight.dim() != 2 or not x.numel():
+        return None
+    sparse = native_forward.multiplies(x, weight, bias, sparse=True)
+    if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
+        return output
+    if native_forward.multiplies(x, weight, bias, sparse=False):
+        return native_forward.dense_linear(x, weight, bias)
+    if x.dtype == torch.bfloat16 and not multiplies_bf16():
+        return _linear_in_fp32(x, weight, bias)
+    if x.dtype == torch.float32 and _onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _torchs_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.linear` gives, bit for bit, but in memory that is taken again."""
+    output = reused_memory.empty(len(rows), len(weight), dtype=rows.dtype)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=output)
+    return torch.addmm(bias, rows, weight.t(), out=output)
+
+
+def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    output = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
+    weight, bias = _widened(weight), None if bias is None else bias.float()
+    for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
+        target.copy_(_torchs_linear(_widened(part), weight, bias))
+    return output.view(*x.shape[:-1], len(weight))
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    return reused_memory.empty(*matrix.shape, dtype=torch.float32).copy_(matrix)
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16. Without them torch's are many times
+    slower than in fp32, where they are exact."""
+    return _has("avx512_bf16")
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Than MKL, which torch asks for fp32: on AMD's processors MKL takes its AVX2 path, AVX-512 or not."""
+    return _made_by_amd() and _has("avx512_f") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _has(feature: str) -> bool:
+    """Whether torch finds a feature of the processor, by its name; False where it cannot say."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get(feature))
+
+
+def _made_by_amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "AuthenticAMD" in info.read_text()

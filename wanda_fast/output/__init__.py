@@ -1,0 +1,1 @@
+"""A run's folder: shards as blocks are done, resume, interrupts."""

@@ -1,0 +1,1 @@
+"""The algorithm: the block loop, statistics, methods, patterns, selection."""

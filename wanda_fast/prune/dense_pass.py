@@ -1,0 +1,49 @@
+"""The dense pass: a block runs for what its linears receive; what nobody reads is not computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from torch import Tensor
+
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.block_inputs import BlockInputs
+from wanda_fast.model.patching import forwards_replaced
+from wanda_fast.prune.statistics import BlockStatistics
+
+
+class _Enough(Exception):
+    """Ends a block's forward: its last linear's input is known."""
+
+
+def dense_pass(
+    block: Block, statistics: BlockStatistics, inputs: BlockInputs, index: int, last_linear: dict[tuple, str]
+) -> None:
+    """Run the model's `index`-th block with hooks.
+
+    Args:
+        last_linear: by a block's make, the linear that ends it; learned from the first block of each make.
+    """
+    make = tuple(linear.name.removeprefix(block.name) for linear in block.linears)
+    with statistics.gathering():
+        for batch, call in inputs.batches(index):
+            with _ending_at(block, last_linear.get(make)):
+                call.run(block.module, inputs.hidden[batch])
+            calls = statistics.calls
+            once = calls and sorted(calls) == sorted(linear.name for linear in block.linears)
+            if once and not statistics.reads_output_of(calls[-1]):
+                last_linear[make] = calls[-1].removeprefix(block.name)
+
+
+@contextmanager
+def _ending_at(block: Block, linear: str | None) -> Iterator[None]:
+    """The forward ends once the hooks of `linear` have seen its input. None: it runs to its end."""
+    if linear is None:
+        yield
+        return
+
+    def end(_x: Tensor) -> None:
+        raise _Enough
+
+    module = block.module.get_submodule(linear.removeprefix("."))
+    with forwards_replaced({module: end}), suppress(_Enough):
+        yield

@@ -1,0 +1,132 @@
+"""The Hessian of a linear's inputs: what SparseGPT's update goes by, and what a reconstruction error is
+measured with. Linears that read the same tensor share one; a block's are gone before the next block's."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import wanda_kernels
+from wanda_fast.errors import HessianError, NonFiniteError
+from wanda_fast.model.architecture import Block, Linear
+from wanda_kernels import Factor, NotPositiveDefiniteError
+from wanda_kernels.host_hessian import add_hessian_on_host_
+
+STRIPE = 4096  # columns of a Hessian that an error is summed over at a time
+
+
+@dataclass
+class HessianUse:
+    """What the Hessians of a run are for.
+
+    Attributes:
+        update: what stays of a weight is updated for what went (SparseGPT's).
+        measure_error: each linear's reconstruction error is measured.
+        dampening: share of the mean diagonal that is added before factoring.
+        on_host: in_features of the linears whose Hessians are kept and factored in host memory.
+        stored: the dtype of the output, to which updated weights are rounded; None: their own.
+    """
+
+    update: bool
+    measure_error: bool
+    dampening: float = 0.01
+    on_host: frozenset[int] = frozenset()
+    stored: torch.dtype | None = None
+
+    def __post_init__(self):
+        if not (self.dampening > 0 and math.isfinite(self.dampening)):
+            raise HessianError(f"dampening must be a positive number, got {self.dampening}")
+
+    def hessian(self, linear: Linear) -> "Hessian":
+        width, device = linear.module.in_features, linear.module.weight.device
+        return Hessian(width, device, on_host=width in self.on_host)
+
+
+class Hessian:
+    """acc = sum over tokens of x x^T, fp32 `[in, in]`, and its factor, made once."""
+
+    operation = "add_hessian_"
+
+    def __init__(self, in_features: int, device: torch.device | str, on_host: bool = False):
+        self.in_features = in_features
+        where = {"pin_memory": True} if on_host else {"device": device}
+        self.acc: Tensor | None = torch.zeros(in_features, in_features, **where)
+        self.factor: Factor | None = None
+        self.blind = False  # factored, and every input was zero in every token
+
+    def add(self, x: Tensor) -> None:
+        if self.acc is None:  # what comes once it is factored and gone is too late
+            return
+        if self.acc.device == x.device:
+            wanda_kernels.add_hessian_(self.acc, x)
+        else:
+            add_hessian_on_host_(self.acc, x)
+
+    def make_factor(self, use: HessianUse) -> None:
+        """The factor, once; the Hessian itself is dropped unless errors are measured."""
+        if self.factor is None:
+            self.factor = wanda_kernels.factor_hessian(self.acc, use.dampening)
+            self.blind = bool(self.factor.dead.all())
+            self.acc = self.acc if use.measure_error else None
+
+    def factor_on(self, device: torch.device) -> Factor:
+        factor = self.factor
+        return Factor(factor.upper.to(device), factor.dead.to(device), factor.dampening)
+
+
+def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
+    """Judge the Hessians of the block's linears, and factor them where weights are updated; the widest first.
+
+    Args:
+        hessians: by linear name, shared by linears that read the same tensor.
+    Raises: `NonFiniteError`, `HessianError`, naming block and linear.
+    """
+    first: dict[Hessian, str] = {}
+    for linear in block.linears:
+        if linear.name in hessians:
+            first.setdefault(hessians[linear.name], linear.name)
+    if any(hessian.in_features in use.on_host for hessian in first):
+        torch.cuda.synchronize(block.linears[0].module.weight.device)  # they are on their way to the host
+    _require_finite(block, first)
+    for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
+        try:
+            hessian.make_factor(use)
+        except NotPositiveDefiniteError as error:
+            raise HessianError(
+                f"block {block.name}: {first[hessian]}: {error}; "
+                f"more calibration tokens or a larger --dampening helps"
+            ) from error
+
+
+def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:
+    """Of their diagonals: no element is larger than its row's or its column's on the diagonal."""
+    device = block.linears[0].module.weight.device if block.linears else None
+    diagonals = {
+        f"{name}: diagonal of the input Hessian": hessian.acc.diagonal().contiguous().to(device)
+        for hessian, name in hessians.items()
+        if hessian.acc is not None
+    }
+    try:
+        wanda_kernels.require_finite(diagonals)
+    except ValueError as error:
+        raise NonFiniteError(f"block {block.name}: {error}") from error
+
+
+def reconstruction_error(before: Tensor, after: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """||(before - after) X||^2 and ||before X||^2 of weights `[out, in]`, fp64 scalars on their device.
+
+    Exactly trace(D H D^T) with the undampened H = X X^T: products fp32, sums over stripes fp64.
+    """
+    before = before.float()
+    return _energy(before - after.float(), hessian), _energy(before, hessian)
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[1], STRIPE):
+        stripe = slice(start, start + STRIPE)
+        product = F.linear(weight, hessian[stripe].to(weight.device))  # H is symmetric
+        total += product.mul_(weight[:, stripe]).sum(dtype=torch.float64)
+    return total

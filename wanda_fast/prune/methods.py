@@ -1,0 +1,200 @@
+"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and what users register."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+import wanda_kernels
+from wanda_fast.errors import UnknownMethodError
+from wanda_fast.model.architecture import Linear
+from wanda_fast.prune.coactivation import Coactivation, GatedCoactivation
+from wanda_fast.prune.hessian import Hessian, HessianUse
+from wanda_fast.prune.masks import empty_mask
+from wanda_fast.prune.patterns import Pattern
+from wanda_fast.prune.registry import METHODS, register_method
+from wanda_fast.prune.sq_norm import SquaredNorm
+from wanda_fast.prune.statistics import Statistic
+
+
+class Method:
+    """A way to rank weights. To add one, subclass, define `score`, and register it by name.
+
+    `score(weight, sq_norm)` gets a linear's weight `[out, in]` and the sum over calibration tokens of its
+    squared inputs, fp32 `[in]` (None where `uses_activations` is False), and returns importances `[out, in]`.
+    """
+
+    name = "method"
+    options: tuple[str, ...] = ()  # command-line options that __init__ takes
+    uses_activations = True
+    updates = False  # whether what stays is always updated; others by --update obs
+    takes_variant = True
+    score = None
+    hessians: HessianUse | None = None  # set for the run, where it has a use for Hessians
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration tokens are needed."""
+        return self.uses_activations or self.hessians is not None
+
+    @property
+    def make_hessian(self) -> Callable[[Linear], Hessian] | None:
+        return None if self.hessians is None else self.hessians.hessian
+
+    def statistic(self, linear: Linear) -> Statistic | None:
+        """What to gather from this linear's calibration inputs; None for nothing."""
+        return SquaredNorm(linear) if self.uses_activations else None
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
+        """Prune one weight in place; returns the operation that did it."""
+        if self.score is not None:
+            return pattern.prune_by_score_(weight, self.score(weight, scale).float(), mask)
+        return pattern.prune_(weight, scale, mask=mask)
+
+    def prune_and_update_(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        pattern: Pattern,
+        factor: wanda_kernels.Factor,
+        mask: Tensor | None = None,
+    ) -> str:
+        """Prune the weights that `prune_` would, and update the others for it (SparseGPT's update)."""
+        bits = empty_mask(weight)
+        operation = self.prune_(weight.clone(), scale, pattern, bits)
+        pruned = ~wanda_kernels.unpack_bits(bits, weight.shape[1])
+        wanda_kernels.sparsegpt_(weight, factor, None, pruned=pruned, mask=mask, check_finite=False)
+        return operation
+
+
+@register_method("magnitude")
+class Magnitude(Method):
+    """abs(W); unstructured is one threshold a matrix (Han et al. 2015, as in Wanda's baseline)."""
+
+    uses_activations = takes_variant = False
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
+        return pattern.prune_(weight, None, whole_matrix=True, mask=mask)
+
+
+@register_method("wanda")
+class Wanda(Method):
+    """abs(W) * the input's L2 norm (Sun et al. 2023, arXiv 2306.11695)."""
+
+
+@register_method("connect", "wanda_connect")
+class Connect(Method):
+    """Wanda, but a gated MLP's up_proj by how input and gate channels co-activate (Wanda-CoNNect)."""
+
+    options = ("connect_gate",)
+
+    def __init__(self, connect_gate: str = "activated"):
+        if connect_gate not in ("activated", "raw"):
+            raise UnknownMethodError(f"connect_gate must be 'activated' or 'raw', got {connect_gate!r}")
+        self.activated = connect_gate == "activated"
+
+    def statistic(self, linear: Linear) -> Statistic:
+        is_up = linear.gated is not None and linear.module is linear.gated.up
+        return Coactivation(linear, self.activated) if is_up else SquaredNorm(linear)
+
+
+@register_method("gated")
+class Gated(Method):
+    """Wanda, but a gated MLP's gate and up projection by what removing a weight does to act(gate) * up, to
+    first order (this project's; derived in docs/gated.md).
+    """
+
+    def statistic(self, linear: Linear) -> Statistic:
+        return SquaredNorm(linear) if linear.gated is None else GatedCoactivation(linear)
+
+
+@register_method("ablate_mag_seq")
+class MagnitudeThenUpdate(Magnitude):
+    """Magnitude's masks and SparseGPT's update: an ablation of Wanda's."""
+
+    updates = True
+
+
+@register_method("ablate_wanda_seq")
+class WandaThenUpdate(Wanda):
+    """Wanda's masks and SparseGPT's update: an ablation of Wanda's."""
+
+    updates = True
+
+
+@register_method("sparsegpt")
+class SparseGPT(Method):
+    """W^2 / U_jj^2, chosen as the update comes by (Frantar & Alistarh 2023, arXiv 2301.00774)."""
+
+    uses_activations = takes_variant = False
+    updates = True
+    selector = "obs"
+
+    def prune_and_update_(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        pattern: Pattern,
+        factor: wanda_kernels.Factor,
+        mask: Tensor | None = None,
+    ) -> str:
+        wanda_kernels.sparsegpt_(
+            weight, factor, pattern.rule, selector=self.selector, scale=scale, mask=mask, check_finite=False
+        )
+        return "sparsegpt_"
+
+
+@register_method("ablate_mag_iter")
+class MagnitudeInUpdate(SparseGPT):
+    """SparseGPT that goes by abs(W) as the update has left it: an ablation of Wanda's."""
+
+    selector = "magnitude"
+
+
+@register_method("ablate_wanda_iter")
+class WandaInUpdate(SparseGPT):
+    """SparseGPT that goes by Wanda's score of weights as the update has left them: an ablation of Wanda's."""
+
+    uses_activations = True
+    selector = "wanda"
+
+
+@register_method("dense")
+class Dense(Method):
+    """Nothing is pruned; the run loads, evaluates and saves."""
+
+    uses_activations = takes_variant = False
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
+    ) -> str:
+        return "none"
+
+
+def make_method(
+    name: str,
+    update: str = "none",
+    dampening: float = 0.01,
+    measure_error: bool | None = None,
+    **options: object,
+) -> Method:
+    """The registered method of that name, given those of `options` that it takes.
+
+    Args:
+        update: "obs": what a method's masks keep is updated for what they prune; "none": as the method does.
+        measure_error: None: where Hessians are gathered anyway.
+    """
+    if name not in METHODS:
+        raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")
+    if update not in ("none", "obs"):
+        raise UnknownMethodError(f"update must be 'none' or 'obs', got {update!r}")
+    cls = METHODS[name]
+    method = cls(**{option: options[option] for option in cls.options})
+    updates = method.updates or update == "obs"
+    measure_error = updates if measure_error is None else measure_error
+    if (updates or measure_error) and not isinstance(method, Dense):
+        method.hessians = HessianUse(updates, measure_error, dampening)
+    return method

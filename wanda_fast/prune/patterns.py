@@ -1,0 +1,152 @@
+"""Which weights go, given their scores: unstructured, N:M, and what users register."""
+
+import re
+
+import torch
+from torch import Tensor
+
+import wanda_kernels
+from wanda_fast.errors import PatternError, SparsityRatioError
+from wanda_fast.prune.registry import PATTERNS, register_pattern
+
+
+class Pattern:
+    """A sparsity pattern. To add one, subclass, define `select`, and register it by name.
+
+    Attributes:
+        ratio: the fraction of weights to prune, in [0, 1).
+    """
+
+    name = "pattern"
+    rule: float | str | None = None  # what sparsegpt_ takes: a ratio or "n:m"; None: `select` alone decides
+
+    def __init__(self, ratio: float | None = None):
+        self.ratio = 0.5 if ratio is None else ratio
+        if not 0 <= self.ratio < 1:
+            raise SparsityRatioError(f"sparsity_ratio must be in [0, 1), got {self.ratio}")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def check(self, linear: str, in_features: int) -> None:
+        """Raise `PatternError` where a linear of that width cannot take the pattern."""
+
+    def select(self, scores: Tensor) -> Tensor:
+        """scores fp32 `[out, in]` -> bool `[out, in]`, True where the weight is to be pruned."""
+        raise NotImplementedError
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        """Zero the weights whose score abs(W) * sqrt(scale) loses; returns the operation that did it.
+
+        Here by way of `select`; the built-in patterns use fused kernels. `whole_matrix` asks for one
+        threshold instead of one a row (published magnitude), where the pattern knows the difference.
+        `mask`, where given, receives the packed mask (`wanda_kernels.pack_bits`).
+        """
+        magnitude = weight.float().abs()
+        scores = magnitude if scale is None else magnitude * scale.sqrt()
+        return self.prune_by_score_(weight, scores, mask)
+
+    def prune_by_score_(self, weight: Tensor, scores: Tensor, mask: Tensor | None = None) -> str:
+        pruned = self.select(scores)
+        weight.masked_fill_(pruned, 0.0)
+        if mask is not None:
+            mask.copy_(wanda_kernels.pack_bits(~pruned))
+        return "select"
+
+
+@register_pattern("unstructured")
+class Unstructured(Pattern):
+    """Each row loses exactly int(in_features * ratio) weights."""
+
+    @property
+    def rule(self) -> float:
+        return self.ratio
+
+    def num_pruned(self, in_features: int) -> int:
+        return int(in_features * self.ratio)
+
+    def select(self, scores: Tensor) -> Tensor:
+        lowest = scores.sort(dim=1, stable=True).indices[:, : self.num_pruned(scores.shape[1])]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        if whole_matrix:
+            rank = int(weight.numel() * self.ratio)
+            wanda_kernels.prune_matrix_(weight, scale, rank, mask=mask, check_finite=False)
+            return "prune_matrix_"
+        wanda_kernels.prune_rows_(
+            weight, scale, self.num_pruned(weight.shape[1]), mask=mask, check_finite=False
+        )
+        return "prune_rows_"
+
+
+class Variant(Unstructured):
+    """The Wanda variant: how many a row loses follows its scores' mass; the matrix reaches the ratio."""
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        if whole_matrix:  # magnitude, which has no variant
+            return super().prune_(weight, scale, whole_matrix=True, mask=mask)
+        wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
+        return "prune_variant_"
+
+
+class NM(Pattern):
+    """N kept of every M consecutive inputs; the ratio follows: 1 - N/M."""
+
+    def __init__(self, n: int, m: int, ratio: float | None = None):
+        if not 1 <= n < m <= 32:
+            raise PatternError(f"sparsity_type {n}:{m} needs 1 <= N < M <= 32 (N kept of every M)")
+        implied = 1 - n / m
+        if ratio is not None and abs(ratio - implied) > 1e-6:
+            raise SparsityRatioError(
+                f"sparsity_type {n}:{m} keeps {n} of {m}, a ratio of {implied:g}; "
+                f"sparsity_ratio {ratio:g} is at odds with it"
+            )
+        super().__init__(implied)
+        self.n, self.m = n, m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def rule(self) -> str:
+        return str(self)
+
+    def check(self, linear: str, in_features: int) -> None:
+        if in_features % self.m:
+            raise PatternError(
+                f"{linear} has in_features = {in_features}, not a multiple of {self.m} (pattern {self})"
+            )
+
+    def select(self, scores: Tensor) -> Tensor:
+        groups = scores.reshape(-1, self.m)
+        lowest = groups.sort(dim=1, stable=True).indices[:, : self.m - self.n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True).view(scores.shape)
+
+    def prune_(
+        self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
+    ) -> str:
+        wanda_kernels.prune_nm_(weight, scale, self.n, self.m, mask=mask, check_finite=False)
+        return "prune_nm_"
+
+
+def parse_pattern(sparsity_type: str, ratio: float | None = None, use_variant: bool = False) -> Pattern:
+    """ "unstructured", "N:M", or a registered name with whole numbers after colons ("block:16")."""
+    if re.fullmatch(r"\d+:\d+", sparsity_type):
+        n, m = map(int, sparsity_type.split(":"))
+        return NM(n, m, ratio)
+    name, *numbers = sparsity_type.split(":")
+    if name not in PATTERNS or not all(number.isdecimal() for number in numbers):
+        known = ", ".join(PATTERNS)
+        raise PatternError(f"unknown sparsity_type {sparsity_type!r}: choose N:M (N kept of M) or {known}")
+    cls = Variant if use_variant and name == "unstructured" else PATTERNS[name]
+    try:
+        return cls(*map(int, numbers), ratio=ratio)
+    except TypeError as error:
+        raise PatternError(f"sparsity_type {sparsity_type!r}: {error}") from error

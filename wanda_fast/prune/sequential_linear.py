@@ -1,0 +1,145 @@
+"""`--sequential linear`: one pass over a block; each linear is pruned as soon as its input is known.
+
+All batches go through the block side by side. Each has a thread of its own, of which one at a time is awake;
+before each linear it waits until every other batch has come as far. Then the linear is pruned, and all go on:
+what follows sees pruned weights, and every product is computed once.
+
+On a GPU attention itself is computed by the thread that waits for the batches: cuDNN plans it anew in every
+thread, 70 ms each.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import copy_context
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from wanda_fast.model.architecture import Block, Linear
+
+
+class _Stop(BaseException):
+    """Ends a batch that waits while another failed."""
+
+
+class _Batch:
+    """One batch's way through the block. `at`: the linear that it waits for; None at the end."""
+
+    def __init__(self, forward: Callable[[], None], on_gpu: bool):
+        self.at: Linear | None = None
+        self.error: BaseException | None = None
+        self._forward, self._stopped = forward, False
+        self._asked: Callable[[], object] | None = None
+        self._elsewhere = _AttentionElsewhere(self) if on_gpu else nullcontext()
+        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        own = partial(copy_context().run, self._run)
+        self.thread = threading.Thread(target=own, name="wanda-fast-batch", daemon=True)
+        self.thread.start()
+
+    def go_on(self) -> None:
+        """Wake the batch, and wait until it waits again; meanwhile compute what it asks for."""
+        self._wake()
+        while self._asked is not None:
+            self._answer, self._asked = self._asked(), None
+            self._wake()
+        if self.error is not None:
+            raise self.error
+
+    def ask(self, compute: Callable[[], object]) -> object:
+        """Called in the batch's own thread: what the waiting thread computes."""
+        self._asked = compute
+        self._pause()
+        answer, self._answer = self._answer, None
+        return answer
+
+    def wait_for(self, linear: Linear) -> None:
+        """Called in the batch's own thread."""
+        self.at = linear
+        self._pause()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._go.release()
+        self.thread.join()
+
+    def _wake(self) -> None:
+        self._go.release()
+        self._waits.acquire()
+
+    def _pause(self) -> None:
+        self._waits.release()
+        self._go.acquire()
+        if self._stopped:
+            raise _Stop
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._stopped:
+                with self._elsewhere:
+                    self._forward()
+        except _Stop:
+            pass
+        except BaseException as error:  # noqa: B902  (raised again in the thread that waits for this one)
+            self.error = error
+        self.at = None
+        self._waits.release()
+
+
+class _AttentionElsewhere(TorchFunctionMode):
+    """In a batch's thread: attention is computed by the waiting one."""
+
+    def __init__(self, batch: _Batch):
+        super().__init__()
+        self._batch = batch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        compute = partial(func, *args, **(kwargs or {}))
+        return self._batch.ask(compute) if func is F.scaled_dot_product_attention else compute()
+
+
+def _on_gpu(block: Block) -> bool:
+    return any(parameter.is_cuda for parameter in block.module.parameters())
+
+
+def run_in_lockstep(
+    block: Block, forwards: list[Callable[[], None]], prune: Callable[[Linear], None]
+) -> None:
+    """Run all `forwards` of the block; `prune(linear)` once each has brought its input to that linear.
+
+    Where batches wait for different linears (experts that a batch does not use), the one that the block
+    names first is pruned first.
+    """
+    on_gpu = _on_gpu(block)
+    batches = [_Batch(forward, on_gpu) for forward in forwards]
+    of_thread = {batch.thread.ident: batch for batch in batches}
+    order = {id(linear): index for index, linear in enumerate(block.linears)}
+    pruned: set[str] = set()
+
+    def waiting_before(linear: Linear):
+        def wait(*_: object) -> None:
+            if linear.name not in pruned:
+                of_thread[threading.get_ident()].wait_for(linear)
+
+        return wait
+
+    handles = [linear.module.register_forward_pre_hook(waiting_before(linear)) for linear in block.linears]
+    try:
+        for batch in batches:
+            batch.go_on()
+        while waiting := [batch for batch in batches if batch.at is not None]:
+            linear = min((batch.at for batch in waiting), key=lambda linear: order[id(linear)])
+            prune(linear)
+            pruned.add(linear.name)
+            for batch in waiting:
+                if batch.at is linear:
+                    batch.go_on()
+    finally:
+        for batch in batches:
+            batch.stop()
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""One job: options to resources, the block loop, the report."""

@@ -1,0 +1,99 @@
+"""Where Hessians are kept, and how much memory those of a block take with their factors."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from wanda_fast.errors import OutOfMemoryError, UnknownMethodError
+from wanda_fast.memory import free_memory
+from wanda_fast.model.architecture import Block
+from wanda_fast.prune.hessian import HessianUse
+from wanda_kernels.host_hessian import band_bytes
+
+logger = logging.getLogger(__name__)
+
+FACTORING = 2  # matrices beside a Hessian while it is factored
+SHARE_OF_DEVICE = 0.5  # of a GPU's free memory; weights, activations and the forward have the rest
+
+
+def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
+    """Bytes of the Hessians and factors of one block at their highest, in_features of each being `widths`.
+
+    4 in^2 for each Hessian, and FACTORING times as much while it is factored, the widest first; then its
+    factor takes its place, or joins it where errors are measured.
+    """
+    squares = [4 * width**2 for width in sorted(widths, reverse=True)]
+    held = peak = sum(squares)
+    if use.update:
+        for square in squares:
+            peak = max(peak, held + FACTORING * square)
+            held += square * use.measure_error
+    return max(peak, held)
+
+
+def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
+    """At most, on the device, of any of the blocks: each linear counts with a Hessian of its own."""
+    if use is None:
+        return 0
+    return max(peak_bytes(_widths(block, use, on_host=False), use) for block in blocks)
+
+
+def visiting_bytes(use: HessianUse | None) -> int:
+    """On the device, of Hessians on the host: one is summed at a time."""
+    return max((band_bytes(width) for width in use.on_host), default=0) if use is not None else 0
+
+
+def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
+    widths = (linear.module.in_features for linear in block.linears)
+    return [width for width in widths if (width in use.on_host) is on_host]
+
+
+def place_hessians(
+    blocks: list[Block],
+    device: torch.device,
+    where: str,
+    use: HessianUse,
+    before: list[int] | None = None,
+) -> None:
+    """Decide `use.on_host`, and refuse a Hessian that does not fit into the memory that is free.
+
+    Args:
+        where: "device", "host", or "auto": the device, but for the widest linears while the rest of a block's
+            could take more than half of its free memory. Each linear counts with a Hessian of its own.
+        before: what "auto" chose in the run that this one resumes.
+    Raises: `OutOfMemoryError` with the numbers, `UnknownMethodError`.
+    """
+    if where not in ("auto", "device", "host"):
+        raise UnknownMethodError(f"hessian_device must be 'auto', 'device' or 'host', got {where!r}")
+    if device.type != "cpu":
+        again = where == "auto" and before is not None
+        use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
+    for place, on_host in ((device, False), (torch.device("cpu"), True)):
+        widths = (_widths(block, use, on_host) for block in blocks)
+        _require_fit(max(widths, key=lambda widths: peak_bytes(widths, use)), place, use)
+
+
+def _too_wide(blocks: list[Block], free: int, where: str, use: HessianUse) -> frozenset[int]:
+    """Widths whose Hessians go to the host: all, none, or the widest while the rest is too much."""
+    if where == "device":
+        return frozenset()
+    left = replace(use, on_host=frozenset())
+    for width in sorted({width for block in blocks for width in _widths(block, left, False)}, reverse=True):
+        if where == "host" or block_bytes(blocks, left) > SHARE_OF_DEVICE * free:
+            left.on_host |= {width}
+    return left.on_host
+
+
+def _require_fit(widths: list[int], place: torch.device, use: HessianUse) -> None:
+    if not widths:
+        return
+    free, mib = free_memory(place), 2**20
+    least = peak_bytes([max(widths)], use)
+    if least > free:
+        raise OutOfMemoryError(
+            f"the Hessian of {max(widths)} inputs takes {least / mib:,.0f} MiB with its factor, and {place} "
+            f"has {free / mib:,.0f} MiB free: --ignore those linears, or choose another --hessian_device"
+        )
+    logger.info("Hessians on %s: at most %.1f MiB at a time", place, peak_bytes(widths, use) / mib)

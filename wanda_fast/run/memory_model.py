@@ -1,0 +1,154 @@
+"""Peak memory as a formula: what a run holds at once, above Python and torch, before it begins.
+
+    kept    = activations (where they lie there) + masks
+    block   = block + ahead + forward + widening + max(statistics + hessians, stored)
+    ends    = surroundings + logits
+    on a CPU: kept + max(block, ends)
+
+On a GPU the same of its memory, but for `widening`, which it needs not, and for `ahead` and `stored`, which
+are on the host: `ahead` twice, as one block goes in while the next is read, and `stored` in any dtype, since
+there a block is written as a copy. Of Hessians on the host it counts what visits the GPU; the rest is
+judged where they are placed.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.data.evaluation import batch_of
+from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
+from wanda_fast.model.offload import LEAVING
+from wanda_fast.prune.methods import Method
+from wanda_fast.run.hessian_memory import block_bytes, visiting_bytes
+from wanda_fast.run.job import Job
+
+FP32 = 4
+
+
+@dataclass
+class Footprint:
+    """Bytes, by what holds them.
+
+    Attributes:
+        block: the largest block, in the dtype of the computation.
+        ahead: the next block, being read, and what a block's widening takes where it is computed in another
+            dtype.
+        stored: the block as it is written, where that is a copy.
+        activations: hidden states of all sequences, for calibration and evaluation.
+        statistics: of one block; hessians: of one block, where the method has them.
+        masks: packed, of all blocks, where they are saved.
+        surroundings: all but the blocks: embeddings, final norm, head.
+        forward: what a block's forward takes, on `tokens` tokens at once; on a CPU it is kept from block to
+            block, to be taken again.
+        widening: fp32 copies of one bf16 linear and what it meets, on a CPU that multiplies them in fp32.
+        logits: of a batch of evaluation windows, with one window's in fp32, twice.
+    """
+
+    block: int
+    ahead: int
+    stored: int
+    activations: int
+    statistics: int
+    hessians: int
+    masks: int
+    surroundings: int
+    forward: int
+    widening: int
+    logits: int
+
+    def peak(self, device: torch.device, kind: str) -> dict[str, int]:
+        """Bytes on the host, and on the GPU where `device` is one, with activations kept in `kind`."""
+        gathered, ends = self.statistics + self.hessians, self.surroundings + self.logits
+        on_host = self.activations if kind == "host" else 0
+        if device.type == "cpu":
+            kept = self.masks + (self.activations if kind != "disk" else 0)
+            inside = self.block + self.ahead + self.forward + self.widening + max(gathered, self.stored)
+            return {"host": kept + max(inside, ends)}
+        on_device = self.activations if kind == "device" else 0
+        return {
+            "host": self.masks
+            + on_host
+            + max(2 * self.ahead + (self.stored or self.block), 2 * self.surroundings),
+            str(device): on_device + max(self.block + gathered + self.forward, ends),
+        }
+
+
+def footprint(
+    job: Job, model: nn.Module, blocks: list[Block], stored: torch.dtype | None, batch_size: int
+) -> Footprint:
+    """The formula's terms for a job whose forwards take `batch_size` sequences.
+
+    Args:
+        stored: dtype of a streamed checkpoint; None for a live model, whose own weights are not counted, nor
+            its perplexities, which are its own forwards.
+    """
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    widths = [linear.module.in_features for block in blocks for linear in block.linears]
+    hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
+    calibration, windows = job.token_ids, None
+    weights = surroundings = 0
+    if stored is not None:
+        each = [_weights(block.module) for block in blocks]
+        weights, surroundings = max(each), _weights(model) - sum(each)
+        windows = job.evaluation and job.evaluation.windows
+    widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
+    in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
+    handed_on = FP32 if getattr(config, "residual_in_fp32", False) else size  # a hidden value between blocks
+    tokens = 0 if calibration is None else calibration.numel()
+    use = job.method.hessians
+    one_pass = job.sequential == "linear"  # all sequences are inside the block at once
+    inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
+    evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
+    return Footprint(
+        block=weights * size,
+        ahead=weights * (size + widened),
+        stored=weights * widened,
+        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * handed_on,
+        statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
+        hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
+        masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
+        surroundings=surroundings * size,
+        forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
+        widening=max(
+            (_widening(linear) for block in blocks for linear in block.linears if in_fp32), default=0
+        ),
+        logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
+    )
+
+
+def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
+    """Bytes a token: a gated MLP's activated gate, up and product beside residual, norm and batches on their
+    way, and a norm's two fp32 copies."""
+    widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
+    return size * (3 * widest + (3 + LEAVING) * hidden_size) + 2 * FP32 * hidden_size
+
+
+def _widening(linear: Linear) -> int:
+    weight = linear.module.weight
+    return FP32 * (weight.numel() + WIDENED_TOKENS * sum(weight.shape))
+
+
+def _statistics(block: Block, method: Method) -> int:
+    """What the method gathers, made on the meta device; linears that share a statistic count one each."""
+    gathered = [method.statistic(_on_meta(linear)) for linear in block.linears]
+    held = [value for stat in gathered if stat is not None for value in vars(stat).values()]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+def _on_meta(linear: Linear) -> Linear:
+    out_features, in_features = linear.module.weight.shape
+    module, mlp = nn.Linear(in_features, out_features, bias=False, device="meta"), linear.gated
+    if mlp is not None:
+        own = [name for name in ("gate", "up") if getattr(mlp, name) is linear.module]
+        mlp = replace(mlp, **dict.fromkeys(own, module))
+    return replace(linear, module=module, gated=mlp)
+
+
+def _mask_bytes(block: Block) -> int:
+    return sum(linear.module.out_features * -(-linear.module.in_features // 8) for linear in block.linears)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

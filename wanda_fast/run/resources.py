@@ -1,0 +1,105 @@
+"""What a run takes of the machine: device, sequences a forward, and where activations lie."""
+
+import logging
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from wanda_fast.errors import DeviceError
+from wanda_fast.memory import free_memory
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.offload import KINDS
+from wanda_fast.run.job import Job
+from wanda_fast.run.memory_model import Footprint, footprint
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}  # more gains no speed
+MIB = 2**20
+SHARE = 0.8  # of the free memory that a run plans with
+
+
+@dataclass
+class Resources:
+    """What was chosen, and why; `predicted`: peak bytes by device, `parts`: the formula's terms."""
+
+    batch_size: int
+    activations: str
+    why: str
+    predicted: dict[str, int]
+    parts: dict[str, int]
+
+    @property
+    def chosen(self) -> dict:
+        return {"batch_size": self.batch_size, "activations": self.activations, "why": self.why} | {
+            "bytes": self.parts
+        }
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Raises: `DeviceError` for what is neither the CPU nor a GPU of this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device must be cpu, cuda or cuda:N, got {str(name)!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DeviceError(f"device {str(name)!r} is not here: torch {torch.__version__} sees {count} GPUs")
+    return device
+
+
+def choose_resources(
+    job: Job,
+    model: nn.Module,
+    blocks: list[Block],
+    device: torch.device,
+    stored: torch.dtype | None,
+    batch_size: int | None = None,
+    activations: str = "auto",
+) -> Resources:
+    """The first placement that leaves room for a full batch; if none does the last, with what batch fits.
+
+    Args:
+        stored: as in `footprint`.
+        batch_size, activations: as asked for; taken as they are, but for None and "auto".
+    """
+    free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
+    nsamples, seqlen = (1, 1) if job.token_ids is None else job.token_ids.shape
+    tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
+    batch = batch_size or min(nsamples, max(1, tokens // seqlen))
+    kinds = KINDS[device.type == "cpu" :] if activations == "auto" else (activations,)
+
+    @cache
+    def parts_of(batch: int) -> Footprint:
+        return footprint(job, model, blocks, stored, batch)
+
+    def fits(kind: str, batch: int) -> bool:
+        needed = parts_of(batch).peak(device, kind)
+        return all(needed[name] <= SHARE * free[name] for name in needed)
+
+    kind = next((kind for kind in kinds if fits(kind, batch)), kinds[-1])
+    while batch_size is None and batch > 1 and not fits(kind, batch):
+        batch = (batch + 1) // 2
+    parts = parts_of(batch)
+    predicted = parts.peak(device, kind)
+    rooms = [
+        f"{needed / MIB:,.0f} of {free[name] / MIB:,.0f} MiB free on {name}"
+        for name, needed in predicted.items()
+    ]
+    why = f"{'as asked' if activations != 'auto' else 'the first with room'}; needs {', '.join(rooms)}"
+    if not fits(kind, batch):
+        why += f", more than {SHARE:.0%}"
+    logger.info("batch size %d, activations: %s (%s)", batch, kind, why)
+    return Resources(batch, kind, why, predicted, asdict(parts))
+
+
+def _places(device: torch.device) -> list[str]:
+    return ["host"] if device.type == "cpu" else ["host", str(device)]
