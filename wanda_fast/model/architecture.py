@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,11 @@ class GatedMLP:
     def width(self) -> int:
         """Rows of each projection."""
         return self.up.out_features // (2 if self.fused else 1)
+
+    def halves(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate's output, up's output) from the outputs of one fused linear, or of the two projections."""
+        gate, up = outputs[0].chunk(2, dim=-1) if self.fused else outputs
+        return gate, up
 
 
 @dataclass

@@ -5,10 +5,10 @@ import sys
 
 from torch import Tensor, nn
 
-from wanda_fast.errors import CalibrationError, PatternError, UnknownMethodError
+from wanda_fast.errors import CalibrationError, UnknownMethodError
 from wanda_fast.model.architecture import Block, ignored_linears, reach
-from wanda_fast.prune.methods import Connect, Dense, Gated, Method, SparseGPT
-from wanda_fast.prune.patterns import Pattern, Variant
+from wanda_fast.pruning.methods import Method
+from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.report import Report
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,15 @@ def survey(
             f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
-    if not isinstance(method, Dense):
+    if method.prunes:
         for block in blocks:
             for linear in block.linears:
                 pattern.check(linear.name, linear.module.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
-    if isinstance(method, Connect | Gated) and not gated:
+    if method.wants_gated_mlp and not gated:
         warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
-    if isinstance(method, SparseGPT) and pattern.rule is None:
-        raise PatternError(
-            f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
-            f"other methods take that pattern, with --update obs too"
-        )
-    if use_variant and not (isinstance(pattern, Variant) and method.takes_variant):
+    method.check(pattern)
+    if use_variant and not (pattern.is_variant and method.takes_variant):
         warn(f"--use_variant has no effect on {method.name} with {pattern}")
 
 

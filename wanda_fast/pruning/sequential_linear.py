@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,49 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.block_inputs import BlockCall, BlockInputs
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.selection import Selection, prune_block
+from wanda_fast.pruning.sequential_block import Turn, block_statistics
+from wanda_fast.report import LinearReport
+from wanda_fast.timer import Clock
+
+
+class SequentialLinear:
+    """The three steps of the loop, of which the second is the whole pass."""
+
+    def __init__(self, selection: Selection, clock: Clock):
+        self.selection, self.clock = selection, clock
+
+    def dense_pass(self, turn: Turn) -> BlockStatistics:
+        """Runs nothing: the statistics are gathered as the linears are pruned."""
+        return block_statistics(turn.block, self.selection, self.clock, before_call=True)
+
+    def prune(self, turn: Turn, statistics: BlockStatistics) -> dict[str, LinearReport]:
+        """Prunes each linear once its input is known. `turn.inputs` become the next block's."""
+        block, reports = turn.block, {}
+        forwards = [
+            partial(_advance_batch, block, turn.inputs, batch, call)
+            for batch, call in turn.inputs.batches(turn.index)
+        ]
+
+        def prune(linears: list[Linear]) -> None:
+            with self.clock.phase("selection"):
+                part = replace(block, linears=linears)
+                reports.update(prune_block(part, self.selection, statistics, turn.phases))
+
+        with turn.phases("one pass"), statistics.gathering():
+            run_in_lockstep(block, forwards, lambda linear: prune([linear]))
+        if unseen := [linear for linear in block.linears if linear.name not in reports]:
+            prune(unseen)
+        return {linear.name: reports[linear.name] for linear in block.linears}
+
+    def pruned_pass(self, turn: Turn) -> None:
+        """Runs nothing: the one pass went through pruned weights."""
+
+
+def _advance_batch(block: Block, inputs: BlockInputs, batch: slice, call: BlockCall) -> None:
+    inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
 
 
 class _Stop(BaseException):

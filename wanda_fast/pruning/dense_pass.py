@@ -8,7 +8,7 @@ from torch import Tensor
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.patching import forwards_replaced
-from wanda_fast.prune.statistics import BlockStatistics
+from wanda_fast.pruning.gathering import BlockStatistics
 
 
 class _Enough(Exception):

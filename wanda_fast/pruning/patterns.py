@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 import wanda_kernels
-from wanda_fast.errors import PatternError, SparsityRatioError
-from wanda_fast.prune.registry import PATTERNS, register_pattern
+from wanda_fast.errors import MaskError, PatternError, SparsityRatioError
+from wanda_fast.pruning.registry import PATTERNS, register_pattern
+
+
+def empty_mask(weight: Tensor) -> Tensor:
+    """Room for the packed mask of `weight` `[out, in]`, on its device."""
+    return torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
 
 
 class Pattern:
@@ -18,7 +23,10 @@ class Pattern:
     """
 
     name = "pattern"
-    rule: float | str | None = None  # what sparsegpt_ takes: a ratio or "n:m"; None: `select` alone decides
+    # What `sparsegpt_` takes: a ratio or "n:m". None: `select` alone can choose.
+    rule: float | str | None = None
+    # Whether this is what `--use_variant` asks for.
+    is_variant = False
 
     def __init__(self, ratio: float | None = None):
         self.ratio = 0.5 if ratio is None else ratio
@@ -47,6 +55,13 @@ class Pattern:
         magnitude = weight.float().abs()
         scores = magnitude if scale is None else magnitude * scale.sqrt()
         return self.prune_by_score_(weight, scores, mask)
+
+    def count_violations(self, weight: Tensor) -> int:
+        """How many groups of `weight` `[out, in]` hold more non-zero weights than the pattern allows.
+
+        Raises: `MaskError` for a pattern without groups.
+        """
+        raise MaskError(f"only N:M patterns can be verified, got {self}")
 
     def prune_by_score_(self, weight: Tensor, scores: Tensor, mask: Tensor | None = None) -> str:
         pruned = self.select(scores)
@@ -87,6 +102,8 @@ class Unstructured(Pattern):
 class Variant(Unstructured):
     """The Wanda variant: how many a row loses follows its scores' mass; the matrix reaches the ratio."""
 
+    is_variant = True
+
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
@@ -123,6 +140,10 @@ class NM(Pattern):
             raise PatternError(
                 f"{linear} has in_features = {in_features}, not a multiple of {self.m} (pattern {self})"
             )
+
+    def count_violations(self, weight: Tensor) -> int:
+        groups = weight.reshape(-1, self.m).count_nonzero(dim=1)
+        return int((groups > self.n).sum())
 
     def select(self, scores: Tensor) -> Tensor:
         groups = scores.reshape(-1, self.m)
