@@ -40,7 +40,8 @@ class SharedByInput(Generic[T]):
         """The sum that x has to be added to; None if the linear has none, or a sharer has added x."""
         key = id(x), self._kind(linear)
         reference, shared = self._forward.readers.get(key, (None, None))
-        if reference is not None and reference() is not x:  # the id belonged to a tensor that is gone
+        # The id may have belonged to a tensor that is gone.
+        if reference is not None and reference() is not x:
             shared = None
         own = self.by_name.get(linear.name) or shared or self._make(linear)
         if own is None:
@@ -64,10 +65,14 @@ class _Forward(threading.local):
 
     def __init__(self):
         self.calls: list[str] = []
-        self.outputs: dict[nn.Module, Tensor] = {}  # of modules that statistics read
-        self.added: set[nn.Module] = set()  # modules yet to be called, whose group has this batch already
-        self.deferred: dict[nn.Module, SquaredNorm] = {}  # norms that a group adds as it reads x
-        self.entered: set[DenseInputs] = set()  # one of whose projections was called, the other not yet
+        # Outputs of modules that statistics read.
+        self.outputs: dict[nn.Module, Tensor] = {}
+        # Modules yet to be called, whose group has this batch already.
+        self.added: set[nn.Module] = set()
+        # Norms that a group adds as it reads x, by the module whose input they are of.
+        self.deferred: dict[nn.Module, SquaredNorm] = {}
+        # MLPs of which one projection was called, and the other not yet.
+        self.entered: set[DenseInputs] = set()
 
     def begin(self) -> None:
         for known in (self.calls, self.outputs, self.added, self.deferred, self.entered):
@@ -113,7 +118,8 @@ class BlockStatistics:
         timed: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.block, self.before_call, self.timed = block, before_call, timed
-        self.complete = False  # no more inputs will come
+        # Set when no more inputs will come.
+        self.complete = False
         made = {linear.name: statistic(linear) for linear in block.linears}
         self._inputs = SharedByInput(lambda linear: made[linear.name], lambda linear: type(made[linear.name]))
         self._hessians = SharedByInput(hessian or (lambda _: None), lambda _: Hessian)

@@ -1,4 +1,4 @@
-"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and what users register."""
+"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and methods that users register."""
 
 from collections.abc import Callable
 
@@ -60,7 +60,7 @@ class Method:
     def prune_(
         self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
     ) -> str:
-        """Prune one weight in place; returns the operation that did it."""
+        """Prune one weight in place. Returns the name of the operation that did it."""
         if self.score is not None:
             return pattern.prune_by_score_(weight, self.score(weight, scale).float(), mask)
         return pattern.prune_(weight, scale, mask=mask)
@@ -73,7 +73,7 @@ class Method:
         factor: wanda_kernels.Factor,
         mask: Tensor | None = None,
     ) -> str:
-        """Prune the weights that `prune_` would, and update the others for it (SparseGPT's update)."""
+        """Prune the weights that `prune_` would, and update the others for their error (SparseGPT)."""
         bits = empty_mask(weight)
         operation = self.prune_(weight.clone(), scale, pattern, bits)
         pruned = ~wanda_kernels.unpack_bits(bits, weight.shape[1])
@@ -83,7 +83,7 @@ class Method:
 
 @register_method("magnitude")
 class Magnitude(Method):
-    """abs(W); unstructured is one threshold a matrix (Han et al. 2015, as in Wanda's baseline)."""
+    """abs(W); unstructured has one threshold for the matrix (Han et al. 2015, as Wanda's baseline)."""
 
     uses_activations = takes_variant = False
 
@@ -100,7 +100,7 @@ class Wanda(Method):
 
 @register_method("connect", "wanda_connect")
 class Connect(Method):
-    """Wanda, but a gated MLP's up_proj by how input and gate channels co-activate (Wanda-CoNNect)."""
+    """Wanda, but a gated MLP's up_proj is scored by how its input and gate co-activate (Wanda-CoNNect)."""
 
     options = ("connect_gate",)
     wants_gated_mlp = True
@@ -117,8 +117,8 @@ class Connect(Method):
 
 @register_method("gated")
 class Gated(Method):
-    """Wanda, but a gated MLP's gate and up projection by what removing a weight does to act(gate) * up, to
-    first order (this project's; derived in docs/gated.md).
+    """Wanda, but a gated MLP's gate and up projection are scored by the change of act(gate) * up if a weight
+    is removed, to first order (this project's; derived in docs/gated.md).
     """
 
     wants_gated_mlp = True
@@ -143,7 +143,7 @@ class WandaThenUpdate(Wanda):
 
 @register_method("sparsegpt")
 class SparseGPT(Method):
-    """W^2 / U_jj^2, chosen as the update comes by (Frantar & Alistarh 2023, arXiv 2301.00774)."""
+    """W^2 / U_jj^2, chosen as the update reaches a column (Frantar & Alistarh 2023, arXiv 2301.00774)."""
 
     uses_activations = takes_variant = False
     updates = True
@@ -172,14 +172,14 @@ class SparseGPT(Method):
 
 @register_method("ablate_mag_iter")
 class MagnitudeInUpdate(SparseGPT):
-    """SparseGPT that goes by abs(W) as the update has left it: an ablation of Wanda's."""
+    """SparseGPT with abs(W) of the updated weights as its score: an ablation of Wanda's."""
 
     selector = "magnitude"
 
 
 @register_method("ablate_wanda_iter")
 class WandaInUpdate(SparseGPT):
-    """SparseGPT that goes by Wanda's score of weights as the update has left them: an ablation of Wanda's."""
+    """SparseGPT with Wanda's score of the updated weights: an ablation of Wanda's."""
 
     uses_activations = True
     selector = "wanda"
@@ -199,11 +199,13 @@ def make_method(
     measure_error: bool | None = None,
     **options: object,
 ) -> Method:
-    """The registered method of that name, given those of `options` that it takes.
+    """The registered method of that name, made with those of `options` that it takes.
 
     Args:
-        update: "obs": what a method's masks keep is updated for what they prune; "none": as the method does.
-        measure_error: None: where Hessians are gathered anyway.
+        update: "obs": the weights that the method keeps are updated for those that it prunes; "none": only
+            if the method always does that.
+        measure_error: measure each linear's reconstruction error; None: if Hessians are gathered anyway.
+    Raises: `UnknownMethodError`, `HessianError`.
     """
     if name not in METHODS:
         raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")

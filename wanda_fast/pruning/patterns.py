@@ -1,4 +1,4 @@
-"""Which weights go, given their scores: unstructured, N:M, and what users register."""
+"""Which weights are pruned, given their scores: unstructured, N:M, and patterns that users register."""
 
 import re
 
@@ -11,7 +11,7 @@ from wanda_fast.pruning.registry import PATTERNS, register_pattern
 
 
 def empty_mask(weight: Tensor) -> Tensor:
-    """Room for the packed mask of `weight` `[out, in]`, on its device."""
+    """An uninitialised packed mask for `weight` `[out, in]`: uint8 `[out, ceil(in / 8)]` on its device."""
     return torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
 
 
@@ -37,7 +37,7 @@ class Pattern:
         return self.name
 
     def check(self, linear: str, in_features: int) -> None:
-        """Raise `PatternError` where a linear of that width cannot take the pattern."""
+        """Raise `PatternError` if a linear of that width cannot have the pattern."""
 
     def select(self, scores: Tensor) -> Tensor:
         """scores fp32 `[out, in]` -> bool `[out, in]`, True where the weight is to be pruned."""
@@ -46,11 +46,17 @@ class Pattern:
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
-        """Zero the weights whose score abs(W) * sqrt(scale) loses; returns the operation that did it.
+        """Zero the weights with the lowest scores, abs(W) * sqrt(scale), in place.
 
-        Here by way of `select`; the built-in patterns use fused kernels. `whole_matrix` asks for one
-        threshold instead of one a row (published magnitude), where the pattern knows the difference.
-        `mask`, where given, receives the packed mask (`wanda_kernels.pack_bits`).
+        This default calls `select`; the built-in patterns use fused kernels.
+
+        Args:
+            weight: `[out, in]`.
+            scale: fp32 `[in]` or `[out, in]`; None: the score is abs(W).
+            whole_matrix: one threshold for the matrix instead of one for each row (published magnitude). A
+                pattern without thresholds ignores it.
+            mask: receives the packed mask (`wanda_kernels.pack_bits`).
+        Returns: the name of the operation that pruned.
         """
         magnitude = weight.float().abs()
         scores = magnitude if scale is None else magnitude * scale.sqrt()
@@ -73,7 +79,7 @@ class Pattern:
 
 @register_pattern("unstructured")
 class Unstructured(Pattern):
-    """Each row loses exactly int(in_features * ratio) weights."""
+    """Exactly int(in_features * ratio) weights of each row are pruned."""
 
     @property
     def rule(self) -> float:
@@ -100,14 +106,15 @@ class Unstructured(Pattern):
 
 
 class Variant(Unstructured):
-    """The Wanda variant: how many a row loses follows its scores' mass; the matrix reaches the ratio."""
+    """The Wanda variant: a row's scores say how many of its weights are pruned; the matrix has the ratio."""
 
     is_variant = True
 
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
-        if whole_matrix:  # magnitude, which has no variant
+        # Magnitude has no variant.
+        if whole_matrix:
             return super().prune_(weight, scale, whole_matrix=True, mask=mask)
         wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
         return "prune_variant_"

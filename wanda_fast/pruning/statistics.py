@@ -93,7 +93,8 @@ class DenseInputs:
     def __init__(self, mlp: GatedMLP, norm: Statistic):
         self.mlp, self.norm = mlp, norm
         self.projections = {mlp.gate, mlp.up}
-        self._seen = 0  # sequences, or tokens
+        # Sequences, or tokens.
+        self._seen = 0
 
     def add(self, x: Tensor) -> None:
         """x `[sequences, tokens, in]` or `[tokens, in]`, before either projection is pruned."""
