@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from wanda_fast.errors import OutOfMemoryError, UnknownMethodError
+from wanda_fast.errors import OutOfMemoryError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.prune.hessian import HessianUse
@@ -63,10 +63,8 @@ def place_hessians(
         where: "device", "host", or "auto": the device, but for the widest linears while the rest of a block's
             could take more than half of its free memory. Each linear counts with a Hessian of its own.
         before: what "auto" chose in the run that this one resumes.
-    Raises: `OutOfMemoryError` with the numbers, `UnknownMethodError`.
+    Raises: `OutOfMemoryError` with the numbers.
     """
-    if where not in ("auto", "device", "host"):
-        raise UnknownMethodError(f"hessian_device must be 'auto', 'device' or 'host', got {where!r}")
     if device.type != "cpu":
         again = where == "auto" and before is not None
         use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
