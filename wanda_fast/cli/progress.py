@@ -61,14 +61,15 @@ class PlainProgress:
 
     def __init__(self, console: Console):
         self._console = console
-        self._counted, self._done, self._total, self._began = "", 0, 0, 0.0
+        self._counted, self._done, self._total, self._began = None, 0, 0, 0.0
         self._detail = ""
 
     def __enter__(self) -> "PlainProgress":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._end()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None:
+            self._end()
 
     def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
         counted = _counted(phase, total)
@@ -76,18 +77,22 @@ class PlainProgress:
             self._end()
             self._counted, self._done, self._began = counted, 0, time.perf_counter()
         self._total, self._detail = total, detail
-        if done == self._done:
-            return
+        if done != self._done:
+            self._count(done)
+
+    def _count(self, done: int) -> None:
         self._done = done
         seconds = time.perf_counter() - self._began
-        left = seconds / done * (total - done)
-        self._print(f"{counted} {done}/{total}, {seconds:.1f} s, {left:.0f} s left")
+        left = seconds / done * (self._total - done)
+        self._print(f"{self._counted} {done}/{self._total}, {seconds:.1f} s, {left:.0f} s left")
 
     def _end(self) -> None:
-        """A phase of one step has ended; its line, if it took long."""
+        """What was counted is complete: the line of the last block, or of a phase that took long."""
         seconds = time.perf_counter() - self._began
         if self._total == 1 and seconds >= WORTH_A_LINE:
             self._print(f"{' '.join(filter(None, (self._counted, self._detail)))}: {seconds:.1f} s")
+        elif self._total > 1 and self._done < self._total:
+            self._count(self._total)
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

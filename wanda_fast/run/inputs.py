@@ -23,7 +23,7 @@ DEFAULT_SEQLEN = 2048
 def open_model(options: Options, tokenizer: object, job: Job) -> Skeleton | Checkpoint:
     """The model in memory, or the checkpoint: without its weights if it can be streamed."""
     if isinstance(options.model, nn.Module):
-        with job.phase("load"):
+        with job.clock.phase("load"):
             return Checkpoint(options.model, tokenizer, options.model.dtype)
     path = str(options.model)
     gguf = checkpoints.locate(path)[1]
