@@ -68,7 +68,7 @@ def evaluate(
     ] = "wikitext2",
     **options,
 ) -> None:
-    """Measure a model's perplexity, and print the protocol with it."""
+    """Measure a model's perplexity, and print it with the protocol."""
     from wanda_fast.api import evaluate as evaluate_model
     from wanda_fast.cli.progress import terminal_progress
 

@@ -22,7 +22,10 @@ def survey(
     use_variant: bool,
     report: Report,
 ) -> None:
-    """Count the reach; warn where the model or the flags make the method another than its name says."""
+    """Note how many weights can be pruned. Warn if model or flags keep the method from what its name says.
+
+    Raises: `PatternError` if the pattern does not fit a linear or the method.
+    """
 
     def warn(sentence: str) -> None:
         logger.warning("%s", sentence)
