@@ -12,7 +12,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from wanda_fast.cli import flags
+from wanda_fast import api
+from wanda_fast.checkpoint import load as checkpoint
+from wanda_fast.checkpoint import save as saving
+from wanda_fast.cli import flags, inspection
+from wanda_fast.cli.progress import terminal_progress
 from wanda_fast.cli.tables import (
     doctor_tables,
     error_table,
@@ -22,6 +26,10 @@ from wanda_fast.cli.tables import (
 )
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
+from wanda_fast.prune import masks
+from wanda_fast.prune.patterns import parse_pattern
+from wanda_fast.prune.registry import load_plugin
+from wanda_kernels import doctor as examination
 from wanda_kernels.dispatch.backends import BackendError
 
 app = typer.Typer(
@@ -44,16 +52,12 @@ say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 @flags.takes_flags("prune", model=True)
 def prune(*, plugin: flags.Plugin = None, **options) -> None:
     """Prune a checkpoint, measure its perplexity before and after, and save it."""
-    from wanda_fast.api import prune as prune_model
-    from wanda_fast.cli.progress import terminal_progress
-    from wanda_fast.prune.registry import load_plugin
-
     for name in plugin or ():
         load_plugin(name)
     options["ignore"] = tuple(options["ignore"] or ())
     options["eval_dataset"] = _eval_dataset(options["eval_dataset"], options["dataset"])
     with terminal_progress(console) as progress:
-        report = prune_model(**options, progress=progress)
+        report = api.prune(**options, progress=progress)
     for table in [error_table(report)] * bool(options["measure_error"]) + summary_tables(report):
         console.print(table)
     _say_what_is_written(options)
@@ -69,11 +73,8 @@ def evaluate(
     **options,
 ) -> None:
     """Measure a model's perplexity, and print it with the protocol."""
-    from wanda_fast.api import evaluate as evaluate_model
-    from wanda_fast.cli.progress import terminal_progress
-
     with terminal_progress(console) as progress:
-        report = evaluate_model(
+        report = api.evaluate(
             model, dataset=_eval_dataset(dataset, "wikitext2"), progress=progress, **options
         )
     say(perplexity_line(report))
@@ -85,9 +86,7 @@ def evaluate(
 @flags.takes_flags("inspect")
 def inspect(model: flags.ModelArgument, **options) -> None:
     """List a model's blocks and linears, their sparsity, and the N:M patterns that they satisfy."""
-    from wanda_fast.cli.inspection import inspect as inspect_model
-
-    for table in inspection_tables(inspect_model(model, **options)):
+    for table in inspection_tables(inspection.inspect(model, **options)):
         console.print(table)
 
 
@@ -100,10 +99,6 @@ def apply_mask(
     **options,
 ) -> None:
     """Zero again the weights that a mask prunes, after a pruned model was fine-tuned or merged."""
-    from wanda_fast.checkpoint import load as checkpoint
-    from wanda_fast.checkpoint import save as saving
-    from wanda_fast.prune import masks
-
     saving.require_empty(save_model, options["overwrite"])
     loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
     changed = masks.apply_masks_(loaded.model, mask)
@@ -120,10 +115,6 @@ def verify(
     **options,
 ) -> None:
     """Check a model against a mask or an N:M pattern. Lists the linears that break it, with exit code 1."""
-    from wanda_fast.checkpoint import load as checkpoint
-    from wanda_fast.prune import masks
-    from wanda_fast.prune.patterns import parse_pattern
-
     if (mask is None) == (pattern is None):
         raise typer.BadParameter("name either --mask FILE or --pattern N:M")
     wanted = None if pattern is None else parse_pattern(pattern)
@@ -139,8 +130,6 @@ def verify(
 @app.command()
 def doctor() -> None:
     """Show versions, GPU, CPU instruction sets, libraries, and which backend runs each operation and why."""
-    from wanda_kernels import doctor as examination
-
     for table in doctor_tables(examination.report()):
         console.print(table)
 
