@@ -22,7 +22,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 import wanda_fast
-from wanda_fast import api, errors
+from wanda_fast import errors
+from wanda_fast.run import inputs
 
 LARGEST = 20e6  # parameters: sizes that the table below does not know make a model of real size
 CLOSE = 1e-4  # of a perplexity in bfloat16, a mean over 72 tokens
@@ -155,7 +156,7 @@ def tokens() -> torch.Tensor:
 
 def compare(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "open_skeleton", _refuse)
+        patch.setattr(inputs, "open_skeleton", _refuse)
         whole = _prune(folder, "whole")
     streamed = _prune(folder, "streamed")
     files = [_tensors(folder / kind) for kind in ("whole", "streamed")]

@@ -6,12 +6,14 @@ from wanda_fast.data.evaluation import perplexity
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern
+from wanda_fast.pruning.statistics import Statistic
 from wanda_fast.report import Report
 
 __all__ = [
     "Method",
     "Pattern",
     "Report",
+    "Statistic",
     "errors",
     "perplexity",
     "prune",

@@ -1,4 +1,4 @@
-"""What a run did: sparsity and seconds per linear, perplexities with their protocol, the recipe."""
+"""The report of a run: sparsity and seconds per linear, perplexities with their protocol, the recipe."""
 
 import json
 import platform
@@ -18,39 +18,69 @@ class Reach:
 
 @dataclass
 class LinearReport:
-    """One pruned weight: fraction of exact zeros, seconds of selection, who selected, what was gathered."""
+    """One pruned weight.
+
+    Attributes:
+        sparsity: fraction of exact zeros.
+        weights: number of weights.
+        seconds: of the selection.
+        operation: the operation of wanda_kernels that pruned it, or "select" of a user's pattern.
+        backend: that it ran on.
+        statistic: the operation that gathered the statistic, and the backend that it ran on.
+        further: other operations, each with its backend.
+        error: ||(W - W') X||^2 over the calibration tokens; relative_error: its ratio to ||W X||^2. None: not
+            measured.
+        dampening: of the Hessian whose factor updated the weight.
+        fallback: the method that pruned it because its input was zero in every token.
+    """
 
     sparsity: float
     weights: int
     seconds: float
-    operation: str  # of wanda_kernels, or "select" of a pattern of the user's
+    operation: str
     backend: str
-    statistic: str | None  # operation that gathered the statistic
+    statistic: str | None
     statistic_backend: str | None
-    further: dict[str, str] = field(default_factory=dict)  # other operations -> their backends
-    error: float | None = None  # ||(W - W') X||^2 over the calibration tokens; None: not measured
-    relative_error: float | None = None  # of ||W X||^2
-    dampening: float | None = None  # of the Hessian whose factor updated the weight
-    fallback: str | None = None  # the method that pruned it where no input was ever other than zero
+    further: dict[str, str] = field(default_factory=dict)
+    error: float | None = None
+    relative_error: float | None = None
+    dampening: float | None = None
+    fallback: str | None = None
 
 
 @dataclass
 class Report:
-    """The outcome of `wanda_fast.prune`. `linears` is keyed by the linear's full name in the model."""
+    """The outcome of `wanda_fast.prune`.
+
+    Attributes:
+        recipe: the options by name (`wanda_fast.options`), with the sparsity ratio that was used.
+        linears: by the linear's full name in the model.
+        reach: how many of the model's weights can be pruned.
+        calibration: shape of the tokens and their sha256.
+        perplexity: protocol, dense, pruned.
+        zero_shot: results by task.
+        seconds: by phase.
+        resources: batch size, where activations are kept, and why.
+        predicted_memory: bytes above Python and torch, by device.
+        peak_memory: bytes by device.
+        warnings: as they were logged.
+        digests: of model and tokens; none for a model in memory.
+        complete: all that was requested is measured and written.
+    """
 
     recipe: dict
     linears: dict[str, LinearReport] = field(default_factory=dict)
     reach: Reach | None = None
-    calibration: dict = field(default_factory=dict)  # nsamples, seqlen, digest
-    perplexity: dict = field(default_factory=dict)  # protocol, dense, pruned
-    zero_shot: dict = field(default_factory=dict)  # task -> results
-    seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds
-    resources: dict = field(default_factory=dict)  # batch_size, activations, why
-    predicted_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes above Python and torch
-    peak_memory: dict[str, int] = field(default_factory=dict)  # device -> bytes
+    calibration: dict = field(default_factory=dict)
+    perplexity: dict = field(default_factory=dict)
+    zero_shot: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    resources: dict = field(default_factory=dict)
+    predicted_memory: dict[str, int] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    digests: dict[str, str | None] = field(default_factory=dict)  # of model and tokens; none of a live model
-    complete: bool = False  # all that was asked for is measured and written
+    digests: dict[str, str | None] = field(default_factory=dict)
+    complete: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -95,7 +125,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """What `to_json` wrote, but for versions."""
+        """Read what `to_json` wrote, except versions."""
         content = json.loads(text)
         report = cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
         report.linears = {name: LinearReport(**linear) for name, linear in report.linears.items()}
@@ -115,7 +145,7 @@ class Report:
 
 
 def update_warnings(linears: dict[str, LinearReport], dampening: float) -> list[str]:
-    """A sentence for each way in which Hessians were not what was asked for; `dampening` was."""
+    """A sentence for each way in which Hessians differ from the request, which was `dampening`."""
     found: dict[str, list[str]] = {}
     for name, linear in linears.items():
         if linear.fallback is not None:

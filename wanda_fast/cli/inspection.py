@@ -1,4 +1,4 @@
-"""What is in a model: blocks, linears, zeros, and the N:M patterns that the zeros keep to."""
+"""A model's blocks and linears, their sparsity, and the N:M patterns that they satisfy."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class LinearFacts:
 
 @dataclass
 class Inspection:
-    """A model's class, its blocks' names, its linears, and how much of it is in reach."""
+    """A model's class, its blocks' names, its linears, and how many of its weights can be pruned."""
 
     model: str
     blocks: list[str]
@@ -42,7 +42,7 @@ class Inspection:
 
 
 def inspect(model: nn.Module | str, cache_dir: str | None = None) -> Inspection:
-    """Look at a live model, or at a hub id, folder or GGUF file, in its own dtype."""
+    """Inspect a model in memory, or a hub id, folder or GGUF file in the dtype it is stored in."""
     if not isinstance(model, nn.Module):
         model = checkpoints.load(model, cache_dir=cache_dir, device="any").model
     blocks = find_blocks(model)

@@ -1,4 +1,4 @@
-"""`wanda-fast`: its commands. Every flag of the published programs, with dashes or underscores."""
+"""The commands of `wanda-fast`. Flags, also the published programs', take dashes or underscores."""
 
 import logging
 import os
@@ -12,7 +12,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from wanda_fast.cli import flags
+from wanda_fast import api
+from wanda_fast.checkpoint import load as checkpoint
+from wanda_fast.checkpoint import save as saving
+from wanda_fast.cli import flags, inspection
+from wanda_fast.cli.progress import terminal_progress
 from wanda_fast.cli.tables import (
     doctor_tables,
     error_table,
@@ -22,6 +26,10 @@ from wanda_fast.cli.tables import (
 )
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
+from wanda_fast.output import masks
+from wanda_fast.pruning.patterns import parse_pattern
+from wanda_fast.pruning.registry import load_plugin
+from wanda_kernels import doctor as examination
 from wanda_kernels.dispatch.backends import BackendError
 
 app = typer.Typer(
@@ -41,116 +49,33 @@ say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
-def prune(
-    model: flags.Model = "meta-llama/Llama-3.2-1B",
-    seed: flags.Seed = 0,
-    nsamples: flags.Nsamples = 128,
-    sparsity_ratio: flags.SparsityRatio = None,
-    sparsity_type: flags.SparsityType = "unstructured",
-    prune_method: flags.PruneMethod = "wanda",
-    cache_dir: flags.CacheDir = None,
-    use_variant: flags.UseVariant = False,
-    save: flags.Save = None,
-    save_model: flags.SaveModel = None,
-    save_log: flags.SaveLog = None,
-    save_mask: flags.SaveMask = None,
-    eval_zero_shot: flags.EvalZeroShot = False,
-    dataset: flags.Dataset = "wikitext2",
-    seqlen: flags.Seqlen = None,
-    device: flags.Device = None,
-    dtype: flags.Dtype = "auto",
-    batch_size: flags.BatchSize = None,
-    sequential: flags.Sequential = "block",
-    activations: flags.Activations = "auto",
-    connect_gate: flags.ConnectGate = "activated",
-    update: flags.Update = "none",
-    dampening: flags.Dampening = 0.01,
-    hessian_device: flags.HessianDevice = "auto",
-    measure_error: flags.MeasureError = None,
-    ignore: flags.Ignore = None,
-    eval_dataset: flags.EvalDataset = "auto",
-    eval_windows: flags.EvalWindows = None,
-    overwrite: flags.Overwrite = False,
-    resume: flags.Resume = False,
-    plugin: flags.Plugin = None,
-) -> None:
+@flags.takes_flags("prune", model=True)
+def prune(*, plugin: flags.Plugin = None, **options) -> None:
     """Prune a checkpoint, measure its perplexity before and after, and save it."""
-    from wanda_fast.api import prune as prune_model
-    from wanda_fast.cli.progress import terminal_progress
-    from wanda_fast.pruning.registry import load_plugin
-
     for name in plugin or ():
         load_plugin(name)
+    options["ignore"] = tuple(options["ignore"] or ())
+    options["eval_dataset"] = _eval_dataset(options["eval_dataset"], options["dataset"])
     with terminal_progress(console) as progress:
-        report = prune_model(
-            model,
-            prune_method=prune_method,
-            sparsity_type=sparsity_type,
-            sparsity_ratio=sparsity_ratio,
-            dataset=dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            use_variant=use_variant,
-            connect_gate=connect_gate,
-            update=update,
-            dampening=dampening,
-            hessian_device=hessian_device,
-            measure_error=measure_error,
-            ignore=tuple(ignore or ()),
-            batch_size=batch_size,
-            sequential=sequential,
-            activations=activations,
-            device=device,
-            dtype=dtype,
-            cache_dir=cache_dir,
-            eval_dataset=_eval_dataset(eval_dataset, dataset),
-            eval_windows=eval_windows,
-            eval_zero_shot=eval_zero_shot,
-            save=save,
-            save_model=save_model,
-            save_log=save_log,
-            save_mask=save_mask,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
-    for table in [error_table(report)] * bool(measure_error) + summary_tables(report):
+        report = api.prune(**options, progress=progress)
+    for table in [error_table(report)] * bool(options["measure_error"]) + summary_tables(report):
         console.print(table)
-    for path in filter(None, (save_model, save, save_log, save_mask)):
-        say(f"written: {path}")
-    if save_model is None and save_mask is None:
-        say("nothing is kept of the pruned model: --save-model FOLDER writes it")
+    _say_what_is_written(options)
 
 
 @app.command("eval")
+@flags.takes_flags("eval")
 def evaluate(
     model: flags.ModelArgument,
     dataset: Annotated[
         str, typer.Option(help="Text: wikitext2, ptb, c4, pydoc (its last fifth), a local file, or none.")
     ] = "wikitext2",
-    seqlen: flags.Seqlen = None,
-    eval_windows: flags.EvalWindows = None,
-    eval_zero_shot: flags.EvalZeroShot = False,
-    device: flags.Device = None,
-    dtype: flags.Dtype = "auto",
-    cache_dir: flags.CacheDir = None,
+    **options,
 ) -> None:
-    """Measure a model's perplexity, and print the protocol with it."""
-    from wanda_fast.api import evaluate as evaluate_model
-    from wanda_fast.cli.progress import terminal_progress
-
+    """Measure a model's perplexity, and print it with the protocol."""
     with terminal_progress(console) as progress:
-        report = evaluate_model(
-            model,
-            dataset=_eval_dataset(dataset, "wikitext2"),
-            seqlen=seqlen,
-            eval_windows=eval_windows,
-            eval_zero_shot=eval_zero_shot,
-            device=device,
-            dtype=dtype,
-            cache_dir=cache_dir,
-            progress=progress,
+        report = api.evaluate(
+            model, dataset=_eval_dataset(dataset, "wikitext2"), progress=progress, **options
         )
     say(perplexity_line(report))
     for task, results in report.zero_shot.items():
@@ -158,53 +83,42 @@ def evaluate(
 
 
 @app.command()
-def inspect(
-    model: flags.ModelArgument,
-    cache_dir: flags.CacheDir = None,
-) -> None:
-    """List a model's blocks and linears, their zeros, and the N:M patterns that the zeros keep to."""
-    from wanda_fast.cli.inspection import inspect as inspect_model
-
-    for table in inspection_tables(inspect_model(model, cache_dir)):
+@flags.takes_flags("inspect")
+def inspect(model: flags.ModelArgument, **options) -> None:
+    """List a model's blocks and linears, their sparsity, and the N:M patterns that they satisfy."""
+    for table in inspection_tables(inspection.inspect(model, **options)):
         console.print(table)
 
 
 @app.command()
+@flags.takes_flags("apply-mask")
 def apply_mask(
     model: flags.ModelArgument,
-    mask: Annotated[Path, typer.Option(help="A file that prune --save_mask wrote.")],
+    mask: Annotated[Path, typer.Option(help="A file that prune --save-mask wrote.")],
     save_model: Annotated[Path, typer.Option(help="Folder for the masked model.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow a folder that is not empty.")] = False,
-    cache_dir: flags.CacheDir = None,
+    **options,
 ) -> None:
-    """Zero what a mask does not keep: after fine-tuning or merging a pruned model."""
-    from wanda_fast.checkpoint import load as checkpoint
-    from wanda_fast.checkpoint import save as saving
-    from wanda_fast.output import masks
-
-    saving.require_empty(save_model, overwrite)
-    loaded = checkpoint.load(model, cache_dir=cache_dir, device="any")
+    """Zero again the weights that a mask prunes, after a pruned model was fine-tuned or merged."""
+    saving.require_empty(save_model, options["overwrite"])
+    loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
     changed = masks.apply_masks_(loaded.model, mask)
     saving.save(loaded, save_model)
     say(f"{changed:,} weights set to zero; written: {save_model}")
 
 
 @app.command()
+@flags.takes_flags("verify")
 def verify(
     model: flags.ModelArgument,
-    mask: Annotated[Path | None, typer.Option(help="A file that prune --save_mask wrote.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A file that prune --save-mask wrote.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, for every prunable linear.")] = None,
-    cache_dir: flags.CacheDir = None,
+    **options,
 ) -> None:
-    """Check that a model keeps to a mask or an N:M pattern: exit code 0, or 1 and the linears that do not."""
-    from wanda_fast.checkpoint import load as checkpoint
-    from wanda_fast.output import masks
-    from wanda_fast.pruning.patterns import parse_pattern
-
+    """Check a model against a mask or an N:M pattern. Lists the linears that break it, with exit code 1."""
     if (mask is None) == (pattern is None):
         raise typer.BadParameter("name either --mask FILE or --pattern N:M")
     wanted = None if pattern is None else parse_pattern(pattern)
-    loaded = checkpoint.load(model, cache_dir=cache_dir, device="any").model
+    loaded = checkpoint.load(model, device="any", **options).model
     broken = masks.mask_violations(loaded, mask) if mask else masks.pattern_violations(loaded, wanted)
     for violation in broken:
         unit = "weights not zero" if mask else f"groups over {wanted.n} of {wanted.m}"
@@ -215,11 +129,17 @@ def verify(
 
 @app.command()
 def doctor() -> None:
-    """What is here: versions, GPU, CPU instruction sets, libraries, and which backend serves what and why."""
-    from wanda_kernels import doctor as examination
-
+    """Show versions, GPU, CPU instruction sets, libraries, and which backend runs each operation and why."""
     for table in doctor_tables(examination.report()):
         console.print(table)
+
+
+def _say_what_is_written(options: dict) -> None:
+    for option in ("save_model", "save", "save_log", "save_mask"):
+        if options[option]:
+            say(f"written: {options[option]}")
+    if options["save_model"] is None and options["save_mask"] is None:
+        say("the pruned model is not saved: --save-model FOLDER writes it")
 
 
 def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
@@ -229,7 +149,7 @@ def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
 
 
 def main() -> None:
-    """The console script: errors of ours are one sentence on standard error and exit code 2."""
+    """The console script. wanda_fast's own errors end in one sentence on standard error and exit code 2."""
     _quiet_libraries()
     prefer_huge_pages()
     try:
@@ -247,7 +167,7 @@ def _resuming(words: list[str]) -> str:
 
 
 def _quiet_libraries() -> None:
-    """One progress display and one log: ours."""
+    """Leave the terminal to one progress display and one log, wanda_fast's."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

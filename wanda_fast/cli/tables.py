@@ -7,7 +7,7 @@ from wanda_fast.report import Report
 
 
 def summary_tables(report: Report) -> list[Table]:
-    """What a run did: results, then seconds per phase."""
+    """The results of a run, and its seconds per phase."""
     recipe = report.recipe
     summary = Table(title=f"{recipe['prune_method']}, {recipe['sparsity_type']}", show_header=False)
     if report.linears:
@@ -47,7 +47,7 @@ def summary_tables(report: Report) -> list[Table]:
 
 
 def error_table(report: Report) -> Table:
-    """Each linear's reconstruction error, where measured."""
+    """The reconstruction error of each linear for which it was measured."""
     table = Table("linear", "||(W - W')X||^2", "of ||WX||^2", title="reconstruction error")
     for name, linear in report.linears.items():
         if linear.error is not None:
@@ -62,7 +62,7 @@ def perplexity_line(report: Report) -> str:
 
 
 def inspection_tables(inspection: Inspection) -> list[Table]:
-    """One row a linear, then the totals."""
+    """A table with one row per linear, and one of totals."""
     linears = Table(title=inspection.model)
     linears.add_column("linear", overflow="fold")
     for column in ("out x in", "dtype", "sparsity", "patterns"):
@@ -84,7 +84,7 @@ def inspection_tables(inspection: Inspection) -> list[Table]:
 
 
 def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
-    """One table a section of `wanda_kernels.doctor.report`."""
+    """One table per section of `wanda_kernels.doctor.report`."""
     tables: dict[str, Table] = {}
     for section, name, value in facts:
         tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)

@@ -1,20 +1,24 @@
-"""What makes two runs the same run: whatever decides the bytes of the output, and nothing else."""
+"""`--resume`: what makes two runs the same run, and whether a finished one leaves anything to do."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.checkpoint import save as saving
+from wanda_fast.checkpoint.journal import differences
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import Skeleton
 from wanda_fast.checkpoint.shards import SAMPLE, SAMPLES
 from wanda_fast.data.calibration import digest
 from wanda_fast.data.evaluation import EvaluationSet
+from wanda_fast.errors import ResumeError
 from wanda_fast.model.block_forward import described
-
-OPTIONS = ("prune_method", "sparsity_type", "sparsity_ratio", "nsamples", "seqlen", "seed", "use_variant")
-OPTIONS += ("connect_gate", "ignore", "dtype", "sequential", "update", "dampening", "measure_error")
+from wanda_fast.options import BYTES, RESULTS, names_deciding
+from wanda_fast.output.streamed import StreamedOutput
+from wanda_fast.report import Report
 
 
 def run_identity(
@@ -24,13 +28,14 @@ def run_identity(
     batch_size: int,
     hessians_on_host: frozenset[int] = frozenset(),
 ) -> dict:
-    """Options by name, and digests of model and tokens."""
+    """What decides the output's bytes, by name: options, choices of the run, digests of model and tokens."""
     return {
-        **{option: recipe[option] for option in OPTIONS},
+        **{name: recipe[name] for name in names_deciding(BYTES)},
         "batch_size": batch_size,
         "device": device.type,
         "forward": described(device),
-        "hessians_on_host": sorted(hessians_on_host),  # by in_features; on a CPU they are nowhere else
+        # By in_features. Empty on a CPU, where Hessians are in host memory anyway.
+        "hessians_on_host": sorted(hessians_on_host),
         "save_mask": recipe["save_mask"] is not None,
         **digests,
     }
@@ -39,7 +44,7 @@ def run_identity(
 def input_digests(
     loaded: Skeleton | Checkpoint, token_ids: Tensor | None, evaluation: EvaluationSet | None
 ) -> dict[str, str | None]:
-    """Of model and tokens, by the names that a journal knows; before anything is pruned."""
+    """Digests of model and tokens, by their names in the journal. Call it before anything is pruned."""
     return {
         "model": _model_digest(loaded),
         "calibration": None if token_ids is None else digest(token_ids),
@@ -47,15 +52,40 @@ def input_digests(
     }
 
 
-def same_options(before: dict, now: dict) -> bool:
-    """Whether two recipes, one of them read from JSON, ask for the same of the same model."""
-    options = (*OPTIONS, "model", "dataset", "eval_dataset", "eval_windows", "eval_zero_shot")
-    options += ("batch_size", "save_mask")
-    return all(before.get(option) == json.loads(json.dumps(now[option], default=str)) for option in options)
+def finished_run(folder: Path, recipe: dict) -> Report | None:
+    """The report of the finished run of the same recipe in `folder`; None if there is none to read."""
+    if StreamedOutput.is_under_way(folder):
+        return None
+    try:
+        report = Report.from_json((folder / saving.REPORT).read_text(encoding="utf-8"))
+        return report if _same_options(report.recipe, recipe) else None
+    except (OSError, ValueError, TypeError, AttributeError):  # absent, torn, or another program's file
+        return None
+
+
+def nothing_to_do(finished: Report, report: Report) -> bool:
+    """Whether the finished run had the input of `report`, and measured and wrote all that was requested.
+
+    Raises: `ResumeError` if it had other input and may not be overwritten.
+    """
+    folder, mask = report.recipe["save_model"], report.recipe["save_mask"]
+    changed = differences(finished.digests, report.digests)
+    if changed and not report.recipe["overwrite"]:
+        raise ResumeError(
+            f"{folder} holds a finished run of other input ({'; '.join(changed)}): name another folder, or "
+            f"pass --overwrite"
+        )
+    return not changed and finished.complete and (mask is None or Path(mask).is_file())
+
+
+def _same_options(before: dict, now: dict) -> bool:
+    """Whether two recipes, the first of them read from JSON, request the same of the same model."""
+    names = names_deciding(BYTES, RESULTS)
+    return all(before.get(name) == json.loads(json.dumps(now[name], default=str)) for name in names)
 
 
 def _model_digest(loaded: Skeleton | Checkpoint) -> str:
-    """Of configuration and tensors, wherever the files lie."""
+    """Of configuration and tensors, independent of the folder."""
     config = loaded.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
@@ -65,7 +95,7 @@ def _model_digest(loaded: Skeleton | Checkpoint) -> str:
 
 
 def _sampled(model: nn.Module) -> str:
-    """As `TensorFiles.digest`, of a model in memory, whether or not it was widened for the computation."""
+    """`TensorFiles.digest` of a model in memory. Widening to fp32 for the computation does not change it."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {list(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Where Hessians are kept, and how much memory those of a block take with their factors."""
+"""Where a block's Hessians are kept, and how much memory they take with their factors."""
 
 import logging
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from wanda_fast.errors import OutOfMemoryError, UnknownMethodError
+from wanda_fast.errors import OutOfMemoryError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.pruning.hessian import HessianUse
@@ -14,15 +14,17 @@ from wanda_kernels.host_hessian import band_bytes
 
 logger = logging.getLogger(__name__)
 
-FACTORING = 2  # matrices beside a Hessian while it is factored
-SHARE_OF_DEVICE = 0.5  # of a GPU's free memory; weights, activations and the forward have the rest
+# Matrices of the Hessian's size that exist beside it while it is factored.
+FACTORING = 2
+# Share of a GPU's free memory for Hessians; the rest is for weights, activations and the forward pass.
+SHARE_OF_DEVICE = 0.5
 
 
 def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
-    """Bytes of the Hessians and factors of one block at their highest, in_features of each being `widths`.
+    """Peak bytes of one block's Hessians and factors; `widths` are the in_features of each.
 
-    4 in^2 for each Hessian, and FACTORING times as much while it is factored, the widest first; then its
-    factor takes its place, or joins it where errors are measured.
+    A Hessian takes 4 in^2 bytes, and FACTORING times as much again while it is factored. The widest is
+    factored first. Its factor replaces it, or is kept beside it if errors are measured.
     """
     squares = [4 * width**2 for width in sorted(widths, reverse=True)]
     held = peak = sum(squares)
@@ -34,14 +36,14 @@ def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
 
 
 def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
-    """At most, on the device, of any of the blocks: each linear counts with a Hessian of its own."""
+    """Peak bytes on the device, of the largest block. Each linear counts with a Hessian of its own."""
     if use is None:
         return 0
     return max(peak_bytes(_widths(block, use, on_host=False), use) for block in blocks)
 
 
 def visiting_bytes(use: HessianUse | None) -> int:
-    """On the device, of Hessians on the host: one is summed at a time."""
+    """Bytes on the device for Hessians on the host: one of them is summed at a time, in bands."""
     return max((band_bytes(width) for width in use.on_host), default=0) if use is not None else 0
 
 
@@ -57,16 +59,14 @@ def place_hessians(
     use: HessianUse,
     before: list[int] | None = None,
 ) -> None:
-    """Decide `use.on_host`, and refuse a Hessian that does not fit into the memory that is free.
+    """Set `use.on_host`, and refuse a Hessian that does not fit into free memory.
 
     Args:
-        where: "device", "host", or "auto": the device, but for the widest linears while the rest of a block's
-            could take more than half of its free memory. Each linear counts with a Hessian of its own.
+        where: "device", "host", or "auto": the widest linears' Hessians move to the host until those of any
+            block take at most half of the device's free memory.
         before: what "auto" chose in the run that this one resumes.
-    Raises: `OutOfMemoryError` with the numbers, `UnknownMethodError`.
+    Raises: `OutOfMemoryError` with the numbers.
     """
-    if where not in ("auto", "device", "host"):
-        raise UnknownMethodError(f"hessian_device must be 'auto', 'device' or 'host', got {where!r}")
     if device.type != "cpu":
         again = where == "auto" and before is not None
         use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
@@ -76,7 +76,7 @@ def place_hessians(
 
 
 def _too_wide(blocks: list[Block], free: int, where: str, use: HessianUse) -> frozenset[int]:
-    """Widths whose Hessians go to the host: all, none, or the widest while the rest is too much."""
+    """The in_features whose Hessians move to the host: all, none, or the widest until the rest fits."""
     if where == "device":
         return frozenset()
     left = replace(use, on_host=frozenset())

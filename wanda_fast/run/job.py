@@ -1,10 +1,12 @@
 """One job on a model, in memory or streamed: activations, the block loop, perplexities, masks."""
 
 import logging
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint import save as saving
@@ -28,7 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """What is to be done with a model, wherever its blocks come from."""
+    """The work on a model and what it has so far; the same for a model in memory and a streamed one.
+
+    Attributes:
+        token_ids: calibration tokens int64 `[nsamples, seqlen]`; None for a method that needs none.
+        evaluation: windows to measure perplexity on; None: not measured.
+        masks: receives the packed masks by linear; None: they are not kept.
+        activations: where the hidden states are kept, a kind of `Placement`.
+    """
 
     method: Method
     pattern: Pattern
@@ -40,7 +49,19 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
-    activations: str = "device"  # where they lie: a kind of Placement
+    activations: str = "device"
+
+    @property
+    def device(self) -> torch.device:
+        return self.clock.device
+
+    @contextmanager
+    def phase(self, name: str, shown: str | None = None, detail: str = "") -> Iterator[None]:
+        """Time a phase, and show it as `shown` in the progress display: one step, which has no parts."""
+        if self.progress:
+            self.progress.step(shown or name, 0, 1, detail)
+        with self.clock.phase(name):
+            yield
 
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
@@ -70,55 +91,53 @@ class Job:
 
 
 def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None) -> None:
-    """The pruned model is saved first: what comes after it may fail."""
+    """Prune a model in memory. It is saved before it is evaluated, since the evaluation may fail."""
     prunes = job.method.prunes
-    _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
+    _measure(job, source.model, "dense")
     if prunes:
         with closing(Placement(job.activations, source.device)) as placement:
-            with job.clock.phase("block inputs"):
+            with job.phase("block inputs"):
                 activations = record_activations(source, placement, job.token_ids, job.batch_size)
             job.prune(source, activations)
     if folder is not None:
-        with job.clock.phase("write"):
+        with job.phase("write", "writing", str(folder)):
             saving.save(loaded, folder, job.report)
     job.write_masks()
     if prunes:
-        _measure(source.model, job.evaluation, "pruned", job.clock, job.report, job.progress)
+        _measure(job, source.model, "pruned")
 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
-    """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
+    """Prune a streamed model in one sweep over its blocks. The evaluation windows' hidden states, dense and
+    pruned, advance block by block with those of the calibration."""
     placement = Placement(job.activations, source.device, output and output.partial)
     with closing(source), output or nullcontext(), closing(placement):
-        with job.clock.phase("block inputs"):
+        with job.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(
                 source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:
-            with job.clock.phase("evaluation"), source.surroundings(head=True):
+            with job.phase("evaluation"), source.surroundings(head=True):
                 job.report.perplexity |= perplexities(source, activations, job.evaluation)
         job.write_masks()
         if output is not None:
             job.report.peak_memory, job.report.complete = peak_memory(), True
-            with job.clock.phase("write"):
+            with job.phase("write", "writing", str(output.folder)):
                 output.finish(job.report)
 
 
-def _measure(
-    model: nn.Module,
-    evaluation: EvaluationSet | None,
-    which: str,
-    clock: Clock,
-    report: Report,
-    progress: Progress | None,
-) -> None:
-    if evaluation is None:
+def _measure(job: Job, model: nn.Module, which: str) -> None:
+    """The perplexity of a model in memory, by its own forward."""
+    if job.evaluation is None:
         return
-    total = len(evaluation.windows)
-    tell = (lambda done: progress.step(f"perplexity, {which}", done, total)) if progress else None
-    if tell:
-        tell(0)
-    with clock.phase("evaluation"):
-        report.perplexity[which] = perplexity(model, evaluation, progress=tell)
+    total = len(job.evaluation.windows)
+
+    def tell(done: int) -> None:
+        if job.progress:
+            job.progress.step(f"perplexity, {which}", done, total)
+
+    tell(0)
+    with job.clock.phase("evaluation"):
+        job.report.perplexity[which] = perplexity(model, job.evaluation, progress=tell)

@@ -1,14 +1,14 @@
-"""Peak memory as a formula: what a run holds at once, above Python and torch, before it begins.
+"""The memory model: a run's peak memory, above that of Python and torch, as a formula.
 
-    kept    = activations (where they lie there) + masks
+    kept    = activations (if they are in memory) + masks
     block   = block + ahead + forward + widening + max(statistics + hessians, stored)
     ends    = surroundings + logits
     on a CPU: kept + max(block, ends)
 
-On a GPU the same of its memory, but for `widening`, which it needs not, and for `ahead` and `stored`, which
-are on the host: `ahead` twice, as one block goes in while the next is read, and `stored` in any dtype, since
-there a block is written as a copy. Of Hessians on the host it counts what visits the GPU; the rest is
-judged where they are placed.
+On a GPU, `widening` is not needed, and `ahead` and `stored` are on the host. `ahead` counts twice, since one
+block is copied to the GPU while the next is read. `stored` counts in any dtype, since a block is copied to
+the host to be written. Of Hessians on the host, the formula counts the bands that visit the GPU;
+`hessian_memory.place_hessians` checks the rest.
 """
 
 from dataclasses import dataclass, replace
@@ -29,21 +29,21 @@ FP32 = 4
 
 @dataclass
 class Footprint:
-    """Bytes, by what holds them.
+    """The terms of the formula, in bytes.
 
     Attributes:
         block: the largest block, in the dtype of the computation.
-        ahead: the next block, being read, and what a block's widening takes where it is computed in another
-            dtype.
-        stored: the block as it is written, where that is a copy.
+        ahead: the next block while it is read, with the copy that its widening needs if it is computed in
+            another dtype.
+        stored: the copy of a block that is written, if it is not written from where it is.
         activations: hidden states of all sequences, for calibration and evaluation.
-        statistics: of one block; hessians: of one block, where the method has them.
-        masks: packed, of all blocks, where they are saved.
-        surroundings: all but the blocks: embeddings, final norm, head.
-        forward: what a block's forward takes, on `tokens` tokens at once; on a CPU it is kept from block to
-            block, to be taken again.
-        widening: fp32 copies of one bf16 linear and what it meets, on a CPU that multiplies them in fp32.
-        logits: of a batch of evaluation windows, with one window's in fp32, twice.
+        statistics: of one block.
+        hessians: of one block, if the method has them.
+        masks: packed, of all blocks, if they are saved.
+        surroundings: all weights outside the blocks: embeddings, final norm, head.
+        forward: temporaries of a block's forward pass. On a CPU they are reused from block to block.
+        widening: fp32 copies of one bf16 linear and its input, on a CPU that multiplies them in fp32.
+        logits: of a batch of evaluation windows, and twice one window's in fp32.
     """
 
     block: int
@@ -59,7 +59,7 @@ class Footprint:
     logits: int
 
     def peak(self, device: torch.device, kind: str) -> dict[str, int]:
-        """Bytes on the host, and on the GPU where `device` is one, with activations kept in `kind`."""
+        """Peak bytes on the host, and on the GPU if `device` is one, with activations kept in `kind`."""
         gathered, ends = self.statistics + self.hessians, self.surroundings + self.logits
         on_host = self.activations if kind == "host" else 0
         if device.type == "cpu":
@@ -78,11 +78,11 @@ class Footprint:
 def footprint(
     job: Job, model: nn.Module, blocks: list[Block], stored: torch.dtype | None, batch_size: int
 ) -> Footprint:
-    """The formula's terms for a job whose forwards take `batch_size` sequences.
+    """The formula's terms for a job with `batch_size` sequences per forward pass.
 
     Args:
-        stored: dtype of a streamed checkpoint; None for a live model, whose own weights are not counted, nor
-            its perplexities, which are its own forwards.
+        stored: dtype of a streamed checkpoint. None for a model in memory: its weights exist already and do
+            not count, nor do its perplexities, which its own forward computes.
     """
     config, size = model.config.get_text_config(), model.dtype.itemsize
     widths = [linear.module.in_features for block in blocks for linear in block.linears]
@@ -93,19 +93,22 @@ def footprint(
         each = [_weights(block.module) for block in blocks]
         weights, surroundings = max(each), _weights(model) - sum(each)
         windows = job.evaluation and job.evaluation.windows
-    widened = stored.itemsize if stored not in (None, model.dtype) else 0  # of a weight, beside its copy
+    # Bytes of a weight in the checkpoint's dtype, beside its copy in the dtype of the computation.
+    widened = stored.itemsize if stored not in (None, model.dtype) else 0
     in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
-    handed_on = FP32 if getattr(config, "residual_in_fp32", False) else size  # a hidden value between blocks
+    # Bytes of one value of the hidden states between blocks.
+    hidden_value = FP32 if getattr(config, "residual_in_fp32", False) else size
     tokens = 0 if calibration is None else calibration.numel()
     use = job.method.hessians
-    one_pass = job.sequential == "linear"  # all sequences are inside the block at once
+    # In one pass, all sequences are inside the block at once.
+    one_pass = job.sequential == "linear"
     inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
     evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
     return Footprint(
         block=weights * size,
         ahead=weights * (size + widened),
         stored=weights * widened,
-        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * handed_on,
+        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * hidden_value,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
@@ -119,8 +122,8 @@ def footprint(
 
 
 def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
-    """Bytes a token: a gated MLP's activated gate, up and product beside residual, norm and batches on their
-    way, and a norm's two fp32 copies."""
+    """Bytes per token: a gated MLP's activated gate, up and product; residual, norm and the batches that are
+    being copied out; a norm's two fp32 copies."""
     widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
     return size * (3 * widest + (3 + LEAVING) * hidden_size) + 2 * FP32 * hidden_size
 
@@ -131,7 +134,7 @@ def _widening(linear: Linear) -> int:
 
 
 def _statistics(block: Block, method: Method) -> int:
-    """What the method gathers, made on the meta device; linears that share a statistic count one each."""
+    """Bytes of a block's statistics, by making them on the meta device. Each linear counts with its own."""
     gathered = [method.statistic(_on_meta(linear)) for linear in block.linears]
     held = [value for stat in gathered if stat is not None for value in vars(stat).values()]
     return sum(value.nbytes for value in held if isinstance(value, Tensor))

@@ -1,4 +1,4 @@
-"""What a run takes of the machine: device, sequences a forward, and where activations lie."""
+"""What a run uses of the machine: device, sequences per forward pass, and where activations are kept."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -16,14 +16,16 @@ from wanda_fast.run.memory_model import Footprint, footprint
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}  # more gains no speed
+# Tokens in a forward pass; more are not faster.
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 MIB = 2**20
-SHARE = 0.8  # of the free memory that a run plans with
+# Share of the free memory that a run plans to use.
+SHARE = 0.8
 
 
 @dataclass
 class Resources:
-    """What was chosen, and why; `predicted`: peak bytes by device, `parts`: the formula's terms."""
+    """What was chosen and why. `predicted` is peak bytes by device, `parts` the terms of the formula."""
 
     batch_size: int
     activations: str
@@ -43,7 +45,7 @@ def default_device() -> str:
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """Raises: `DeviceError` for what is neither the CPU nor a GPU of this machine."""
+    """The device of that name. Raises `DeviceError` if it is neither the CPU nor a GPU of this machine."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -65,11 +67,11 @@ def choose_resources(
     batch_size: int | None = None,
     activations: str = "auto",
 ) -> Resources:
-    """The first placement that leaves room for a full batch; if none does the last, with what batch fits.
+    """The first placement of activations with room for a full batch; else the last, with the batch that fits.
 
     Args:
         stored: as in `footprint`.
-        batch_size, activations: as asked for; taken as they are, but for None and "auto".
+        batch_size, activations: used as they are, unless None and "auto".
     """
     free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
     nsamples, seqlen = (1, 1) if job.token_ids is None else job.token_ids.shape
@@ -90,15 +92,19 @@ def choose_resources(
         batch = (batch + 1) // 2
     parts = parts_of(batch)
     predicted = parts.peak(device, kind)
-    rooms = [
-        f"{needed / MIB:,.0f} of {free[name] / MIB:,.0f} MiB free on {name}"
-        for name, needed in predicted.items()
-    ]
-    why = f"{'as asked' if activations != 'auto' else 'the first with room'}; needs {', '.join(rooms)}"
+    why = f"{'as asked' if activations != 'auto' else 'the first with room'}; {_needs(predicted, free)}"
     if not fits(kind, batch):
         why += f", more than {SHARE:.0%}"
     logger.info("batch size %d, activations: %s (%s)", batch, kind, why)
     return Resources(batch, kind, why, predicted, asdict(parts))
+
+
+def _needs(predicted: dict[str, int], free: dict[str, int]) -> str:
+    rooms = (
+        f"{needed / MIB:,.0f} of {free[name] / MIB:,.0f} MiB free on {name}"
+        for name, needed in predicted.items()
+    )
+    return f"needs {', '.join(rooms)}"
 
 
 def _places(device: torch.device) -> list[str]:

@@ -1,11 +1,9 @@
-"""Before the work: what the pruner can touch of a model, and whether pattern, flags and tokens fit it."""
+"""Before the work: how much of a model can be pruned, and whether method and pattern fit it."""
 
 import logging
-import sys
 
-from torch import Tensor, nn
+from torch import nn
 
-from wanda_fast.errors import CalibrationError, UnknownMethodError
 from wanda_fast.model.architecture import Block, ignored_linears
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
@@ -23,7 +21,10 @@ def survey(
     use_variant: bool,
     report: Report,
 ) -> None:
-    """Count the reach; warn where the model or the flags make the method another than its name says."""
+    """Note how many weights can be pruned. Warn if model or flags keep the method from what its name says.
+
+    Raises: `PatternError` if the pattern does not fit a linear or the method.
+    """
 
     def warn(sentence: str) -> None:
         logger.warning("%s", sentence)
@@ -66,32 +67,3 @@ def reach(model: nn.Module, blocks: list[Block]) -> Reach:
         model=sum(parameter.numel() for parameter in model.parameters()),
         largest_out_of_reach=max(outside, key=outside.get) if outside else None,
     )
-
-
-def context_of(model: nn.Module) -> int:
-    """The longest sequence the model was made for; without a word on it, no limit."""
-    config = model.config.get_text_config()
-    return (
-        getattr(config, "max_position_embeddings", None)
-        or getattr(config, "n_positions", None)
-        or sys.maxsize
-    )
-
-
-def require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
-    """Raise `CalibrationError` where token ids would index past the model's positions or vocabulary."""
-    context, vocabulary = context_of(model), model.config.get_text_config().vocab_size
-    if token_ids.shape[1] > context:
-        raise CalibrationError(
-            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
-            f"lower --seqlen"
-        )
-    lowest, highest = token_ids.min().item(), token_ids.max().item()
-    if lowest < 0 or highest >= vocabulary:
-        wrong = lowest if lowest < 0 else highest
-        raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")
-
-
-def require_sequential(sequential: str) -> None:
-    if sequential not in ("block", "linear"):
-        raise UnknownMethodError(f"sequential must be 'block' or 'linear', got {sequential!r}")

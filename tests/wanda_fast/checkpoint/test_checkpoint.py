@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
-from wanda_fast import api, errors
-from wanda_fast.run import job
+from wanda_fast import errors
+from wanda_fast.run import job, prune_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,8 +79,8 @@ def test_a_late_failure_costs_no_model(what, tmp_path, monkeypatch):
         lambda *_args, **_options: 8.0,
     ]
     monkeypatch.setattr(job, "perplexity", lambda *args, **options: measure.pop()(*args, **options))
-    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
-    monkeypatch.setattr(api, "zero_shot", fail)
+    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(prune_model, "zero_shot", fail)
     if what == "masks":
         monkeypatch.setattr(job, "write_masks", fail)
     with pytest.raises(RuntimeError, match="the test says so"):
@@ -91,8 +91,8 @@ def test_a_late_failure_costs_no_model(what, tmp_path, monkeypatch):
 
 
 def test_the_saved_report_has_what_was_measured_after_the_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
-    monkeypatch.setattr(api, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
+    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(prune_model, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
     report = prune(tmp_path / "out", eval_zero_shot=True, **EVALUATION)
     written = json.loads((tmp_path / "out" / "wanda_fast.json").read_text())
     assert written["zero_shot"] == {"boolq": {"acc": 0.5}} and written["peak_memory"]

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
-from wanda_fast import api, errors
+from wanda_fast import errors
 from wanda_fast.checkpoint import atomic_write as durable
 from wanda_fast.checkpoint import block_loader as sources
 from wanda_fast.checkpoint import layout, shards
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.output import streamed as output
-from wanda_fast.run import job
+from wanda_fast.run import inputs, job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +50,7 @@ def prune(folder, out, whole=False, **options):
     """The report, and the tensors of what was written; `whole`: in memory."""
     with pytest.MonkeyPatch.context() as patch:
         if whole:
-            patch.setattr(api, "open_skeleton", refuse)
+            patch.setattr(inputs, "open_skeleton", refuse)
         report = wanda_fast.prune(
             str(folder), dataset="pydoc", eval_dataset="pydoc", save_model=out, **QUICK | options
         )

@@ -14,6 +14,7 @@ from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.cli import main as cli
 from wanda_fast.errors import NotStreamableError
 from wanda_fast.pruning import registry
+from wanda_fast.run import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,7 +230,7 @@ def test_updated_weights_are_those_that_are_stored(checkpoint_bf16, tmp_path, mo
         raise NotStreamableError("for the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "open_skeleton", refuse)
+        patch.setattr(inputs, "open_skeleton", refuse)
         reports.append(wanda_fast.prune(str(checkpoint_bf16), save_model=tmp_path / "whole", **options))
     streamed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in streamed.items())

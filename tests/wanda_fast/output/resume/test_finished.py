@@ -6,7 +6,8 @@ import torch
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from tests.wanda_fast.output.resume.runs import NBLOCKS, assert_same, copied, fine_tune, masks, resume
-from wanda_fast import api, errors
+from wanda_fast import errors
+from wanda_fast.run import inputs, prune_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +20,7 @@ def held(request, monkeypatch):
         def refuse(*_):
             raise errors.NotStreamableError("the test says so")
 
-        monkeypatch.setattr(api, "open_skeleton", refuse)
+        monkeypatch.setattr(inputs, "open_skeleton", refuse)
 
 
 IDS = torch.arange(48).reshape(2, 24) + 3
@@ -41,7 +42,7 @@ def test_a_finished_run_is_known_by_what_it_saw(held, llama, tmp_path, pruned, m
             resume(model, out, **FINISHED | change)
     with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
         resume(model, out, **FINISHED, measure_error=True)
-    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
     with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
         resume(model, out, **FINISHED, eval_zero_shot=True)
     fine_tune(model)
@@ -71,11 +72,11 @@ def test_a_run_whose_files_are_gone_or_torn_is_not_finished(held, llama, tmp_pat
 def test_a_run_that_failed_after_its_save_is_done_again(llama, tmp_path, pruned, monkeypatch):
     """In memory: the model is saved first. What was not measured is no finished run, and no stranger's."""
     out = tmp_path / "out"
-    monkeypatch.setattr(api, "require_zero_shot", lambda: None)
+    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(api, "zero_shot", lambda *_: 1 / 0)
+        patch.setattr(prune_model, "zero_shot", lambda *_: 1 / 0)
         resume(llama, out, eval_zero_shot=True)
-    monkeypatch.setattr(api, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
+    monkeypatch.setattr(prune_model, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
     report = resume(llama, out, eval_zero_shot=True)
     assert report.zero_shot and len(pruned) == 2 * NBLOCKS
     assert resume(llama, out, eval_zero_shot=True).zero_shot == report.zero_shot

@@ -1,0 +1,366 @@
+"""Every option of a run, once: name, type, default, choices, meaning, and where it counts.
+
+The command line, the signature and docstring of `wanda_fast.prune` and `evaluate`, the identity of a resumed
+run and the report's recipe are made from the fields of `Options`. To add an option, add a field here and read
+it where it takes effect.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.errors import CheckpointError, UnknownMethodError, WandaFastError
+
+PANELS = ("Model", "What to prune", "Calibration", "Evaluation", "Output", "Speed and memory")
+MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
+
+# What `--resume` compares. BYTES: the option decides the output's bytes, so an unfinished run continues only
+# with the same value. RESULTS: only a finished run is compared; an unfinished one records the digest of what
+# the option names, or the value that was chosen for it.
+BYTES, RESULTS = "bytes", "results"
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    panel: str,
+    python_help: str = "",
+    flag_help: str = "",
+    choices: tuple[str, ...] = (),
+    refused_with: type[WandaFastError] = UnknownMethodError,
+    minimum: int | None = None,
+    decides: str | None = None,
+    commands: tuple[str, ...] = ("prune",),
+    flag_type: Any = None,
+    flag_default: Any = MISSING,
+) -> Any:
+    """A field of `Options`.
+
+    Args:
+        default: of the keyword and of the flag; none where the keyword is required.
+        help: one or two sentences, for the command line and for Python.
+        panel: of `--help`, one of PANELS.
+        python_help, flag_help: what is true of the keyword alone, or of the flag alone.
+        choices: all values that are accepted; any other is refused with `refused_with`.
+        minimum: the lowest number that the command line accepts.
+        decides: BYTES, RESULTS, or None.
+        commands: the commands that take it.
+        flag_type, flag_default: of the flag, where they differ from the keyword's.
+    """
+    facts = dict(
+        help=help,
+        panel=panel,
+        python_help=python_help,
+        flag_help=flag_help,
+        choices=choices,
+        refused_with=refused_with,
+        minimum=minimum,
+        decides=decides,
+        commands=commands,
+        flag_type=flag_type,
+        flag_default=default if flag_default is MISSING else flag_default,
+    )
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Options:
+    """The options of one run. The fields' order is that of the recipe and of the keywords."""
+
+    model: nn.Module | str | Path = option(
+        help="Hub id, folder or .gguf file of a causal language model.",
+        python_help="Or a model in memory, which is pruned in place.",
+        panel=MODEL,
+        decides=RESULTS,
+        flag_type=str,
+        flag_default="meta-llama/Llama-3.2-1B",
+    )
+    prune_method: str = option(
+        "wanda",
+        help="How weights are ranked: magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, an "
+        "ablation (ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter), or a registered "
+        "method. dense prunes nothing.",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    sparsity_type: str = option(
+        "unstructured",
+        help="unstructured, N:M (keep N of every M consecutive inputs), or a registered pattern.",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    sparsity_ratio: float | None = option(
+        None,
+        help="Fraction of the weights to prune, in [0, 1). Default: 0.5, or 1 - N/M for N:M.",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    dataset: str | Tensor = option(
+        "wikitext2",
+        help="Calibration text: wikitext2, c4, ptb, pydoc (Python's own help topics, no download), or a "
+        ".txt, .jsonl or .parquet file or a folder of such files.",
+        python_help="Or token ids, int64 [nsamples, seqlen].",
+        panel=CALIBRATION,
+        decides=RESULTS,
+        flag_type=str,
+    )
+    nsamples: int = option(
+        128, help="Number of calibration windows.", panel=CALIBRATION, minimum=1, decides=BYTES
+    )
+    seqlen: int | None = option(
+        None,
+        help="Tokens in a window. Default: 2048, or the model's context length if that is shorter.",
+        panel=CALIBRATION,
+        minimum=2,
+        decides=BYTES,
+        commands=("prune", "eval"),
+    )
+    seed: int = option(0, help="Seed that selects the calibration windows.", panel=CALIBRATION, decides=BYTES)
+    use_variant: bool = option(
+        False,
+        help="Use the Wanda variant's threshold, which prunes more in some rows than in others (unstructured "
+        "only).",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    connect_gate: str = option(
+        "activated",
+        help="The gate values that connect reads: after the activation function, as in the published code, "
+        "or before it (raw).",
+        panel=WHAT,
+        choices=("activated", "raw"),
+        decides=BYTES,
+    )
+    update: str = option(
+        "none",
+        help="obs: adjust the kept weights to make up for the pruned ones, as SparseGPT does. sparsegpt and "
+        "the ablations always do.",
+        panel=WHAT,
+        choices=("none", "obs"),
+        decides=BYTES,
+    )
+    dampening: float = option(
+        0.01,
+        help="Fraction of the Hessian's mean diagonal that is added before factoring. It grows tenfold, up "
+        "to three times, while the Hessian is not positive definite.",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    hessian_device: str = option(
+        "auto",
+        help="Where Hessians are kept and factored. auto: on the device, except the widest ones if those of "
+        "a block could take more than half of its free memory.",
+        panel=RESOURCES,
+        choices=("auto", "device", "host"),
+    )
+    measure_error: bool | None = option(
+        None,
+        help="Measure each linear's reconstruction error ||(W - W')X||^2 for the report. Default: only if "
+        "Hessians are gathered anyway, as for sparsegpt and update obs.",
+        flag_help="The flag also prints a table of them.",
+        panel=OUTPUT,
+        decides=BYTES,
+    )
+    ignore: tuple[str, ...] | list[str] = option(
+        (),
+        help="Linears to leave dense: an exact name (of a linear or of a module around it), a glob, or "
+        "re:REGEX.",
+        python_help="A list of such patterns.",
+        flag_help="Repeatable.",
+        panel=WHAT,
+        decides=BYTES,
+        flag_type=list[str] | None,
+        flag_default=None,
+    )
+    batch_size: int | None = option(
+        None,
+        help="Sequences in one forward pass. Default: about 4096 tokens (CPU) or 16384 (GPU), fewer if "
+        "memory is short; a resumed run keeps its first value.",
+        panel=RESOURCES,
+        minimum=1,
+        decides=RESULTS,
+    )
+    sequential: str = option(
+        "block",
+        help="block: gather statistics in the dense block, then prune its linears, as published. linear: one "
+        "pass, in which each linear is pruned before later ones see its output.",
+        python_help="With linear, a gated MLP's down projection is scored while the other two are dense, on "
+        "an eighth of the sequences.",
+        panel=WHAT,
+        choices=("block", "linear"),
+        decides=BYTES,
+    )
+    activations: str = option(
+        "auto",
+        help="Where the hidden states of all sequences are kept. auto: the first of device, host and disk "
+        "that has room. The results are the same.",
+        python_help='The file on disk is in `save_model` + ".partial", or in the system\'s folder for '
+        "temporary files.",
+        panel=RESOURCES,
+        choices=("auto", "device", "host", "disk"),
+    )
+    device: str | torch.device | None = option(
+        None,
+        help="Where blocks are computed: cpu, cuda or cuda:N. Default: a GPU if there is one.",
+        python_help="The default for a model in memory is its own device.",
+        panel=RESOURCES,
+        commands=("prune", "eval"),
+        flag_type=str | None,
+    )
+    dtype: str = option(
+        "auto",
+        help="Data type of the checkpoint's weights. auto: the type they are stored in.",
+        python_help="No effect on a model in memory.",
+        panel=MODEL,
+        choices=("auto", "float32", "float16", "bfloat16"),
+        refused_with=CheckpointError,
+        decides=BYTES,
+        commands=("prune", "eval"),
+    )
+    cache_dir: str | None = option(
+        None,
+        help="Folder for hub downloads. Default: Hugging Face's own cache.",
+        panel=MODEL,
+        commands=("prune", "eval", "inspect", "apply-mask", "verify"),
+    )
+    eval_dataset: str | Tensor | None = option(
+        None,
+        help="Text to measure perplexity on, before and after pruning: wikitext2, ptb, c4, pydoc (its last "
+        "fifth) or a local file.",
+        python_help="Or token ids. None: perplexity is not measured.",
+        flag_help="none: do not measure. auto: wikitext2 if --dataset is on the hub, else the same text.",
+        panel=EVALUATION,
+        decides=RESULTS,
+        flag_type=str,
+        flag_default="auto",
+    )
+    eval_windows: int | None = option(
+        None,
+        help="Measure perplexity on at most this many windows.",
+        panel=EVALUATION,
+        minimum=1,
+        decides=RESULTS,
+        commands=("prune", "eval"),
+    )
+    eval_zero_shot: bool = option(
+        False,
+        help="Measure zero-shot accuracy with lm-evaluation-harness (needs the eval extra).",
+        panel=EVALUATION,
+        decides=RESULTS,
+        commands=("prune", "eval"),
+    )
+    save: str | Path | None = option(
+        None,
+        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json).",
+        panel=OUTPUT,
+        flag_type=Path | None,
+    )
+    save_model: str | Path | None = option(
+        None,
+        help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it.",
+        panel=OUTPUT,
+        flag_type=Path | None,
+    )
+    save_log: str | Path | None = option(
+        None, help="File for the log line and the report.", panel=OUTPUT, flag_type=Path | None
+    )
+    save_mask: str | Path | None = option(
+        None,
+        help="File for the packed masks (safetensors), which apply-mask and verify read.",
+        panel=OUTPUT,
+        decides=RESULTS,
+        flag_type=Path | None,
+    )
+    overwrite: bool = option(
+        False,
+        help="Allow output folders that are not empty and output files that exist.",
+        panel=OUTPUT,
+        commands=("prune", "apply-mask"),
+    )
+    resume: bool = option(
+        False,
+        help="Continue the unfinished run of the same save_model folder, if there is one.",
+        panel=OUTPUT,
+    )
+
+    def require_choices(self) -> None:
+        """Raise where an option has a value that is not among its choices."""
+        for each in fields(self):
+            choices, value = each.metadata["choices"], getattr(self, each.name)
+            if choices and value not in choices:
+                listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+                raise each.metadata["refused_with"](f"{each.name} must be {listed}, got {value!r}")
+
+    def recipe(self) -> dict:
+        """The options by name, as a report keeps them."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def names_deciding(*what: str) -> list[str]:
+    """Names of the options that decide the output's BYTES, the RESULTS, or either."""
+    return [each.name for each in fields(Options) if each.metadata["decides"] in what]
+
+
+def options_of(command: str) -> list[Field]:
+    """The options that a command takes, but for its model."""
+    return [each for each in fields(Options) if command in each.metadata["commands"] and each.name != "model"]
+
+
+def add_parameters(function: Callable, parameters: Iterable[inspect.Parameter]) -> inspect.Signature:
+    """`function`'s signature with `parameters` in place of its `**options`, before its own keywords."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    leading = [each for each in own if each.kind is not each.KEYWORD_ONLY]
+    return signature.replace(parameters=[*leading, *parameters, *own[len(leading) :]])
+
+
+def takes_options(command: str) -> Callable[[Callable], Callable]:
+    """Decorator: the options of `command` are the function's keywords, in its signature and docstring.
+
+    They arrive in its `**options`; its docstring has `{options}` where their description belongs.
+    """
+    options = options_of(command)
+
+    def decorate(function: Callable) -> Callable:
+        keywords = (
+            inspect.Parameter(x.name, inspect.Parameter.KEYWORD_ONLY, default=x.default, annotation=x.type)
+            for x in options
+        )
+        signature = add_parameters(function, keywords)
+
+        @wraps(function)
+        def checked(*args, **kwargs):
+            signature.bind(*args, **kwargs)  # a TypeError that names an unknown keyword
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature
+        checked.__doc__ = function.__doc__.replace("{options}", "\n        ".join(map(_described, options)))
+        return checked
+
+    return decorate
+
+
+def _described(each: Field) -> str:
+    """An option as an entry of a docstring's Args."""
+    facts = each.metadata
+    sentences = [facts["help"], facts["python_help"]]
+    if facts["choices"]:
+        sentences.append(f"Choices: {', '.join(facts['choices'])}.")
+    kind = inspect.formatannotation(each.type)
+    entry = f"{each.name} ({kind}, default {each.default!r}): {' '.join(filter(None, sentences))}"
+    return textwrap.fill(entry, 108, initial_indent=" " * 8, subsequent_indent=" " * 12).lstrip()
+
+
+def _plain(value: object) -> object:
+    """A value as the recipe keeps it: a tensor by its shape, a model by its class."""
+    if isinstance(value, Tensor):
+        return f"token ids {list(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else value

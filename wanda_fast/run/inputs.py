@@ -1,0 +1,95 @@
+"""What a run reads: the model, the calibration tokens, the evaluation windows."""
+
+import logging
+import sys
+
+from torch import Tensor, nn
+
+from wanda_fast.checkpoint import load as checkpoints
+from wanda_fast.checkpoint.load import Checkpoint
+from wanda_fast.checkpoint.meta_model import Skeleton, open_skeleton
+from wanda_fast.data.calibration import calibration_tokens, digest
+from wanda_fast.data.evaluation import evaluation_set
+from wanda_fast.errors import CalibrationError, NotStreamableError
+from wanda_fast.options import Options
+from wanda_fast.output.resume import input_digests
+from wanda_fast.run.job import Job
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEQLEN = 2048
+
+
+def open_model(options: Options, tokenizer: object, job: Job) -> Skeleton | Checkpoint:
+    """The model in memory, or the checkpoint: without its weights if it can be streamed."""
+    if isinstance(options.model, nn.Module):
+        with job.clock.phase("load"):
+            return Checkpoint(options.model, tokenizer, options.model.dtype)
+    path = str(options.model)
+    gguf = checkpoints.locate(path)[1]
+    if gguf:
+        logger.info("converting %s: a GGUF file is dequantised as a whole, which can take minutes", gguf)
+    with job.phase("load", "converting" if gguf else "loading", gguf or path):
+        return _open(path, options, job.device.type)
+
+
+def _open(path: str, options: Options, device: str) -> Skeleton | Checkpoint:
+    """The checkpoint without its weights, or loaded as a whole if zero-shot tasks or its format need that."""
+    if options.eval_zero_shot:
+        return checkpoints.load(path, options.dtype, options.cache_dir, device)
+    try:
+        return open_skeleton(path, options.dtype, options.cache_dir, device)
+    except NotStreamableError as error:
+        loaded = checkpoints.load(path, options.dtype, options.cache_dir, device)
+        logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
+        return loaded
+
+
+def read_tokens(options: Options, tokenizer: object, loaded: Skeleton | Checkpoint, job: Job) -> None:
+    """Set the job's calibration tokens and evaluation windows; note them and their digests in the report."""
+    model = loaded.model
+    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_of(model))
+    with job.phase("calibration text"):
+        if job.method.calibrates:
+            job.token_ids = _calibration(options, tokenizer, model, seqlen)
+            job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
+        if options.eval_dataset is not None:
+            job.evaluation = evaluation_set(
+                options.eval_dataset, tokenizer, seqlen, options.eval_windows, options.cache_dir
+            )
+            require_fit(model, job.evaluation.windows, "evaluation")
+            job.report.perplexity["protocol"] = job.evaluation.protocol
+    if not isinstance(options.model, nn.Module):
+        job.report.digests = input_digests(loaded, job.token_ids, job.evaluation)
+
+
+def _calibration(options: Options, tokenizer: object, model: nn.Module, seqlen: int) -> Tensor:
+    token_ids = calibration_tokens(
+        options.dataset, tokenizer, options.nsamples, seqlen, options.seed, options.cache_dir
+    )
+    require_fit(model, token_ids, "calibration")
+    return token_ids
+
+
+def context_of(model: nn.Module) -> int:
+    """The longest sequence that the model was made for; no limit if its configuration names none."""
+    config = model.config.get_text_config()
+    return (
+        getattr(config, "max_position_embeddings", None)
+        or getattr(config, "n_positions", None)
+        or sys.maxsize
+    )
+
+
+def require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
+    """Raise `CalibrationError` if token ids would index past the model's positions or vocabulary."""
+    context, vocabulary = context_of(model), model.config.get_text_config().vocab_size
+    if token_ids.shape[1] > context:
+        raise CalibrationError(
+            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
+            f"lower --seqlen"
+        )
+    lowest, highest = token_ids.min().item(), token_ids.max().item()
+    if lowest < 0 or highest >= vocabulary:
+        wrong = lowest if lowest < 0 else highest
+        raise CalibrationError(f"{what} token id {wrong} is outside the model's vocabulary of {vocabulary}")

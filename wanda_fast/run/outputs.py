@@ -1,0 +1,62 @@
+"""What a run writes: refused before the work if it could not be written or would replace something."""
+
+from pathlib import Path
+
+from torch import nn
+
+from wanda_fast.checkpoint import save as saving
+from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.errors import ResumeError
+from wanda_fast.memory import peak_memory
+from wanda_fast.options import Options
+from wanda_fast.output.resume import finished_run
+from wanda_fast.output.streamed import StreamedOutput
+from wanda_fast.report import Report
+
+
+def require_outputs(options: Options, recipe: dict) -> Report | None:
+    """Refuse outputs that cannot be written, or that would replace files which may not be overwritten.
+
+    Returns: the report of the finished run that `--resume` finds in `save_model`; None if there is none.
+    """
+    if options.resume and options.save_model is None:
+        raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
+    folder, finished = path_of(options.save_model), None
+    if folder:
+        saving.put_back_replaced(folder)
+    if options.resume and not isinstance(options.model, nn.Module):
+        finished = finished_run(folder, recipe)
+    _require_writable(options, options.overwrite or finished is not None)
+    return finished
+
+
+def _require_writable(options: Options, may_replace: bool) -> None:
+    folder, mask = path_of(options.save_model), path_of(options.save_mask)
+    if folder:
+        saving.require_empty(folder, may_replace, options.resume)
+    if folder and mask:
+        saving.require_outside(mask, folder)
+    # The files may be those of the unfinished run that is resumed.
+    may_replace = may_replace or (options.resume and StreamedOutput.is_under_way(folder))
+    if options.save:
+        saving.require_empty(Path(options.save).resolve(), may_replace, options.resume)
+    for file in filter(None, (path_of(options.save_log), mask)):
+        saving.require_free(file, may_replace)
+
+
+def write_report(options: Options, loaded: object, report: Report) -> Report:
+    """The report in the model's folder, if it does not have the last figures yet, and in the logs."""
+    report.peak_memory, report.complete = peak_memory(), True
+    # A model in memory was saved before it was evaluated.
+    if options.save_model is not None and not isinstance(loaded, Skeleton):
+        saving.save_report(report, Path(options.save_model))
+    return write_logs(options, report)
+
+
+def write_logs(options: Options, report: Report) -> Report:
+    saving.save_logs(report, path_of(options.save), path_of(options.save_log))
+    return report
+
+
+def path_of(name: str | Path | None) -> Path | None:
+    return Path(name) if name else None

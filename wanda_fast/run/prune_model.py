@@ -1,0 +1,154 @@
+"""One run, step by step: options, model, tokens, resources, the block loop, the report."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from wanda_fast.checkpoint.block_loader import StreamedModel
+from wanda_fast.checkpoint.journal import chosen_before, partial_of
+from wanda_fast.checkpoint.load import Checkpoint
+from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.data.evaluation import require_zero_shot, zero_shot
+from wanda_fast.memory import out_of_memory_explained
+from wanda_fast.model.architecture import Block, find_blocks
+from wanda_fast.model.block_source import LiveModel
+from wanda_fast.options import Options
+from wanda_fast.output.resume import nothing_to_do, run_identity
+from wanda_fast.output.streamed import StreamedOutput
+from wanda_fast.pruning.methods import Method, make_method
+from wanda_fast.pruning.patterns import Pattern, parse_pattern
+from wanda_fast.report import Report
+from wanda_fast.run.hessian_memory import place_hessians
+from wanda_fast.run.inputs import open_model, read_tokens
+from wanda_fast.run.job import Job, run_in_memory, run_streamed
+from wanda_fast.run.outputs import path_of, require_outputs, write_logs, write_report
+from wanda_fast.run.resources import choose_resources, default_device, usable_device
+from wanda_fast.run.validate import survey
+from wanda_fast.timer import Clock, Progress
+
+logger = logging.getLogger(__name__)
+
+
+def prune_model(options: Options, tokenizer: object = None, progress: Progress | None = None) -> Report:
+    """Prune the model that `options` name, measure and save what they request."""
+    method, pattern = _method_and_pattern(options)
+    recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
+    finished = require_outputs(options, recipe)
+    if options.eval_zero_shot:
+        require_zero_shot()
+    job = _new_job(options, method, pattern, recipe, progress)
+    loaded = open_model(options, tokenizer, job)
+    tokenizer = tokenizer or loaded.tokenizer
+    blocks = _surveyed_blocks(options, loaded, job)
+    read_tokens(options, tokenizer, loaded, job)
+    if finished is not None and nothing_to_do(finished, job.report):
+        return _already_finished(options, finished)
+    _choose_resources(options, loaded, blocks, job)
+    with out_of_memory_explained(), _in_eval_mode(loaded.model):
+        _run(options, loaded, blocks, job)
+        if options.eval_zero_shot:
+            with job.phase("zero-shot"):
+                job.report.zero_shot = zero_shot(loaded.model, tokenizer)
+    return write_report(options, loaded, job.report)
+
+
+def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
+    name = "dense" if options.sparsity_ratio == 0 else options.prune_method
+    method = make_method(
+        name,
+        options.update,
+        options.dampening,
+        options.measure_error,
+        connect_gate=options.connect_gate,
+    )
+    pattern = parse_pattern(options.sparsity_type, options.sparsity_ratio or None, options.use_variant)
+    options.require_choices()
+    return method, pattern
+
+
+def _new_job(
+    options: Options, method: Method, pattern: Pattern, recipe: dict, progress: Progress | None
+) -> Job:
+    """The job before anything is read; its clock and its report begin here."""
+    live = isinstance(options.model, nn.Module)
+    clock = Clock(usable_device(options.device or (options.model.device if live else default_device())))
+    return Job(
+        method,
+        pattern,
+        token_ids=None,
+        evaluation=None,
+        clock=clock,
+        report=Report(recipe, seconds=clock.seconds),
+        progress=progress,
+        masks=None if options.save_mask is None else {},
+        sequential=options.sequential,
+    )
+
+
+def _surveyed_blocks(options: Options, loaded: Skeleton | Checkpoint, job: Job) -> list[Block]:
+    """The model's blocks; method and pattern fit them, and there is memory for their Hessians."""
+    ignore, use = tuple(options.ignore), job.method.hessians
+    blocks = find_blocks(loaded.model, ignore)
+    survey(loaded.model, blocks, job.method, job.pattern, ignore, options.use_variant, job.report)
+    if use is not None:
+        before = _chosen_before(options, "hessians_on_host")
+        place_hessians(blocks, job.device, options.hessian_device, use, before)
+        kept_in_memory = isinstance(options.model, nn.Module) and options.save_model is None
+        use.stored = None if kept_in_memory else loaded.dtype
+    return blocks
+
+
+def _already_finished(options: Options, finished: Report) -> Report:
+    # A run that was killed after its last rename has left its working folder.
+    shutil.rmtree(partial_of(Path(options.save_model)), ignore_errors=True)
+    logger.info("%s is complete: nothing to resume", options.save_model)
+    return write_logs(options, finished)
+
+
+def _choose_resources(options: Options, loaded: Skeleton | Checkpoint, blocks: list[Block], job: Job) -> None:
+    """Set the job's batch size and where its hidden states are kept."""
+    stored = loaded.dtype if isinstance(loaded, Skeleton) else None
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = _chosen_before(options, "batch_size")
+    resources = choose_resources(
+        job, loaded.model, blocks, job.device, stored, batch_size, options.activations
+    )
+    job.batch_size, job.activations = resources.batch_size, resources.activations
+    job.report.resources, job.report.predicted_memory = resources.chosen, resources.predicted
+
+
+def _chosen_before(options: Options, name: str) -> object:
+    """What the unfinished run that this one resumes has chosen; None if there is none."""
+    return chosen_before(Path(options.save_model), name) if options.resume else None
+
+
+def _run(options: Options, loaded: Skeleton | Checkpoint, blocks: list[Block], job: Job) -> None:
+    folder = path_of(options.save_model)
+    if isinstance(loaded, Skeleton):
+        source = StreamedModel(loaded, blocks, job.device, job.clock)
+        output = folder and StreamedOutput(folder, source, _identity(job), options.resume)
+        run_streamed(job, source, output)
+        return
+    if options.resume:
+        logger.warning("a model that is held in memory as a whole is pruned from the start")
+    run_in_memory(job, LiveModel(loaded.model, blocks, job.device, job.clock), loaded, folder)
+
+
+def _identity(job: Job) -> dict:
+    on_host = job.method.hessians.on_host if job.method.hessians else frozenset()
+    return run_identity(job.report.recipe, job.report.digests, job.device, job.batch_size, on_host)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
