@@ -139,7 +139,7 @@ def prune(
     live = isinstance(model, nn.Module)
     folder = save_model and Path(save_model)
     if folder:
-        saving.put_back_replaced(folder)
+        saving.restore_replaced(folder)
     finished = finished_run(folder, recipe) if resume and not live else None
     _require_outputs(recipe, resume, overwrite or finished is not None)
     if eval_zero_shot:

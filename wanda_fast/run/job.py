@@ -14,7 +14,7 @@ from wanda_fast.data.evaluation import EvaluationSet, perplexity
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
 from wanda_fast.model.block_source import BlockSource, LiveModel
-from wanda_fast.model.offload import Placement
+from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
@@ -40,7 +40,7 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
-    activations: str = "device"  # where they lie: a kind of Placement
+    activations: str = "device"  # where they lie: a kind of Offload
 
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
@@ -74,9 +74,9 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     prunes = job.method.prunes
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
     if prunes:
-        with closing(Placement(job.activations, source.device)) as placement:
+        with closing(Offload(job.activations, source.device)) as offload:
             with job.clock.phase("block inputs"):
-                activations = record_activations(source, placement, job.token_ids, job.batch_size)
+                activations = record_activations(source, offload, job.token_ids, job.batch_size)
             job.prune(source, activations)
     if folder is not None:
         with job.clock.phase("write"):
@@ -88,12 +88,12 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """One sweep over the blocks: the perplexities, dense and pruned, travel along with the calibration."""
-    placement = Placement(job.activations, source.device, output and output.partial)
-    with closing(source), output or nullcontext(), closing(placement):
+    offload = Offload(job.activations, source.device, output and output.partial)
+    with closing(source), output or nullcontext(), closing(offload):
         with job.clock.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(
-                source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
+                source, offload, job.token_ids, job.batch_size, job.evaluation, pruned
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 import wanda_fast
 from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.model.block_inputs import hidden_states_given, record_block_inputs
-from wanda_fast.model.offload import Placement
+from wanda_fast.model.block_inputs import blocks_skipped, record_block_inputs
+from wanda_fast.model.offload import Offload
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import make_method
 
@@ -159,11 +159,11 @@ def test_one_module_that_is_several_blocks():
     model.model.layers[1] = model.model.layers[0]
     ids, blocks = token_ids(model, 3, 16), find_blocks(model)
     expected = model(ids, use_cache=False).logits
-    placement = Placement("device", torch.device("cpu"))
-    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, placement)
+    offload = Offload("device", torch.device("cpu"))
+    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, offload)
     for index, block in enumerate(blocks):
         inputs.advance_(index, block.module)
-    with hidden_states_given(blocks, inputs.hidden):
+    with blocks_skipped(blocks, inputs.hidden):
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
     assert wanda_fast.prune(model, dataset=ids).sparsity == pytest.approx(0.5, abs=1e-3)
 

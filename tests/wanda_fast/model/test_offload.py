@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors
-from wanda_fast.model import block_inputs
-from wanda_fast.model import offload as placement
-from wanda_fast.model.offload import Moved, Placement, on_host
+from wanda_fast.model import block_inputs, offload
+from wanda_fast.model.offload import Offload, Offloaded, on_host
 from wanda_fast.output import streamed as output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def on_disk(tmp_path):
-    disk = Placement("disk", CPU, tmp_path)
+    disk = Offload("disk", CPU, tmp_path)
     yield disk
     disk.close()
 
@@ -40,7 +39,7 @@ def test_passes_in_place(total, size, dtype, on_disk):
     """Three passes that overwrite batch by batch, as blocks do, against one tensor."""
     expected = torch.randn(total, 5, 3).to(dtype)
     hidden = on_disk.empty(expected.shape, dtype)
-    assert isinstance(hidden, Moved) and len(hidden) == total and hidden.nbytes == expected.nbytes
+    assert isinstance(hidden, Offloaded) and len(hidden) == total and hidden.nbytes == expected.nbytes
     for batch in batches(total, size):
         hidden[batch] = expected[batch]
     for _ in range(3):
@@ -73,7 +72,7 @@ def test_what_is_overwritten_is_not_taken_from_an_early_copy(on_disk):
     assert hidden[2:4].eq(1).all()
 
 
-class Slow(placement._Mover):
+class Slow(offload._Copier):
     """Copies as a slow bus does, and notes what is asked for and what has come."""
 
     def __init__(self):
@@ -91,26 +90,26 @@ class Slow(placement._Mover):
 
 
 def test_the_next_batch_moves_while_this_one_is_computed():
-    mover = Slow()
-    hidden = Moved(torch.arange(6.0).view(6, 1, 1), mover)
-    mover.may_copy.set()
+    copier = Slow()
+    hidden = Offloaded(torch.arange(6.0).view(6, 1, 1), copier)
+    copier.may_copy.set()
     first = hidden[0:2]
-    mover._thread.submit(lambda: None).result()  # all that was asked for has come
-    assert sorted(mover.events) == ["asked", "asked", "copied", "copied"]  # of this batch and the next
-    mover.may_copy.clear()
-    mover.events.clear()
+    copier._thread.submit(lambda: None).result()  # all that was asked for has come
+    assert sorted(copier.events) == ["asked", "asked", "copied", "copied"]  # of this batch and the next
+    copier.may_copy.clear()
+    copier.events.clear()
     hidden[0:2] = first + 1  # nobody waits for it, nor for the third batch
     second = hidden[2:4]
-    assert mover.events == ["asked", "asked"] and second.flatten().tolist() == [2, 3]
+    assert copier.events == ["asked", "asked"] and second.flatten().tolist() == [2, 3]
     hidden[2:4] = second + 1
     with ThreadPoolExecutor(1) as pool:
         third_out = pool.submit(hidden.__setitem__, slice(4, 6), torch.zeros(2, 1, 1))
         with pytest.raises(TimeoutError):
             third_out.result(timeout=0.1)  # no more than two batches wait to leave
-        mover.may_copy.set()
+        copier.may_copy.set()
         third_out.result(timeout=10)
     assert torch.cat(list(on_host(hidden))).flatten().tolist() == [1, 2, 3, 4, 0, 0]
-    mover.close()
+    copier.close()
 
 
 def test_the_file_has_no_name(on_disk, tmp_path):
@@ -191,13 +190,13 @@ def test_no_room_on_the_disk_when_resumed(llama, tmp_path, monkeypatch):
 
 
 def stop(self, index, activations):
-    self.interrupts.asked = True
-    self.disk.do(self.boundary.begin(index, activations))
+    self.interrupts.requested = True
+    self.writer.submit(self.activation_cache.begin(index, activations))
     raise errors.InterruptedRunError("stopped")
 
 
 @pytest.mark.parametrize("kinds", [("device", "disk"), ("disk", "host")])
-def test_a_boundary_is_restored_in_any_placement(kinds, llama, tmp_path, monkeypatch):
+def test_a_boundary_is_restored_on_any_kind_of_memory(kinds, llama, tmp_path, monkeypatch):
     expected, out = prune(str(llama), tmp_path / "whole")[1], tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(output.StreamedOutput, "reached", stop)

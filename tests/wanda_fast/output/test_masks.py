@@ -92,7 +92,7 @@ def test_a_mask_file_in_the_models_folder_is_refused(name, streamed, tmp_path, p
         save_checkpoint(model, "dense", pydoc_text[:20000])
     there = sorted(tmp_path.iterdir())
     options = dict(dataset=token_ids(model, 2, 32), save_model="out", save_mask=name)
-    with pytest.raises(errors.OutputError, match=f"mask file {name} lies in out"):
+    with pytest.raises(errors.OutputError, match=f"mask file {name} is in out"):
         wanda_fast.prune("dense" if streamed else model, **options)
     assert sorted(tmp_path.iterdir()) == there
     wanda_fast.prune("dense" if streamed else model, **options | dict(save_mask="out.mask"))

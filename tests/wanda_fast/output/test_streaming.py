@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
 from wanda_fast import api, errors
-from wanda_fast.checkpoint import atomic_write as durable
-from wanda_fast.checkpoint import block_loader as sources
-from wanda_fast.checkpoint import layout, shards
+from wanda_fast.checkpoint import atomic_write, block_loader, save, shards
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.output import streamed as output
 from wanda_fast.run import job
@@ -114,7 +112,7 @@ def test_every_kind_of_run_streams(options, folder_of, tmp_path):
 def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch):
     folder = folder_of("smollm", shards=True)
     _, tensors = prune(folder, tmp_path / "one")
-    monkeypatch.setattr(layout, "ONE_FILE", 0)
+    monkeypatch.setattr(save, "ONE_FILE", 0)
     _, shards = prune(folder, tmp_path / "shards")
     assert_equal_bytes(shards, tensors)
     files = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
@@ -205,8 +203,11 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
     ("spoil", "sentence"),
     [
         (lambda content: content[:-1000], "ends before its last tensor"),
-        (lambda content: b"a web page, not a model", "is no safetensors file: its header would be"),
-        (lambda content: content[:9] + b"{" + content[10:], "is no safetensors file: its header is no JSON"),
+        (lambda content: b"a web page, not a model", "is not a safetensors file: its header would be"),
+        (
+            lambda content: content[:9] + b"{" + content[10:],
+            "is not a safetensors file: its header is not JSON",
+        ),
     ],
     ids=["cut", "foreign", "header"],
 )
@@ -233,7 +234,7 @@ def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
 @pytest.mark.parametrize("save_mask", [False, True])
 def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
     """As on a GPU: what is stored is a copy under way, and whoever writes it waits until it is there."""
-    folder, stored, threads = folder_of("llama2"), sources.StreamedModel.stored, []
+    folder, stored, threads = folder_of("llama2"), block_loader.StreamedModel.stored, []
     options = dict(save_mask=tmp_path / "masks") if save_mask else {}
     _, expected = prune(folder, tmp_path / "expected", sparsity_type="2:4", **options, overwrite=True)
     masks = load_file(tmp_path / "masks") if save_mask else {}
@@ -248,9 +249,9 @@ def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path,
             for name, copy in copies.items():
                 copy.copy_(values[name])
 
-        return sources.Stored(copies, True, arrived)
+        return block_loader.Stored(copies, True, arrived)
 
-    monkeypatch.setattr(sources.StreamedModel, "stored", under_way)
+    monkeypatch.setattr(block_loader.StreamedModel, "stored", under_way)
     _, tensors = prune(folder, tmp_path / "out", sparsity_type="2:4", **options, overwrite=True)
     assert_equal_bytes(tensors, expected)
     if save_mask:
@@ -259,14 +260,16 @@ def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path,
 
 
 def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypatch):
-    stored, begin = sources.StreamedModel.stored, output.begin_tensors
+    stored, begin = block_loader.StreamedModel.stored, output.begin_tensors
 
     def full(path, *rest):
         if path.name.startswith("model-00002"):
             raise OSError(28, "No space left on device", str(path))
         return begin(path, *rest)
 
-    monkeypatch.setattr(sources.StreamedModel, "stored", lambda *args: replace(stored(*args), is_copy=True))
+    monkeypatch.setattr(
+        block_loader.StreamedModel, "stored", lambda *args: replace(stored(*args), is_copy=True)
+    )
     monkeypatch.setattr(output, "begin_tensors", full)
     with pytest.raises(errors.OutputError, match="No space left on device"):
         prune(folder_of("llama2"), tmp_path / "out")
@@ -274,19 +277,19 @@ def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypa
 
 @pytest.mark.parametrize("pieces", [0, 1, 3, 3.5])
 def test_a_checksum_sees_every_byte(pieces, tmp_path, monkeypatch):
-    monkeypatch.setattr(durable, "PIECE", 1000)
-    monkeypatch.setattr(durable, "CHUNK", 300)
+    monkeypatch.setattr(atomic_write, "PIECE", 1000)
+    monkeypatch.setattr(atomic_write, "CHUNK", 300)
     file, content = tmp_path / "file", bytearray(range(250)) * 14
     content = content[: int(1000 * pieces)]
     file.write_bytes(content)
     parts = [content[begin : begin + 1000] for begin in range(0, len(content), 1000)]
     expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    assert durable.checksum(file) == expected
-    monkeypatch.setattr(durable, "MOST_THREADS", 1)
-    assert durable.checksum(file) == expected
+    assert atomic_write.checksum(file) == expected
+    monkeypatch.setattr(atomic_write, "MOST_THREADS", 1)
+    assert atomic_write.checksum(file) == expected
     for place in range(0, len(content), 499):
         file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        assert durable.checksum(file) != expected
+        assert atomic_write.checksum(file) != expected
 
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):

@@ -19,7 +19,7 @@ METHODS, NSAMPLES = ("wanda", "connect"), (4, 32)
 
 MEASURED = """
 import gc, json, sys, threading, time, torch, wanda_fast
-from wanda_fast.memory import give_back_freed
+from wanda_fast.memory import release_freed_memory
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -36,7 +36,7 @@ folder, cases = sys.argv[1], json.loads(sys.argv[2])
 run(folder + "/tiny", folder + "/tiny.out", "connect")
 for number, (model, *case) in enumerate(cases):
     gc.collect()
-    give_back_freed()
+    release_freed_memory()
     before, seen, done = resident(), [], False
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import wanda_fast
 from wanda_fast.checkpoint import journal, shards
-from wanda_fast.output import activation_cache as boundary
+from wanda_fast.output import activation_cache
 
 MOMENTS = ("in a shard", "in a note", "after a shard, before its note", "before the last rename", "any")
 MOMENTS += ("between the renames of --overwrite", "after the last rename")
@@ -104,7 +104,9 @@ def child(model, out, method, moment, chance):
     pid = os.fork()
     if not pid:
         arm(moment, chance)
-        boundary.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))  # rarely, as always, after every block
+        activation_cache.SHARE_OF_TIME = chance.choice(
+            (0.0001, 0.1, 1e9)
+        )  # rarely, as always, after every block
         run(model, out, method)
         os._exit(0)
     if moment == "any":

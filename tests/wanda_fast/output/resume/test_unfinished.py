@@ -29,7 +29,7 @@ from tests.wanda_fast.output.resume.runs import (
 from wanda_fast import errors
 from wanda_fast.checkpoint import shards
 from wanda_fast.cli import main as cli
-from wanda_fast.output import activation_cache as boundary
+from wanda_fast.output import activation_cache
 from wanda_fast.output import streamed as output
 from wanda_fast.run import job
 
@@ -139,7 +139,7 @@ def test_only_what_is_spoilt_is_done_again(name, how, llama, unbroken, broken_of
 
 
 def test_blocks_are_replayed_where_no_boundary_was_written(llama, unbroken, broken_off, pruned, monkeypatch):
-    monkeypatch.setattr(boundary.Boundary, "begin", lambda *_: lambda: None)
+    monkeypatch.setattr(activation_cache.ActivationCache, "begin", lambda *_: lambda: None)
     out = broken_off()
     assert not list(partial(out).glob("boundary*"))
     pruned.clear()
