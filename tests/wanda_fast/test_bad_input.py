@@ -65,9 +65,9 @@ SENTENCES = {
     "log folder not empty": (["--save", "{folder}"], ["not empty", "--overwrite"]),
     "log file exists": (["--save_log", "{short}"], ["short.txt exists", "--overwrite"]),
     "mask file exists": (["--save_mask", "{short}"], ["short.txt exists", "--overwrite"]),
-    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is no regular file"]),
-    "mask file under a file": (["--save_mask", "{short}/mask"], ["short.txt/mask", "short.txt is no folder"]),
-    "output is a file": (["--save_model", "{short}"], ["short.txt", "no folder"]),
+    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is not a regular file"]),
+    "mask file under a file": (["--save_mask", "{short}/mask"], ["short.txt/mask", "short.txt is not a writable folder"]),
+    "output is a file": (["--save_model", "{short}"], ["short.txt", "is not a folder"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""A streamed checkpoint: the same tensors, byte for byte, as a model that is pruned in memory as a whole."""
+"""A streamed checkpoint gives the same tensors, byte for byte, as a model that is pruned in memory."""
 
 import hashlib
 import json
@@ -23,13 +23,14 @@ from wanda_fast.run import job
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
-LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
+# transformers renames or merges their tensors as it loads them.
+LOADED_WHOLE = ("gpt_neox", "mixtral")
 QUICK = dict(nsamples=3, seqlen=24, batch_size=2, eval_windows=5)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, pydoc_text):
-    """Folder of a family's checkpoint, in bfloat16; `shards` splits it into files of 100 kB."""
+    """A function that saves a family's checkpoint in bfloat16; with `shards`, in files of 100 kB."""
 
     def folder_of(name, shards=False):
         folder = tmp_path_factory.mktemp(name)
@@ -45,7 +46,7 @@ def folder_of(tmp_path_factory, pydoc_text):
 
 
 def prune(folder, out, whole=False, **options):
-    """The report, and the tensors of what was written; `whole`: in memory."""
+    """(report, tensors that were written); with `whole`, the model is pruned in memory."""
     with pytest.MonkeyPatch.context() as patch:
         if whole:
             patch.setattr(api, "open_skeleton", refuse)
@@ -109,7 +110,7 @@ def test_every_kind_of_run_streams(options, folder_of, tmp_path):
     assert_equal_bytes(load_file(masks[1]), load_file(masks[0]))
 
 
-def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch):
+def test_large_models_are_written_in_shards_that_load(folder_of, tmp_path, monkeypatch):
     folder = folder_of("smollm", shards=True)
     _, tensors = prune(folder, tmp_path / "one")
     monkeypatch.setattr(save, "ONE_FILE", 0)
@@ -127,7 +128,7 @@ def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", LOADED_WHOLE)
-def test_what_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, caplog):
+def test_a_checkpoint_that_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, caplog):
     caplog.set_level("INFO", logger="wanda_fast")
     report, tensors = prune(folder_of(name), tmp_path / "out", prune_method="wanda")
     said = [record.message for record in caplog.records if "not streamed" in record.message]
@@ -150,7 +151,7 @@ def test_blocks_that_share_weights_are_loaded_whole(tmp_path, caplog):
 
 
 def test_tied_weights_in_the_file_twice(folder_of, tmp_path, caplog):
-    """The same twice is one weight; two that differ are two, as transformers has it."""
+    """As in transformers: two equal tensors are one weight, two different ones are not tied."""
     caplog.set_level("INFO", logger="wanda_fast")
     folder = folder_of("smollm")
     file = folder / "model.safetensors"
@@ -175,7 +176,7 @@ def test_pickled_weights_are_refused(tmp_path, pydoc_text):
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
 def test_pickled_weights_on_the_hub_are_refused(file, tmp_path):
-    """A repository that the hub's cache holds, without safetensors; nothing of it is read."""
+    """A repository in the hub's cache, without safetensors. The pickle is not read."""
     snapshot = tmp_path / "models--some--one" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--some--one" / "refs").mkdir()
@@ -211,7 +212,7 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
     ],
     ids=["cut", "foreign", "header"],
 )
-def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_path):
+def test_an_invalid_checkpoint_is_refused_with_one_sentence(spoil, sentence, folder_of, tmp_path):
     folder = folder_of("llama2")
     file = folder / "model.safetensors"
     file.write_bytes(spoil(file.read_bytes()))
@@ -220,8 +221,8 @@ def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
-    """The head, which goes from file to file behind the blocks: the model is at fault, not the output."""
+def test_a_checkpoint_truncated_in_a_tensor_outside_the_blocks(folder_of, tmp_path):
+    """The head, which is copied from file to file. The error names the model's file, not the output."""
     file = folder_of("llama2") / "model.safetensors"
     tensors = load_file(file)
     shards.begin_tensors(file, tensors | {"lm_head.weight": tensors.pop("lm_head.weight")})()  # now the last
@@ -232,8 +233,8 @@ def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("save_mask", [False, True])
-def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
-    """As on a GPU: what is stored is a copy under way, and whoever writes it waits until it is there."""
+def test_a_copy_is_written_during_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
+    """As on a GPU, where the tensors to write are copies under way: the writing thread waits for them."""
     folder, stored, threads = folder_of("llama2"), block_loader.StreamedModel.stored, []
     options = dict(save_mask=tmp_path / "masks") if save_mask else {}
     _, expected = prune(folder, tmp_path / "expected", sparsity_type="2:4", **options, overwrite=True)
@@ -259,7 +260,7 @@ def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path,
     assert len(threads) == 2 and all(name.startswith("wanda-fast-disk") for name in threads)
 
 
-def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypatch):
+def test_no_room_for_a_copy_that_is_written_in_the_background(folder_of, tmp_path, monkeypatch):
     stored, begin = block_loader.StreamedModel.stored, output.begin_tensors
 
     def full(path, *rest):
