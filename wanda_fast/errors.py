@@ -1,91 +1,97 @@
-"""One exception type a cause; each carries one sentence that names the culprit and the numbers."""
+"""The exceptions of wanda_fast: one type for each cause.
+
+A message is one sentence that names the faulty part and repeats the numbers.
+"""
 
 
 class WandaFastError(Exception):
-    """Any input that wanda_fast refuses, or any resource it lacks.
+    """wanda_fast refuses an input, or lacks a resource.
 
     Attributes:
-        resumable: whether `--resume` can succeed where this run failed, so that the blocks which it finished
-            are kept. False: the same input would be refused again.
+        resumable: whether `--resume` can succeed where this run failed. If so, the blocks that the run
+            finished are kept. False if the same input would be refused again.
     """
 
     resumable = True
 
 
 class RefusedInputError(WandaFastError, ValueError):
-    """Input that no second try would accept."""
+    """An input that a second run would refuse as well."""
 
     resumable = False
 
 
 class UnknownMethodError(RefusedInputError):
-    """No pruning method of that name is registered."""
+    """An option's value is not one of its choices, e.g. a pruning method that is not registered."""
 
 
 class PatternError(RefusedInputError):
-    """A sparsity pattern that does not parse, or does not fit a linear's in_features."""
+    """A sparsity pattern cannot be parsed, or does not fit a linear's in_features."""
 
 
 class SparsityRatioError(RefusedInputError):
-    """A ratio outside [0, 1), or at odds with the pattern."""
+    """A ratio is outside [0, 1), or contradicts the pattern."""
 
 
 class CalibrationError(RefusedInputError):
-    """Calibration or evaluation text that is missing, unreadable or too short."""
+    """Calibration or evaluation data is missing, unreadable, too short, or does not fit the model."""
 
 
 class NoPrunableBlockError(RefusedInputError):
-    """No repeated block with nn.Linear weights was found."""
+    """The model has no repeated block with nn.Linear weights."""
 
 
 class HiddenStatesError(RefusedInputError):
-    """Blocks that cannot run one by one: they take something else than one sequence's hidden states after the
-    other, or a forward does not run them in turn, each once."""
+    """The model's blocks cannot be run one by one.
+
+    Either a block's input is not one row of hidden states for each sequence, or the model's forward does not
+    call the blocks in order, each once.
+    """
 
 
 class IgnorePatternError(RefusedInputError):
-    """An --ignore pattern that matches no linear, or is no valid regular expression."""
+    """An --ignore pattern matches no linear, or is not a valid regular expression."""
 
 
 class NonFiniteError(RefusedInputError):
-    """NaN or infinity in a weight or in the activations that a linear receives."""
+    """A weight, or the activations that a linear receives, hold NaN or infinity."""
 
 
 class HessianError(WandaFastError, ArithmeticError):
-    """A Hessian that no dampening makes positive definite, or a dampening that is no positive number."""
+    """No dampening makes a Hessian positive definite, or the dampening is not a positive number."""
 
 
 class DeviceError(RefusedInputError):
-    """A device that is neither the CPU nor a GPU of this machine."""
+    """A device is neither the CPU nor a GPU of this machine."""
 
 
 class CheckpointError(WandaFastError, OSError):
-    """A model folder or file that cannot be loaded."""
+    """A model's folder or file cannot be loaded."""
 
 
 class OutputError(WandaFastError, OSError):
-    """An output folder that is not empty, or cannot be written."""
+    """An output folder is not empty, or cannot be written."""
 
 
 class MaskError(RefusedInputError):
-    """A mask file that is none, or does not fit the model."""
+    """A file is not a mask file, or does not fit the model."""
 
 
 class OutOfMemoryError(WandaFastError, MemoryError):
-    """Memory ran out; the sentence says what to lower."""
+    """Memory ran out. The message says which options lower the need."""
 
 
 class MissingDependencyError(WandaFastError, ImportError):
-    """An optional package is needed for what was asked."""
+    """An optional package is required and not installed."""
 
 
 class NotStreamableError(WandaFastError):
-    """A checkpoint that cannot be read block by block; whoever opened it loads it whole instead."""
+    """A checkpoint cannot be read block by block. The caller loads it as a whole instead."""
 
 
 class ResumeError(WandaFastError):
-    """An unfinished run that cannot be continued as asked, or would be lost."""
+    """An unfinished run cannot be continued with these options, or would be lost."""
 
 
 class InterruptedRunError(WandaFastError):
-    """Ctrl-C: the run ended after a block, and can be continued."""
+    """The run was stopped by Ctrl-C after a block, and can be continued."""

@@ -1,4 +1,4 @@
-"""Memory: how much is free, how much a run took at its highest, what to lower where there was too little."""
+"""Memory: how much is free, the peak so far, and an error that says which options lower the need."""
 
 import ctypes
 import os
@@ -13,23 +13,37 @@ import torch
 
 from wanda_fast.errors import OutOfMemoryError
 
+# --sequential linear holds the activations of all samples inside a block, whatever the batch size.
+FEWER_TOKENS = (
+    "lower --batch_size, --nsamples or --seqlen (--batch_size does not help with --sequential linear), "
+    "or pass --activations disk"
+)
+
 
 @contextmanager
-def out_of_memory_explained() -> Iterator[None]:
+def out_of_memory_explained(remedy: str = FEWER_TOKENS) -> Iterator[None]:
+    """Turn a failed allocation into `OutOfMemoryError`, whose message ends with `remedy`."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch has a type for it on GPUs, a RuntimeError on CPUs
-        on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "no memory left")
-        raise OutOfMemoryError(
-            f"out of memory: {reason}; lower --batch_size, --nsamples or --seqlen, or name --activations disk"
-        ) from error
+        raise OutOfMemoryError(f"out of memory: {reason}; {remedy}") from error
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The one check in this package that reads a message. torch's CPU allocator raises a plain RuntimeError
+    # that has no attributes, so only its text tells it from another RuntimeError. The free memory does not:
+    # the size of the request is known from the text alone.
+    return "allocate memory" in str(error)
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest, since the process began: resident on the host, allocated on each GPU."""
+    """Peak bytes since the process began, by device: resident on "host", allocated on each "cuda:N"."""
+    # getrusage counts bytes on macOS, KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     for index in range(torch.cuda.device_count()):
@@ -38,7 +52,11 @@ def peak_memory() -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of a GPU; of the host without swapping, within a container's limit."""
+    """Bytes that this process can still allocate on `device`.
+
+    On a GPU: what the driver reports, and what torch has reserved and does not use. On the host: what is
+    available without swapping, within the limits of the process's control groups.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -48,15 +66,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def prefer_huge_pages() -> None:
-    """torch's large tensors lie in pages of 2 MiB where the system grants them: a fresh page of 4 KiB costs a
-    microsecond or two, and a block's forward takes them by the ten thousand. Before the first large tensor;
-    a value that is set stays."""
+    """Ask torch to allocate large tensors in pages of 2 MiB where the system has them.
+
+    A page fault costs one to two microseconds, and a block's forward takes tens of thousands of 4 KiB pages.
+    Must be called before the first large tensor is allocated. A value that the user has set is kept.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def give_back_freed() -> None:
-    """Memory that was freed goes back to the system: glibc keeps what lies between blocks in use, and every
-    thread has a heap of its own. Elsewhere: nothing."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system; does nothing without glibc.
+
+    glibc keeps freed pages that are between blocks in use, and has a heap for each thread.
+    """
     if trim := _malloc_trim():
         trim(0)
 
@@ -67,8 +89,10 @@ def _malloc_trim():
 
 
 def _left_in_cgroups(membership: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes that each control group around this process has left, of version 1 or 2; pages of files that can
-    be dropped count as free."""
+    """Bytes left in each control group around this process that has a limit, for version 1 and 2.
+
+    Cached pages of files count as free, because the kernel can drop them.
+    """
     left = []
     for line in membership.read_text().splitlines() if membership.is_file() else ():
         _, controllers, own = line.split(":", 2)

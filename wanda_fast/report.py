@@ -8,12 +8,19 @@ from importlib import metadata
 
 @dataclass
 class Reach:
-    """How much of a model the pruner can touch, in numbers of weights."""
+    """How much of a model can be pruned, in numbers of weights.
+
+    Attributes:
+        prunable: in prunable linears.
+        blocks: in all matrices of the blocks (parameters with two or more dimensions).
+        model: in all parameters.
+        largest_out_of_reach: name of the largest matrix in the blocks that is not prunable.
+    """
 
     prunable: int
     blocks: int
     model: int
-    largest_out_of_reach: str | None  # name of the largest weight in a block that is no prunable linear
+    largest_out_of_reach: str | None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The phases of a run: their seconds, and who is told of them."""
+"""Seconds spent in each phase of a run, and the interface of a progress display."""
 
 import time
 from collections.abc import Iterator
@@ -10,35 +10,37 @@ import torch
 
 
 @dataclass
-class _Open:
-    """A phase that has not ended: seconds of the phases inside it, and its parts (name, begin, end)."""
+class _OpenPhase:
+    """A phase that has not ended: the seconds of phases nested in it, and its parts as (name, begin, end)."""
 
     inner: float = 0.0
     parts: list[tuple] = field(default_factory=list)
 
 
 class Clock:
-    """Seconds per phase; a phase inside another counts for itself only, so that the sum is the run's time.
+    """Sums seconds by phase. The time of a nested phase is not counted in the outer one, so that the phases
+    add up to the time of the run.
 
-    On a GPU a phase's end waits for the device, once a block and phase, and so does the begin of one inside
-    another: what the outer one gave the device to do is the outer one's.
+    On a GPU the end of a phase synchronizes the device, and so does the beginning of a nested one: work that
+    the outer phase launched is counted in the outer phase.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = {}
-        self._open = [_Open()]
+        self._open = [_OpenPhase()]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Context whose duration is added to `seconds[name]`."""
         if len(self._open) > 1:
-            self._wait()
+            self._synchronize()
         start = time.perf_counter()
-        self._open.append(_Open())
+        self._open.append(_OpenPhase())
         try:
             yield
         finally:
-            self._wait()
+            self._synchronize()
             elapsed = time.perf_counter() - start
             own = self._open.pop()
             in_parts = sum(self._add(part, seconds_between(*marks)) for part, *marks in own.parts)
@@ -47,12 +49,15 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A short piece of the innermost phase, counted for itself; on a GPU by events, without waiting."""
+        """A short part of the innermost phase, added to `seconds[name]` instead of the phase.
+
+        Does not synchronize: on a GPU it is measured by events.
+        """
         begin = mark(self.device)
         yield
         self._open[-1].parts.append((name, begin, mark(self.device)))
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -62,13 +67,14 @@ class Clock:
 
 
 class Progress(Protocol):
-    """A display. It is told that `done` of `total` blocks (or windows) are done and a phase has begun."""
+    """A progress display."""
 
-    def step(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """`phase` begins, and `done` of `total` blocks (or evaluation windows) are done."""
 
 
 class Phases:
-    """Phases of one block: the display is told, the clock counts."""
+    """The phases of one block: `phases(name)` is a context that the clock measures and the display shows."""
 
     def __init__(self, clock: Clock, progress: Progress | None, index: int, total: int, block: str):
         self._clock, self._progress = clock, progress
@@ -81,12 +87,13 @@ class Phases:
             yield
 
     def tell(self, phase: str, detail: str = "") -> None:
+        """Show `phase`, with `detail` in place of the block's name."""
         if self._progress is not None:
             self._progress.step(phase, self._index, self._total, detail or self._block)
 
 
 def mark(device: torch.device) -> "float | torch.cuda.Event":
-    """The time; on a GPU an event, which is recorded without waiting for the device."""
+    """The present time: seconds on a CPU, a recorded event on a GPU, which is not synchronized."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -95,5 +102,5 @@ def mark(device: torch.device) -> "float | torch.cuda.Event":
 
 
 def seconds_between(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Of two marks of one device, after it was waited for."""
+    """Seconds between two marks of one device, which must have been synchronized since."""
     return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3

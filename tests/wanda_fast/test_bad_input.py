@@ -65,9 +65,12 @@ SENTENCES = {
     "log folder not empty": (["--save", "{folder}"], ["not empty", "--overwrite"]),
     "log file exists": (["--save_log", "{short}"], ["short.txt exists", "--overwrite"]),
     "mask file exists": (["--save_mask", "{short}"], ["short.txt exists", "--overwrite"]),
-    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is no regular file"]),
-    "mask file under a file": (["--save_mask", "{short}/mask"], ["short.txt/mask", "short.txt is no folder"]),
-    "output is a file": (["--save_model", "{short}"], ["short.txt", "no folder"]),
+    "mask file is a folder": (["--save_mask", "{folder}", "--overwrite"], ["is not a regular file"]),
+    "mask file under a file": (
+        ["--save_mask", "{short}/mask"],
+        ["short.txt/mask", "short.txt is not a writable folder"],
+    ),
+    "output is a file": (["--save_model", "{short}"], ["short.txt", "is not a folder"]),
 }
 
 
@@ -189,7 +192,7 @@ def refused_unchanged(model, said):
 def test_blocks_with_other_modules_between_them():
     """XLM keeps attentions, feed-forward parts and norms in a list each."""
     model = AutoModelForCausalLM.from_config(XLMConfig(vocab_size=320, emb_dim=64, n_layers=2, n_heads=4))
-    refused_unchanged(model, r"transformer\.ffns\.1 does not take what transformer\.ffns\.0 puts out")
+    refused_unchanged(model, r"the input of transformer\.ffns\.1 is not the output of transformer\.ffns\.0")
 
 
 def test_blocks_that_run_in_cycles():
@@ -277,7 +280,7 @@ def test_a_configuration_at_odds_with_the_weights(changed, llama, run, tmp_path)
 ROWS = {
     "not json": ('{"text": "fine"}\n{"text": \n', ["cannot be read"]),
     "no column of text": ('{"body": "no text here"}\n', ["['body']", "text, sentence, content"]),
-    "a row of another kind": ('{"text": "fine"}\n[1, 2]\n', ["a line is no object: [1, 2]"]),
+    "a row of another kind": ('{"text": "fine"}\n[1, 2]\n', ["a line is not a JSON object: [1, 2]"]),
     "a text that is none": ('{"text": "fine"}\n{"text": 7}\n', ["a row's text is 7"]),
     "nulls only": ('{"text": null}\n', ["holds no text"]),
     "empty": ("", ["its columns [] hold none"]),

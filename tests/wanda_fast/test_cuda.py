@@ -9,7 +9,7 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from tests.wanda_fast.model.test_fused_modules import names_of_calls
 from wanda_fast.model.fused_modules import fused_modules
-from wanda_fast.model.offload import Placement, on_host
+from wanda_fast.model.offload import Offload, on_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,9 +76,9 @@ def test_hessians_on_the_host_serve_as_those_on_the_device(llama, tmp_path):
 def test_no_copy_overtakes_what_it_waits_for(kind, tmp_path):
     """Long kernels before each result, large batches, three passes: a copy too early or memory reused too
     early would show."""
-    placement = Placement(kind, torch.device("cuda", 0), tmp_path)
+    offload = Offload(kind, torch.device("cuda", 0), tmp_path)
     expected = torch.randint(-4, 5, (14, 1024, 1024)).bfloat16()
-    hidden = placement.empty(expected.shape, expected.dtype)
+    hidden = offload.empty(expected.shape, expected.dtype)
     batches = [slice(start, start + 2) for start in range(0, 14, 2)]
     for batch in batches:
         hidden[batch] = expected[batch].cuda()
@@ -93,11 +93,11 @@ def test_no_copy_overtakes_what_it_waits_for(kind, tmp_path):
     for _ in range(3):
         expected = expected * 2 + 1
     assert torch.equal(torch.cat(list(on_host(hidden))), expected.cpu())
-    placement.close()
+    offload.close()
 
 
 def test_host_memory_is_pinned(tmp_path):
-    hidden = Placement("host", torch.device("cuda", 0)).empty((2, 8, 4), torch.bfloat16)
+    hidden = Offload("host", torch.device("cuda", 0)).empty((2, 8, 4), torch.bfloat16)
     assert hidden._stored.is_pinned() and hidden[0:2].is_cuda
 
 

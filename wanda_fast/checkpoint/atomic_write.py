@@ -1,4 +1,4 @@
-"""Files that are whole or not there, however the process ends."""
+"""Writes files that are complete or do not exist, however the process ends."""
 
 import hashlib
 import os
@@ -7,29 +7,35 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-CHUNK = 2**22  # bytes read at once
-PIECE = 2**24  # bytes that one thread checks
+# Bytes per read.
+CHUNK = 2**22
+# Bytes per task of the threads that compute a checksum.
+PIECE = 2**24
 MOST_THREADS = 8
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """`write` fills a file of another name, which then takes `path`'s place at once; returns its checksum."""
+    """`write` fills a temporary file, which is then renamed to `path`. Returns the file's checksum."""
     return begin_write(path, write)()
 
 
 def begin_write(path: Path, write: Callable[[Path], None]) -> Callable[[], str]:
-    """The first half of `write_atomically`; what is returned is the second, which waits for the disk."""
+    """The first half of `write_atomically`: fills the temporary file.
+
+    Returns the second half, a function that waits for the disk, renames the file and returns its checksum.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
         write(unfinished)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    return partial(_take_place, unfinished, path)
+    return partial(_finish_write, unfinished, path)
 
 
-def _take_place(unfinished: Path, path: Path) -> str:
-    with ThreadPoolExecutor(1) as pool:  # the disk works while the checksum is computed
+def _finish_write(unfinished: Path, path: Path) -> str:
+    # The disk writes while the checksum is computed.
+    with ThreadPoolExecutor(1) as pool:
         reached_disk = pool.submit(_sync, unfinished)
         digest = checksum(unfinished)
         reached_disk.result()
@@ -39,7 +45,7 @@ def _take_place(unfinished: Path, path: Path) -> str:
 
 
 def sync_folder(folder: Path, files: bool = False) -> None:
-    """Renames in a folder reach the disk with the folder; `files`: after all of its files."""
+    """Flush a folder, and with it the renames in it, to the disk; with `files`, all of its files first."""
     for path in [*(folder.iterdir() if files else ()), folder]:
         _sync(path)
 
@@ -53,10 +59,13 @@ def _sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of the sha256 of each 16 MiB: over a block of a 7B one thread (0.7 GB/s) takes longer than a GPU
-    takes to prune it."""
+    """sha256 of the concatenated sha256 of each 16 MiB of a file.
+
+    The pieces are hashed in threads: one thread (0.7 GB/s) takes longer for a block of a 7B model than a GPU
+    takes to prune it.
+    """
     begins = range(0, path.stat().st_size, PIECE)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:  # begins as many as have work
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(partial(_sha256, path), begins))).hexdigest()
 
 
@@ -68,7 +77,7 @@ def _sha256(path: Path, begin: int) -> bytes:
 
 
 def chunks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The file's bytes from `begin` on, up to `end` where given."""
+    """The bytes of a file from `begin` to `end` (default: the file's end), 4 MiB at a time."""
     with path.open("rb", buffering=0) as opened:
         opened.seek(begin)
         while chunk := opened.read(CHUNK if end is None else min(CHUNK, end - opened.tell())):

@@ -1,4 +1,4 @@
-"""Blocks from a checkpoint's files, one in memory at a time and the next one being read."""
+"""Loads blocks from a checkpoint's files. One block is in memory, and the next one is being read."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wanda_fast.checkpoint.meta_model import Skeleton
 from wanda_fast.checkpoint.shards import mapped_memory, pinned_memory
-from wanda_fast.memory import give_back_freed
+from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.timer import Clock
 from wanda_kernels.native.reused_memory import empty
@@ -18,11 +18,11 @@ from wanda_kernels.native.reused_memory import empty
 
 @dataclass
 class Stored:
-    """Tensors for the output, on the host.
+    """Tensors on the host, to be written to the output.
 
     Attributes:
-        is_copy: they stay as they are when the block goes on.
-        arrived: waits until they are there, from any thread.
+        is_copy: whether they are a copy, which later work on the block does not change.
+        arrived: waits until the copy is complete; can be called from any thread.
     """
 
     tensors: dict[str, Tensor]
@@ -31,7 +31,14 @@ class Stored:
 
 
 class StreamedModel:
-    """A checkpoint on disk. A thread reads one block ahead; what was lent leaves no weights behind."""
+    """The `BlockSource` of a checkpoint on disk. A thread reads one block ahead.
+
+    The model is on the meta device. Weights are in it only inside the contexts `block` and `surroundings`.
+
+    Attributes:
+        names: for each block, its tensors' names on disk.
+        outside: names of all other tensors on disk.
+    """
 
     def __init__(self, skeleton: Skeleton, blocks: list[Block], device: torch.device, clock: Clock):
         self.model, self.blocks, self.device, self.clock = skeleton.model, blocks, device, clock
@@ -56,7 +63,7 @@ class StreamedModel:
         try:
             yield
         finally:
-            self._forget(self.names[index])
+            self._unload(self.names[index])
 
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:
@@ -67,19 +74,25 @@ class StreamedModel:
         try:
             yield
         finally:
-            self._forget(names)
+            self._unload(names)
 
-    def give_back(self) -> None:
-        give_back_freed()
+    def release_memory(self) -> None:
+        """Return freed memory to the system, so that the peak stays at a few blocks."""
+        release_freed_memory()
 
     def close(self) -> None:
+        """Stop the reading thread."""
         self._reader.shutdown(cancel_futures=True)
 
     def place(self, tensors: dict[str, Tensor]) -> None:
-        """Give the model these tensors, by their names on disk, under all of their names in the model."""
+        """Put tensors into the model, under all of their names there.
+
+        Args:
+            tensors: by name on disk, on the host, in any floating-point dtype.
+        """
         for name, tensor in tensors.items():
-            # On the stream that computes, so in order with it. The tensor may be freed before it is copied:
-            # torch's allocator of pinned memory gives it to nobody until that stream has passed the copy.
+            # The copy is on the computing stream, so it is ordered before its users. The pinned tensor may be
+            # freed earlier: torch's allocator does not reuse its memory until the stream has passed the copy.
             moved = tensor.to(self.device, non_blocking=True)
             if tensor.is_floating_point():
                 moved = _cast(moved, self.dtype)
@@ -87,8 +100,11 @@ class StreamedModel:
             self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
 
     def stored(self, names: list[str]) -> Stored:
-        """These tensors as the output keeps them. Exact: kept weights came from that dtype, or were rounded
-        to it when they were updated."""
+        """The model's tensors with these names on disk, in the output's dtype.
+
+        The conversion is exact: weights came from that dtype, or were rounded to it when they were updated.
+        On a GPU the tensors are copies that may be under way, on a CPU they can be the model's own.
+        """
         state = {name: self._get(name).detach() for name in names}
         dtype = self.skeleton.dtype
         state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
@@ -100,10 +116,10 @@ class StreamedModel:
         return Stored(copies, True, torch.cuda.current_stream(self.device).record_event().synchronize)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """In the dtype of the checkpoint, as `from_pretrained` reads; pinned where a GPU will copy.
+        """Tensors in the checkpoint's dtype, as `from_pretrained` reads them; in pinned memory for a GPU.
 
-        Nothing here that torch computes with many threads: a thread of Python's gets a pool of its own, whose
-        threads wait at work, on the cores of the forward.
+        Must not call torch functions that run on several threads. Each Python thread has its own pool of
+        OpenMP threads, which would spin on the cores that the forward uses.
         """
         memory = pinned_memory if self.device.type == "cuda" else mapped_memory
         return self.skeleton.files.read(names, self.skeleton.dtype, memory)
@@ -116,7 +132,7 @@ class StreamedModel:
         own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head is not None else ()
         return id(self._meta[name]) in own and len(self.skeleton.names[name]) == 1
 
-    def _forget(self, names: list[str]) -> None:
+    def _unload(self, names: list[str]) -> None:
         for name in names:
             self._set(name, self._meta[name])
 
@@ -132,14 +148,14 @@ class StreamedModel:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`; on a CPU a copy takes memory again."""
+    """`tensor.to(dtype)`; on a CPU the copy is in reused memory."""
     if tensor.dtype == dtype:
         return tensor
     return empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def _buffers_to(module: nn.Module, device: torch.device) -> None:
-    """Buffers that are computed, not loaded, join the weights."""
+    """Move the buffers that are computed, not loaded, to the device of the weights."""
     for child in module.modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and not buffer.is_meta:

@@ -1,4 +1,4 @@
-"""Models in: Hugging Face ids, local folders, GGUF files."""
+"""Loads models as a whole: Hugging Face ids, local folders, GGUF files."""
 
 import logging
 from dataclasses import dataclass, field
@@ -15,20 +15,26 @@ from wanda_fast.model.block_forward import multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
+# What to do if loading runs out of memory.
+WHOLE_MODEL = "this model is loaded as a whole: choose a 16-bit dtype, or a machine with more memory"
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-NAMED = 3  # of the tensors that a checkpoint lacks
-# What transformers raises for what it cannot load.
+# Missing tensors that a message names.
+NAMED = 3
+# Exceptions of transformers for a checkpoint that it cannot load.
 UNLOADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError)
 
 
 @dataclass
 class Checkpoint:
-    """A loaded model, its tokenizer (None where there is none), and the dtype of its weights on disk.
+    """A loaded model.
 
     Attributes:
-        dtypes: of each tensor on disk, where they were widened for the computation: transformers keeps some
-            in another than the model's.
+        tokenizer: None if the checkpoint has none.
+        dtype: of the weights on disk.
+        dtypes: the dtype on disk of each tensor, if they were widened for the computation; transformers keeps
+            some tensors in another dtype than the model's.
     """
 
     model: nn.Module
@@ -41,10 +47,13 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or the folder of one).
 
     Args:
-        dtype: "auto" keeps the checkpoint's own, but computes 16-bit weights in float32 on a CPU without
-            fast 16-bit arithmetic (what is saved keeps the checkpoint's dtype); or "float32", "float16",
-            "bfloat16".
-    Raises: `CheckpointError`, also where the files lack a tensor of the model or hold one of another shape.
+        dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own. With "auto", 16-bit weights
+            are computed in float32 on a CPU without fast 16-bit arithmetic; they are still saved in the
+            checkpoint's dtype.
+        cache_dir: for downloads from the hub.
+        device: where the model will run: "cpu" or "cuda".
+    Raises: `CheckpointError` if it cannot be loaded, or lacks a tensor or has one of another shape;
+        `OutOfMemoryError`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -53,14 +62,16 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
-    readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told, and refused below
+    # Tensors of another shape are reported this way, and refused below with their names.
+    readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     readable |= {} if gguf else {"use_safetensors": True}
     try:
-        with out_of_memory_explained():
+        with out_of_memory_explained(WHOLE_MODEL):
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
             )
-    except (*UNLOADABLE, RuntimeError) as error:  # the latter: tensors that transformers cannot convert
+    # RuntimeError: transformers cannot convert a tensor.
+    except (*UNLOADABLE, RuntimeError) as error:
         raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
     _require_whole(path, found)
     tokenizer = load_tokenizer(folder, **options)
@@ -74,7 +85,7 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
 
 
 def _require_whole(path: str, found: dict) -> None:
-    """Raise `CheckpointError` where transformers drew weights at random, as it does for what files lack."""
+    """Raise `CheckpointError` if tensors were missing: transformers gives them random values."""
     wrong = [f"{name} is absent" for name in sorted(found["missing_keys"])]
     wrong += [
         f"{name} is {list(stored)} in the file, {list(needed)} in the model"
@@ -88,30 +99,33 @@ def _require_whole(path: str, found: dict) -> None:
 
 
 def require_dtype(dtype: str) -> None:
+    """Raise `CheckpointError` unless `dtype` is "auto" or one of DTYPES."""
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def load_tokenizer(path: str, **options: object):
-    """The tokenizer of a checkpoint, or None, with a warning, where it has none."""
+    """The tokenizer of a checkpoint; None, and a warning, if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (*UNLOADABLE, TypeError) as error:  # the latter: a vocabulary's file that is not there
+    # TypeError: the file of the vocabulary is missing.
+    except (*UNLOADABLE, TypeError) as error:
         logger.warning("no tokenizer in %s: %s", path, first_line(error))
         return None
 
 
 def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
-    """Whether weights of dtype `stored` are widened for the computation."""
+    """Whether weights of dtype `stored` on disk are widened for the computation; see `load`."""
     return dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored)
 
 
 def locate(path: str) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file name in it or None).
+    """(folder or hub id, name of the GGUF file in it or None).
 
-    Raises: `CheckpointError` for what cannot be a model.
+    Raises: `CheckpointError` if the path is local and has no model, several GGUF files, an unfinished run, or
+        weights in pickles only.
     """
     local = Path(path).expanduser()
     if unfinished := unfinished_run(local):
@@ -140,13 +154,14 @@ def locate(path: str) -> tuple[str, str | None]:
 
 
 def refuse_pickles(repository: str, cache_dir: str | None) -> None:
-    """Raise `CheckpointError` where a hub repository without safetensors has pickles; fetches neither."""
+    """Raise `CheckpointError` if a hub repository has pickles. Downloads nothing."""
     from transformers.utils import has_file
 
     for name in PICKLES:
         try:
             held = has_file(repository, name, cache_dir=cache_dir)
-        except UNLOADABLE:  # no such repository: whoever loads it says so
+        # There is no such repository, which the caller finds out.
+        except UNLOADABLE:
             return
         if held:
             raise _pickled(repository, name)
@@ -160,7 +175,7 @@ def _pickled(where: str, file: str) -> CheckpointError:
 
 
 def _forget_quantization(model: nn.Module) -> None:
-    """The weights are dequantised; without the marks of GGUF the model is what `save_pretrained` takes."""
+    """Remove the marks of GGUF from a model whose weights are dequantised: `save_pretrained` refuses them."""
     del model.config.quantization_config
     del model.hf_quantizer, model.quantization_method
     model.is_quantized = False
@@ -171,4 +186,5 @@ def _fast_on_cpu(dtype: torch.dtype) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not blank, or else the exception's type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

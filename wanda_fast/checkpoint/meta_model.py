@@ -1,4 +1,4 @@
-"""A checkpoint's model without its weights: on the meta device, with the file of each tensor beside it."""
+"""Opens a checkpoint without its weights: a model on the meta device, and the file of each of its tensors."""
 
 import json
 from dataclasses import dataclass
@@ -24,11 +24,15 @@ from wanda_fast.model.architecture import require_untied_blocks
 
 @dataclass
 class Skeleton:
-    """A model on the meta device, but for its non-persistent buffers, which are computed.
+    """A checkpoint whose weights have not been read.
 
     Attributes:
-        dtype: of the weights that are saved; `model.dtype` is that of the computation.
-        names: tensor name on disk -> its names in the model, several where weights are tied.
+        model: on the meta device, except for its non-persistent buffers, which are computed. `model.dtype` is
+            the dtype of the computation.
+        tokenizer: None if the checkpoint has none.
+        dtype: of the weights that will be saved.
+        files: where the tensors are.
+        names: tensor name on disk -> its names in the model; several if weights are tied.
     """
 
     model: nn.Module
@@ -41,10 +45,10 @@ class Skeleton:
 def open_skeleton(
     path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu"
 ) -> Skeleton:
-    """What `checkpoint.load` gives, without the weights.
+    """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same.
 
-    Raises: `NotStreamableError` with the reason why the checkpoint must be loaded whole;
-    `CheckpointError` for what is no model at all.
+    Raises: `NotStreamableError` with the reason why the checkpoint must be loaded as a whole;
+        `CheckpointError` if it is not a model.
     """
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
@@ -72,7 +76,7 @@ def open_skeleton(
 
 
 def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
-    """The checkpoint's files, fetched from the hub where they are not here: one, or an index's shards."""
+    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id."""
     from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -97,14 +101,16 @@ def _without_weights(config, dtype: torch.dtype) -> nn.Module:
         raise NotStreamableError("its weights are quantised")
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():  # there is nothing to initialise of them
+    # Parameters on the meta device need no initial values. Buffers do: `from_config` has computed them in
+    # `dtype`, but `from_pretrained` computes them in float32.
+    for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    model.init_weights()  # only now: from_config computes buffers in `dtype`, from_pretrained in float32
+    model.init_weights()
     return model
 
 
 def _refuse_conversions(model: nn.Module, files: TensorFiles, dtype: torch.dtype) -> None:
-    """Where transformers would rename, merge or widen tensors as it loads them, it shall do so."""
+    """Raise `NotStreamableError` if transformers renames, merges or widens tensors as it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     for conversion in get_model_conversion_mapping(model, add_legacy=False):
@@ -116,7 +122,11 @@ def _refuse_conversions(model: nn.Module, files: TensorFiles, dtype: torch.dtype
 
 
 def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]:
-    """Tensor name on disk -> names in the model; every tensor of the model must be there, in its shape."""
+    """Tensor name on disk -> its names in the model.
+
+    Raises: `NotStreamableError` if a tensor is missing or has another dtype or shape than the model needs, or
+        tied weights differ in the file.
+    """
     tied: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():

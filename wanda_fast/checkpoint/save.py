@@ -1,26 +1,43 @@
-"""Models out: a folder that `from_pretrained` loads, there as a whole or not at all."""
+"""Writes models: folders that `from_pretrained` loads, and that are complete or do not exist.
 
+A model is written to DIR.partial/model, which a rename turns into DIR. `save` writes a model in memory. A
+streamed model's blocks are written by its output, and the rest by `save_outside` and `save_config_and_index`.
+"""
+
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from wanda_fast.checkpoint.atomic_write import sync_folder, write_atomically
+from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import RUN, partial_of
 from wanda_fast.checkpoint.load import Checkpoint, first_line
+from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.errors import OutputError, ResumeError, WandaFastError
 from wanda_fast.report import Report
 
 REPORT = "wanda_fast.json"
-MODEL, REPLACED = "model", "replaced"  # in DIR.partial: what becomes DIR, and what was DIR
+# Subfolders of DIR.partial: the model that becomes DIR, and the folder that was DIR before.
+MODEL, REPLACED = "model", "replaced"
+# Bytes up to which a streamed model becomes one model.safetensors instead of a shard for each block.
+ONE_FILE = 2**28
 
 
 def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise `OutputError` where `folder` exists and is not empty, unless it may be overwritten; `ResumeError`
-    where an unfinished run would be lost."""
+    """Raise an error unless a model can be saved as `folder`.
+
+    Args:
+        overwrite: `folder` may have content, and an unfinished run may be dropped.
+        resume: an unfinished run will be continued.
+    Raises: `OutputError` if `folder` is not empty, is not a folder, or cannot be replaced by a rename;
+        `ResumeError` if an unfinished run would be lost.
+    """
     partial = partial_of(folder)
     if (partial / RUN).is_file() and not (overwrite or resume):
         raise ResumeError(
@@ -28,9 +45,11 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
         )
     if folder.is_symlink() or os.path.ismount(folder):
         kind = "a symbolic link" if folder.is_symlink() else "a mount point"
-        raise OutputError(f"output {folder} is {kind}, which no rename replaces: name a folder of its own")
+        raise OutputError(
+            f"output {folder} is {kind}, which a rename cannot replace: name a folder of its own"
+        )
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output {folder} exists and is no folder")
+        raise OutputError(f"output {folder} exists and is not a folder")
     if folder.is_dir() and not overwrite and (count := len(list(folder.iterdir()))):
         other = " and holds no finished run of this recipe" if resume else ""
         raise OutputError(
@@ -39,34 +58,37 @@ def require_empty(folder: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def require_free(file: Path, overwrite: bool) -> None:
-    """Raise `OutputError` where `file` exists, unless it may be overwritten, or cannot come to be."""
+    """Raise `OutputError` if `file` cannot be written, or exists and must not be overwritten."""
     parent = next(folder for folder in file.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"output {file} cannot be written: {parent} is no folder that may be written to")
+        raise OutputError(f"output {file} cannot be written: {parent} is not a writable folder")
     if file.exists() and not file.is_file():
-        raise OutputError(f"output {file} exists and is no regular file")
+        raise OutputError(f"output {file} exists and is not a regular file")
     if file.exists() and not overwrite:
         raise OutputError(f"output file {file} exists: name another, or pass --overwrite")
 
 
 def require_outside(mask: Path, folder: Path) -> None:
-    """Raise `OutputError` where `mask` lies in the model's `folder`, or where that grows."""
+    """Raise `OutputError` if `mask` is inside the model's `folder`, or inside its DIR.partial."""
     if any(mask.resolve().is_relative_to(taken.resolve()) for taken in (folder, partial_of(folder))):
         raise OutputError(
-            f"mask file {mask} lies in {folder}, whose files are read as weights: name a file beside it"
+            f"mask file {mask} is in {folder}, whose files are read as weights: name a file beside it"
         )
 
 
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
-    """Write model, tokenizer and the report beside `folder`, then rename: it is whole or not there."""
+    """Write model, tokenizer and report to DIR.partial, then rename it to `folder`.
+
+    Raises: `OutputError` if it cannot be written. If only the rename failed, the model is kept.
+    """
     partial = partial_of(folder)
     model = partial / MODEL
     with writing(folder):
-        put_back_replaced(folder)
+        restore_replaced(folder)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.mkdir(parents=True)
-            with _as_on_disk(checkpoint):
+            with _stored_dtypes(checkpoint):
                 checkpoint.model.save_pretrained(model)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(model)
@@ -77,24 +99,24 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
             shutil.rmtree(partial, ignore_errors=True)
             raise
     with writing(folder, f"; the model is kept in {model}"):
-        take_place(model, folder)
+        move_into_place(model, folder)
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def take_place(model: Path, folder: Path) -> None:
-    """`model`, all of it on disk, becomes `folder` by one rename; what was there is set aside."""
+def move_into_place(model: Path, folder: Path) -> None:
+    """Rename `model`, which must be on disk completely, to `folder`; an earlier `folder` is set aside."""
     if folder.exists():
         os.replace(folder, partial_of(folder) / REPLACED)
     try:
         os.replace(model, folder)
     except OSError:
-        put_back_replaced(folder)
+        restore_replaced(folder)
         raise
     sync_folder(folder.parent)
 
 
-def put_back_replaced(folder: Path) -> None:
-    """Where a run was killed between the two renames of `take_place`, what was `folder` is it again."""
+def restore_replaced(folder: Path) -> None:
+    """Put back the earlier `folder` if a run was killed between the two renames of `move_into_place`."""
     replaced = partial_of(folder) / REPLACED
     if replaced.exists() and not folder.exists():
         with writing(folder):
@@ -102,9 +124,12 @@ def put_back_replaced(folder: Path) -> None:
 
 
 @contextmanager
-def _as_on_disk(checkpoint: Checkpoint) -> Iterator[None]:
-    """Each tensor that was widened has its dtype on disk again, one after the other, for there may be no room
-    for two. Exact: weights came from that dtype, or were rounded to it."""
+def _stored_dtypes(checkpoint: Checkpoint) -> Iterator[None]:
+    """Context in which tensors that were widened for the computation have their dtype on disk again.
+
+    They are converted one by one, because there may be no memory for two copies of the model. The conversion
+    is exact: weights came from that dtype, or were rounded to it when they were updated.
+    """
     state = checkpoint.model.state_dict(keep_vars=True)
     widened = {name: state[name].dtype for name in checkpoint.dtypes}
     try:
@@ -116,8 +141,49 @@ def _as_on_disk(checkpoint: Checkpoint) -> Iterator[None]:
             state[name].data = state[name].data.to(dtype)
 
 
+def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], bool]) -> None:
+    """Copy the tensors outside of the blocks, which pruning does not change, from file to file.
+
+    Raises: `InterruptedError` between two pieces of 4 MiB once `abandoned()` is true.
+    """
+    files, dtype = source.skeleton.files, source.skeleton.dtype
+
+    def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
+        for piece in files.pieces(name, dtype):
+            if abandoned():
+                raise InterruptedError(f"{shard} was abandoned")
+            yield piece
+
+    begin_tensors(shard, files.on_meta(source.outside, dtype), pieces)()
+
+
+def save_config_and_index(source: StreamedModel, folder: Path, shards: list[Path]) -> None:
+    """Write configurations and tokenizer, and the index of the shards, which must be in `folder` already."""
+    skeleton = source.skeleton
+    config = skeleton.model.config
+    config.dtype = str(skeleton.dtype).removeprefix("torch.")
+    config.architectures = [type(skeleton.model).__name__]
+    config.save_pretrained(folder)
+    skeleton.model.generation_config.save_pretrained(folder)
+    if skeleton.tokenizer is not None:
+        skeleton.tokenizer.save_pretrained(folder)
+    _save_index(TensorFiles.of(shards), folder)
+
+
+def _save_index(shards: TensorFiles, folder: Path) -> None:
+    """Write the index, or join the shards to one file if they are small."""
+    if shards.nbytes() <= ONE_FILE:
+        join_files(shards, folder / "model.safetensors")
+        for shard in shards.files:
+            shard.unlink()
+        return
+    weight_map = {name: shard.name for name, shard in sorted(shards.location.items())}
+    index = {"metadata": {"total_size": shards.nbytes()}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
 def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
-    """`--save DIR`: the published log line and the report; `--save_log FILE`: both in one file."""
+    """Write the published code's log line and the report: to two files in `folder`, and to the one `file`."""
     if folder is not None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,15 +198,18 @@ def save_logs(report: Report, folder: Path | None, file: Path | None) -> None:
 
 
 def save_report(report: Report, folder: Path) -> None:
+    """Write the report into a model's folder."""
     with writing(folder):
         write_atomically(folder / REPORT, lambda file: file.write_text(report.to_json(), encoding="utf-8"))
 
 
 @contextmanager
 def writing(path: Path, afterwards: str = "") -> Iterator[None]:
+    """Turn a failed write into an `OutputError` on `path`, whose message ends with `afterwards`."""
     try:
         yield
-    except WandaFastError:  # has its own sentence
+    # These are OSErrors too, with a sentence of their own.
+    except WandaFastError:
         raise
     except (OSError, SafetensorError) as error:
         raise OutputError(f"output {path} cannot be written: {first_line(error)}{afterwards}") from error

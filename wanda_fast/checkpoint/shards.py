@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor lies, read by name, written part by part."""
+"""Safetensors files: finds tensors, reads them by name, and writes them part by part."""
 
 import hashlib
 import itertools
@@ -15,6 +15,7 @@ from torch import Tensor
 from wanda_fast.checkpoint.atomic_write import CHUNK, begin_write, chunks, write_atomically
 from wanda_fast.errors import CheckpointError
 
+# Names of dtypes in a safetensors header.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,30 +27,37 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # the names of safetensors
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SAMPLES, SAMPLE = 8, 4096  # places of each tensor that a model's digest reads, and bytes at each
+# Bytes: a cache line, and the widest vector register.
+ALIGNMENT = 64
+# A model's digest reads SAMPLE bytes at SAMPLES places of each tensor.
+SAMPLES, SAMPLE = 8, 4096
 
 
 def mapped_memory(nbytes: int) -> Tensor:
-    """Goes back to the system with the last tensor in it: malloc would keep some."""
+    """uint8 `[nbytes]` that returns to the system when its last tensor is freed; malloc would keep a part."""
     return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
 
 
 def pinned_memory(nbytes: int) -> Tensor:
-    """A GPU copies from it while the host goes on. torch keeps it for the next block."""
+    """uint8 `[nbytes]` that a GPU can copy from asynchronously. torch reuses it for the next block."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 @dataclass
 class TensorFiles:
-    """The tensors of a checkpoint. location: tensor name -> the file that holds it."""
+    """The tensors of a checkpoint.
+
+    Attributes:
+        location: tensor name -> the file that contains it.
+    """
 
     location: dict[str, Path]
 
     @classmethod
     def of(cls, files: Iterable[Path]) -> "TensorFiles":
+        """The tensors in these files. Raises: `CheckpointError` if a file is missing or invalid."""
         return cls({name: file for file in files for name in _header(file)[1]})
 
     def read(
@@ -58,12 +66,16 @@ class TensorFiles:
         dtype: torch.dtype | None = None,
         memory: Callable[[int], Tensor] = mapped_memory,
     ) -> dict[str, Tensor]:
-        """Copies on the host, floating-point ones in `dtype` where given.
+        """Tensors on the host, by name.
 
-        Read, not mapped: pages of a mapping would count as this process's memory beside the copies.
+        The files are read, not mapped: pages of a mapping would count as memory of this process, in addition
+        to the tensors.
 
         Args:
-            memory: bytes -> uint8 of as many, which all of them share.
+            names: of the tensors.
+            dtype: converts floating-point tensors; None: the dtype in the file.
+            memory: allocates the given number of bytes as uint8; the tensors share this one allocation.
+        Raises: `CheckpointError` if a file ends too early.
         """
         wanted: dict[Path, list[str]] = {}
         for name in names:
@@ -81,7 +93,7 @@ class TensorFiles:
         return tensors
 
     def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The values of `read([name], dtype)` in order, flat, 4 MiB of the file at a time."""
+        """The tensor of `read([name], dtype)` in flat pieces, each of 4 MiB in the file."""
         begin, header = _header(self.location[name])
         about = header[name]
         first, end = about["data_offsets"]
@@ -94,10 +106,11 @@ class TensorFiles:
 
     @property
     def files(self) -> list[Path]:
+        """All files, ordered by name."""
         return sorted(set(self.location.values()), key=lambda file: file.name)
 
     def on_meta(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """What `read` returns, without values."""
+        """The result of `read` on the meta device, from the headers alone."""
         headers = {file: _header(file)[1] for file in self.files}
         found = {}
         for name in names:
@@ -107,17 +120,23 @@ class TensorFiles:
         return found
 
     def unknown_dtypes(self) -> list[str]:
+        """Names of dtypes in the files that this module does not know."""
         used = {about["dtype"] for file in self.files for about in _header(file)[1].values()}
         return sorted(used - set(DTYPES))
 
     def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
         headers = [_header(file)[1] for file in self.files]
         offsets = [about["data_offsets"] for header in headers for about in header.values()]
         return sum(end - begin for begin, end in offsets)
 
     def digest(self) -> str:
-        """sha256 of every header and of 4 KiB at eight places of every tensor, its first and last bytes among
-        them: tells fine-tunes apart without reading a model twice. A change elsewhere goes unseen."""
+        """sha256 of every header, and of 4 KiB at eight places of every tensor, including its beginning and
+        its end.
+
+        Tells fine-tuned models apart without reading them as a whole. Misses a change that is limited to
+        other places.
+        """
         found = hashlib.sha256()
         for file in self.files:
             begin, header = _header(file)
@@ -137,11 +156,12 @@ def begin_tensors(
     tensors: dict[str, Tensor],
     parts: Callable[[str, Tensor], Iterable[Tensor]] = lambda _name, tensor: [tensor],
 ) -> Callable[[], str]:
-    """Write; what is returned waits for the disk, gives the file its name, and returns its checksum.
+    """Write a safetensors file under a temporary name.
 
     Args:
-        parts: what a tensor consists of, on the host, so that no second copy of all of it is needed; with it,
-            `tensors` may be whatever has dtype, shape and nbytes.
+        tensors: by name; with `parts`, only their dtype, shape and nbytes are used.
+        parts: splits a tensor into consecutive parts on the host, so that no copy of all of it is needed.
+    Returns: a function that waits for the disk, renames the file to `path`, and returns its checksum.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -153,18 +173,25 @@ def begin_tensors(
 
 
 def write_file(path: Path, header: dict[str, dict], contents: Iterable[memoryview]) -> None:
-    """A safetensors file: the header's length, the header, the tensors' bytes in its order."""
+    """Write a safetensors file: the length of the header, the header, and the tensors' bytes.
+
+    Args:
+        header: tensor name -> dtype, shape and data_offsets.
+        contents: the tensors' bytes, in the order of the header.
+    """
     text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
+    # The data must be aligned to 8 bytes.
+    text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as opened:
         for content in itertools.chain((len(text).to_bytes(8, "little"), text), contents):
             rest = memoryview(content)
-            while len(rest):  # one call writes at most 2 GiB
+            # One call writes at most 2 GiB.
+            while len(rest):
                 rest = rest[opened.write(rest) :]
 
 
 def join_files(shards: TensorFiles, path: Path) -> str:
-    """Write the tensors of all shards as one file, by copying bytes, never all at once. Returns checksum."""
+    """Copy the tensors of all shards into one file, 4 MiB at a time. Returns the file's checksum."""
     merged, size = {}, 0
     for file in shards.files:
         begin, header = _header(file)
@@ -176,21 +203,22 @@ def join_files(shards: TensorFiles, path: Path) -> str:
 
 
 def _size(about: dict) -> int:
-    """Bytes of a tensor, and those that keep the next one aligned."""
+    """Bytes of a tensor, rounded up so that the next one is aligned."""
     first, end = about["data_offsets"]
     return -(-(end - first) // ALIGNMENT) * ALIGNMENT
 
 
 def _read_tensor(opened: BinaryIO, begin: int, about: dict, buffer: Tensor) -> Tensor:
-    """Into `buffer`, uint8 of at least its size."""
+    """Read a tensor into `buffer`, which is uint8 and at least as large."""
     first, end = about["data_offsets"]
     tensor = buffer[: end - first].view(DTYPES[about["dtype"]]).view(about["shape"])
     opened.seek(begin + first)
     rest = _bytes(tensor)
-    while len(rest):  # one call reads at most 2 GiB
+    # One call reads at most 2 GiB.
+    while len(rest):
         count = opened.readinto(rest)
         if not count:
-            raise CheckpointError(f"{opened.name} ends before its last tensor: it is cut short")
+            raise CheckpointError(f"{opened.name} ends before its last tensor: it is truncated")
         rest = rest[count:]
     return tensor
 
@@ -200,22 +228,24 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor on the host, which is made contiguous where it is not."""
+    """The bytes of a tensor on the host; a copy if the tensor is not contiguous."""
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _header(file: Path) -> tuple[int, dict[str, dict]]:
-    """(where the data begins, tensor name -> dtype, shape, data_offsets)."""
+    """(offset of the data in the file, tensor name -> {dtype, shape, data_offsets})."""
     if not file.exists():
-        raise CheckpointError(f"{file} is absent, though the checkpoint's index names it")
+        raise CheckpointError(f"{file} is missing, though the checkpoint's index names it")
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
-            raise CheckpointError(f"{file} is no safetensors file: its header would be {length} bytes long")
+            raise CheckpointError(
+                f"{file} is not a safetensors file: its header would be {length} bytes long"
+            )
         text = opened.read(length)
     try:
         header = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{file} is no safetensors file: its header is no JSON") from error
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON") from error
     header.pop("__metadata__", None)
     return 8 + length, header

@@ -17,18 +17,25 @@ from wanda_fast.model.fused_modules import fused_modules
 from wanda_kernels.native.reused_memory import reused_memory
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-TOKENS_PER_FORWARD = 4096  # logits are [tokens, vocabulary]: 4096 x 128 k in fp32 is 2 GiB
+# Logits are [tokens, vocabulary]: with a vocabulary of 128 k, 4096 tokens take 2 GiB in fp32.
+TOKENS_PER_FORWARD = 4096
 
 
 @dataclass
 class EvaluationSet:
-    """What a perplexity is measured on: `windows` int64 `[nwindows, seqlen]`, and the protocol in words."""
+    """The data that perplexity is measured on.
+
+    Attributes:
+        windows: int64 `[nwindows, seqlen]`.
+        label: name of the text.
+    """
 
     windows: Tensor
     label: str
 
     @property
     def protocol(self) -> str:
+        """The data in words, for the report."""
         nwindows, seqlen = self.windows.shape
         return f"{self.label}, {nwindows} windows of {seqlen}, {nwindows * seqlen} tokens"
 
@@ -40,12 +47,16 @@ def evaluation_set(
     max_windows: int | None = None,
     cache_dir: str | None = None,
 ) -> EvaluationSet:
-    """Non-overlapping windows of seqlen from the start of the text; the rest is dropped.
+    """Consecutive windows of seqlen tokens from the start of the text. An incomplete last window is dropped.
 
     Args:
-        dataset: a name or path that `text.evaluation_text` knows, or token ids of any shape, read as one
-            text.
-        max_windows: take at most so many.
+        dataset: a name or path for `text.evaluation_text`, or token ids of any shape, which are flattened to
+            one text.
+        tokenizer: the model's; not needed for token ids.
+        max_windows: upper bound on the number of windows.
+        cache_dir: for downloads from the hub.
+    Raises: `CalibrationError` if the text cannot be read or has fewer than seqlen tokens, or no tokenizer is
+        given for it.
     """
     if isinstance(dataset, Tensor):
         ids, label = dataset.flatten().long(), "token ids"
@@ -71,12 +82,17 @@ def perplexity(
     max_windows: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """exp of the mean over windows of the mean loss over each window's seqlen - 1 predictions.
+    """exp of the mean loss over all windows; a window's loss is the mean over its seqlen - 1 predictions.
 
     Args:
-        model: a causal LM that returns `.logits`.
-        data: token ids, an `EvaluationSet`, or a dataset name or file (which needs `tokenizer`).
-        progress: called with the number of windows done after each forward.
+        model: a causal LM that returns `.logits`. It is not modified.
+        data: an `EvaluationSet`, or token ids, or the name or path of a text, which needs a `tokenizer`.
+        seqlen: tokens per window; ignored for an `EvaluationSet`.
+        tokenizer: the model's.
+        max_windows: upper bound on the number of windows; ignored for an `EvaluationSet`.
+        progress: called after each forward with the number of windows done.
+    Returns: the perplexity; infinity if the mean loss is too large for a float.
+    Raises: `CalibrationError` as `evaluation_set`.
     Source: the published Wanda's `lib/eval.py`.
     """
     if not isinstance(data, EvaluationSet):
@@ -90,35 +106,41 @@ def perplexity(
 
 
 def batch_of(data: EvaluationSet) -> int:
-    """Windows a forward."""
+    """Windows per forward."""
     return max(1, TOKENS_PER_FORWARD // data.windows.shape[1])
 
 
 def mean_perplexity(losses: list[float]) -> float:
+    """Perplexity of windows with these mean losses."""
     mean = sum(losses) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
 def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
-    """The mean loss of each window `[seqlen]` of `windows` `[nwindows, seqlen]`."""
+    """The mean loss of each window of int64 token ids `[nwindows, seqlen]`, on the model's device."""
     with faster_forward(windows.device), fused_modules(model), reused_memory():
         logits = model(windows, use_cache=False).logits
+    # One window at a time, since each needs a copy of its logits in fp32.
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)
-    ]  # fp32 of one window at a time
+    ]
 
 
 def require_zero_shot() -> None:
-    """Raise `MissingDependencyError` where lm-evaluation-harness is absent: before the work, not after it."""
+    """Raise `MissingDependencyError` if lm-evaluation-harness is not installed. Called before the pruning."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
-            "--eval_zero_shot needs lm-evaluation-harness, which is absent: pip install 'wanda_fast[eval]'"
+            "--eval_zero_shot needs lm-evaluation-harness, which is not installed: "
+            "pip install 'wanda_fast[eval]'"
         )
 
 
 def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = ZERO_SHOT_TASKS) -> dict[str, dict]:
-    """Results by task name, from lm-evaluation-harness (the `eval` extra)."""
+    """Zero-shot results by task name, from lm-evaluation-harness.
+
+    Raises: `MissingDependencyError` if it is not installed (it comes with the `eval` extra).
+    """
     require_zero_shot()
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

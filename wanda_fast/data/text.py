@@ -1,4 +1,4 @@
-"""Text by name: the published sets through `datasets`, local files, the standard library's help topics."""
+"""Text by name: datasets on the Hugging Face hub, local files, the standard library's help topics."""
 
 import json
 from dataclasses import dataclass
@@ -6,19 +6,27 @@ from pathlib import Path
 
 from wanda_fast.errors import CalibrationError
 
+# Columns of a JSON Lines or Parquet file that hold text; the first one found is read.
 TEXT_COLUMNS = ("text", "sentence", "content")
 
 
 @dataclass
 class HubText:
-    """A dataset on the Hugging Face hub: `load_dataset`'s arguments for calibration and for evaluation."""
+    """A dataset on the Hugging Face hub.
+
+    Attributes:
+        path, name: arguments of `load_dataset`.
+        train, test: further arguments of it, for the calibration text and the evaluation text.
+        column: holds the text.
+        joined_by: joins the rows to one calibration text; None: each row is a document.
+    """
 
     path: str
     name: str | None
     train: dict
     test: dict
     column: str
-    joined_by: str | None  # calibration rows are one text, joined by this; None: rows are documents
+    joined_by: str | None
 
 
 HUB = {
@@ -47,7 +55,11 @@ NAMES = (*HUB, "pydoc")
 
 @dataclass
 class Text:
-    """One text, or documents that are each shorter. `label` is how a protocol names it."""
+    """One text, or many documents.
+
+    Attributes:
+        label: its name in reports and messages.
+    """
 
     label: str
     documents: list[str]
@@ -61,9 +73,10 @@ def calibration_text(dataset: str, cache_dir: str | None = None) -> Text:
     """The text that calibration windows are drawn from.
 
     Args:
-        dataset: "wikitext2", "c4", "ptb", "pydoc" (its first four fifths), or a local .txt, .jsonl or
-            .parquet file, or a folder of such files.
-    Raises: `CalibrationError` where it cannot be had; the sentence names the local-file option.
+        dataset: "wikitext2", "c4", "ptb", "pydoc" (the first four fifths of it), or a local .txt, .raw,
+            .jsonl or .parquet file, or a folder of such files.
+        cache_dir: for downloads from the hub.
+    Raises: `CalibrationError` if it cannot be loaded or read.
     """
     if dataset == "pydoc":
         text = _pydoc()
@@ -76,7 +89,14 @@ def calibration_text(dataset: str, cache_dir: str | None = None) -> Text:
 
 
 def evaluation_text(dataset: str, cache_dir: str | None = None) -> Text:
-    """The text that perplexity is measured on: the test split, pydoc's last fifth, or a whole local file."""
+    """The text that perplexity is measured on, as one document.
+
+    Args:
+        dataset: as for `calibration_text`. It is the test split of wikitext2 and ptb, the first 1100
+            documents of c4's validation split, the last fifth of pydoc, and all of a local file or folder.
+        cache_dir: for downloads from the hub.
+    Raises: `CalibrationError` if it cannot be loaded or read.
+    """
     if dataset == "pydoc":
         text = _pydoc()
         return Text("pydoc, last fifth", [text[len(text) * 4 // 5 :]])
@@ -101,7 +121,8 @@ def _load_hub(dataset: str, hub: HubText, split: dict, cache_dir: str | None) ->
 
     try:
         return datasets.load_dataset(hub.path, hub.name, cache_dir=cache_dir, **split)[hub.column]
-    except (OSError, ValueError, RuntimeError) as error:  # offline, not cached, gone: one remedy for all
+    # Offline, not in the cache, or removed from the hub: the remedy is the same.
+    except (OSError, ValueError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CalibrationError(
             f"dataset {dataset} ({hub.path}) could not be loaded: {reason.strip()}. Without a network, "
@@ -124,15 +145,16 @@ def _local_text(dataset: str) -> Text:
 
 def _read_file(file: Path) -> list[str]:
     if file.suffix not in READERS:
-        raise CalibrationError(f"dataset file {file} is of no known kind: {', '.join(READERS)}")
+        raise CalibrationError(f"dataset file {file} is not of a known kind: {', '.join(READERS)}")
     try:
         return _documents(READERS[file.suffix](file))
-    except (OSError, ValueError) as error:  # unreadable, no UTF-8, no JSON, no such column
+    # Unreadable, not UTF-8, not JSON, or without a text column.
+    except (OSError, ValueError) as error:
         raise CalibrationError(f"dataset file {file} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _documents(rows: list[object]) -> list[str]:
-    """Rows without a text (null) are no documents."""
+    """The rows that are not null."""
     documents = [row for row in rows if row is not None]
     if not documents:
         raise ValueError("it holds no text")
@@ -149,7 +171,7 @@ def _read_jsonl(file: Path) -> list[object]:
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     if odd := next((row for row in rows if not isinstance(row, dict)), None):
-        raise ValueError(f"a line is no object: {json.dumps(odd)[:40]}")
+        raise ValueError(f"a line is not a JSON object: {json.dumps(odd)[:40]}")
     column = _text_column(list(rows[0]) if rows else [])
     return [row.get(column) for row in rows]
 

@@ -1,10 +1,10 @@
-"""Activation functions by the names that the kernels know."""
+"""The kernels' names of activation functions."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-# class or function name of an activation -> the kernels' name
+# name of an activation's class or function -> the kernels' name
 KERNEL_ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -21,7 +21,10 @@ KERNEL_ACTIVATIONS = {
 
 
 def kernel_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The kernels' name of an activation; None if they have no code for it."""
+    """The kernels' name of an activation; None if the kernels do not implement it.
+
+    An activation with parameters of its own has none.
+    """
     is_module = isinstance(activation, nn.Module)
     if is_module and any(True for _ in activation.parameters()):
         return None

@@ -1,4 +1,4 @@
-"""Where the weights are: a model's repeated blocks, the prunable linears in each, and its gated MLPs."""
+"""Finds a model's repeated blocks, the prunable linears in each, and its gated MLPs."""
 
 import fnmatch
 import re
@@ -10,23 +10,25 @@ from torch import nn
 
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
-# gate, up and down: Llama and its like; Mixtral's and InternLM's
+# (gate, up, down): in Llama and most others; in Mixtral and InternLM.
 GATED_MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-FUSED_NAME = "gate_up_proj"  # Phi-3's and GLM-4's
-ACTIVATION_NAMES = (
-    "act_fn",
-    "activation_fn",
-    "act",
-    "activation",
-)  # attributes that hold a gated MLP's activation
+# Gate and up projection in one linear: Phi-3, GLM-4.
+FUSED_NAME = "gate_up_proj"
+# Attributes that hold a gated MLP's activation.
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+# Modules that route tokens to experts, and attributes of a configuration that say how many experts there are.
 ROUTER_NAMES = {"router", "router_gate", "shared_expert_gate"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(eq=False)
 class GatedMLP:
-    """`down(act(gate(x)) * up(x))`. One linear is both projections where they are fused, the gate's rows
-    first.
+    """`down(act(gate(x)) * up(x))`.
+
+    If gate and up are fused, `gate` and `up` are the same linear, whose first half of rows is the gate.
+
+    Attributes:
+        down: None if no linear of matching width is found.
     """
 
     gate: nn.Linear
@@ -40,18 +42,27 @@ class GatedMLP:
 
     @property
     def width(self) -> int:
-        """Rows of each projection."""
+        """out_features of each projection."""
         return self.up.out_features // (2 if self.fused else 1)
 
     def halves(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gate's output, up's output) from the outputs of one fused linear, or of the two projections."""
+        """(gate's output, up's output) `[..., width]`.
+
+        Args:
+            outputs: of the fused linear, or of gate and up.
+        """
         gate, up = outputs[0].chunk(2, dim=-1) if self.fused else outputs
         return gate, up
 
 
 @dataclass
 class Linear:
-    """A prunable weight. `name` is its full name in the model; a gated MLP's projections share a `gated`."""
+    """A prunable linear.
+
+    Attributes:
+        name: its full name in the model.
+        gated: the gated MLP that it is the gate or up projection of; both share one object.
+    """
 
     name: str
     module: nn.Linear
@@ -70,11 +81,14 @@ class Block:
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
-    The blocks are the elements of the `nn.ModuleList` that holds the most weight in nn.Linear, in the
-    language model where transformers tells which part that is: structure, not names. Routers and what
-    `ignore` names are left out.
+    The blocks are the elements of the `nn.ModuleList` whose nn.Linear modules have the most weights. If
+    transformers says which part of the model is the language model, only lists in that part are considered.
+    Routers are not prunable.
 
-    Raises: `NoPrunableBlockError`, `IgnorePatternError`.
+    Args:
+        ignore: patterns of linears to leave dense: exact names of linears or of modules around them, globs,
+            or "re:" and a regular expression.
+    Raises: `NoPrunableBlockError`; `IgnorePatternError` if a pattern is invalid or matches no linear.
     """
     path, layers = _block_list(model)
     ignored = _ignored_names(_linear_names(path, layers), ignore)
@@ -99,8 +113,10 @@ def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list
 
 
 def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
-    """Raise `NotStreamableError` where one tensor, all of whose names are an element of `tied`, is in two
-    blocks: it would come and go with one of them.
+    """Raise `NotStreamableError` if two blocks share a tensor: it would be unloaded with either of them.
+
+    Args:
+        tied: for each tensor, all of its names.
     """
     prefix = _block_list(model)[0] + "."
     for names in tied:
@@ -121,9 +137,10 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         name: sum(linear.weight.numel() for _, linear in _named_linears(module))
         for name, module in lists.items()
     }
-    language = _language_modules(model)  # an image encoder can hold more weight
+    # An image encoder can hold more weight than the language model.
+    language = _language_modules(model)
     decoding = [name for name, module in lists.items() if weights[name] and module in language]
-    # an outer list holds what its inner lists hold, and comes first
+    # An outer list has at least the weights of its inner lists. It comes first, so it wins a tie.
     best = max(decoding or lists, key=weights.get, default=None)
     if best is None or not weights[best]:
         owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
@@ -135,7 +152,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _language_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules of the language model, where transformers tells which part that is; else all."""
+    """The modules of the language model, if transformers says which part that is; otherwise all modules."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return set((decoder if isinstance(decoder, nn.Module) else model).modules())
 
@@ -151,8 +168,10 @@ def _linear_names(path: str, layers: nn.ModuleList) -> list[str]:
 
 
 def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
-    """(gate or up projection, its gated MLP) for each module that holds a known pair of projections of one
-    shape, or both in one linear twice as high as the down projection is wide.
+    """(gate or up projection, its gated MLP) for each gated MLP in `layer`.
+
+    A gated MLP has an activation and projections with known names. Gate and up have the same shape, or are
+    one linear with twice as many rows as the down projection has inputs.
     """
     for parent in layer.modules():
         activation = next((getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None)
@@ -172,8 +191,9 @@ def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
 
 
 def _router_names(model: nn.Module) -> set[str]:
-    """Names of linears that route tokens to experts, or of modules around them; `gate` is one only in a model
-    that has experts.
+    """Names of linears that route tokens to experts, or of modules around them.
+
+    `gate` is a router only in a model that has experts.
     """
     config = getattr(model, "config", None)
     has_experts = any(getattr(config, count, None) for count in EXPERT_COUNTS)
@@ -193,13 +213,13 @@ def _ignored_names(names: list[str], ignore: tuple[str, ...]) -> set[str]:
 
 
 def _matches(pattern: str, names: list[str]) -> list[str]:
-    """Exact name of a linear or of a module around it, a glob, or `re:` and an expression for re.match."""
+    """The names that an --ignore pattern matches; see `find_blocks`. Expressions match as in `re.match`."""
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise IgnorePatternError(
-                f"ignore pattern {pattern!r} is no valid regular expression: {error}"
+                f"ignore pattern {pattern!r} is not a valid regular expression: {error}"
             ) from error
         return [name for name in names if expression.match(name)]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")]

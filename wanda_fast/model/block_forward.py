@@ -1,7 +1,7 @@
-"""A block's forward: the same modules, with kernels of ours under them; on a CPU attention and matmuls too.
+"""A faster forward of a block on a CPU: attention and matrix products run by other kernels than torch's.
 
-Chosen by machine and dtype alone, never by timing, so that two runs on one machine give the same bytes.
-`WANDA_KERNELS_BACKEND=torch` leaves everything to torch.
+The choice of kernels depends on the machine and the dtype, never on timing, so that two runs on one machine
+give the same bytes. With `WANDA_KERNELS_BACKEND=torch` everything runs by torch.
 """
 
 import os
@@ -21,25 +21,27 @@ from wanda_kernels.native import forward as native_forward
 from wanda_kernels.native import ops as native
 from wanda_kernels.native import reused_memory
 
-WIDENED_TOKENS = 512  # that a product of bf16 in fp32 takes at once: its copies stay small
+# Tokens per product when bf16 is multiplied in fp32, so that the fp32 copies stay small.
+WIDENED_TOKENS = 512
 
 
 def faster_forward(device: torch.device):
-    """Context around a block's forward on `device`; of the calling thread alone."""
+    """Context in which forwards on `device` run by faster kernels. It affects the calling thread only."""
     return _Replacing() if device.type == "cpu" and replacements() else nullcontext()
 
 
 def replacements() -> dict[Callable, Callable]:
-    """On a CPU: torch's function -> what stands in for it, and returns None where a call is left to torch."""
+    """torch function -> its replacement on a CPU, which returns None for a call that torch must do."""
     return _of_this_machine() if _may_replace("cpu") else {}
 
 
 def elementwise_kernels(device: torch.device) -> ModuleType | None:
-    """The module with `rms_norm`, `gated_product` and `rotary` for that device's tensors, or None."""
+    """The module with kernels `rms_norm`, `gated_product` and `rotary` for tensors on `device`, or None."""
     if device.type == "cpu" and _may_replace("cpu"):
         return None if native.why_not("cpu") else native_forward
     if device.type == "cuda" and _may_replace("triton") and not why_not("add_sq_norm_", device, "triton"):
-        from wanda_kernels.triton_ops import forward as triton_forward  # needs triton
+        # Imported here because triton may not be installed.
+        from wanda_kernels.triton_ops import forward as triton_forward
 
         return triton_forward
     return None
@@ -50,7 +52,10 @@ def _may_replace(backend: str) -> bool:
 
 
 def described(device: torch.device) -> list[str]:
-    """The names of what is replaced: it decides the last bits of a forward, so a resumed run asks for it."""
+    """Names of the functions that are replaced on `device`.
+
+    They decide the last bits of a forward, so a run is resumed only if they are the same.
+    """
     modules = [] if elementwise_kernels(device) is None else ["gated_product", "rms_norm", "rotary"]
     functions = replacements() if device.type == "cpu" else {}
     return sorted([*modules, *(function.__name__ for function in functions)])
@@ -88,7 +93,10 @@ def _causal_attention(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """A pruned weight's zeros are left out. A dense product is torch's, but where torch is slow."""
+    """`F.linear`: skips the zeros of a pruned weight, and avoids the cases where torch is slow.
+
+    None if the operands are not plain CPU tensors of one dtype, or need a gradient.
+    """
     operands = [each for each in (x, weight, bias) if each is not None]
     alike = all(each.dtype == x.dtype and each.device.type == "cpu" for each in operands)
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
@@ -107,7 +115,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
 
 
 def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `F.linear` gives, bit for bit, but in memory that is taken again."""
+    """Bit for bit the result of `F.linear`, in reused memory."""
     output = reused_memory.empty(len(rows), len(weight), dtype=rows.dtype)
     if bias is None:
         return torch.mm(rows, weight.t(), out=output)
@@ -129,19 +137,25 @@ def _widened(matrix: Tensor) -> Tensor:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16. Without them torch's are many times
-    slower than in fp32, where they are exact."""
+    """Whether this processor has instructions for bf16 products.
+
+    Without them torch's bf16 products are many times slower than fp32 ones. The product of two bf16 numbers
+    is exact in fp32.
+    """
     return _has("avx512_bf16")
 
 
 @cache
 def _onednn_is_faster() -> bool:
-    """Than MKL, which torch asks for fp32: on AMD's processors MKL takes its AVX2 path, AVX-512 or not."""
+    """Whether oneDNN is faster than MKL, which torch uses for fp32.
+
+    On AMD processors MKL uses AVX2 even if the processor has AVX-512.
+    """
     return _made_by_amd() and _has("avx512_f") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _has(feature: str) -> bool:
-    """Whether torch finds a feature of the processor, by its name; False where it cannot say."""
+    """Whether torch reports a feature of the processor by this name."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get(feature))
 

@@ -1,7 +1,7 @@
-"""What the blocks receive: the hidden states of every calibration sequence, and each block's own arguments.
+"""The inputs of the blocks: the hidden states of every sequence, and each block's other arguments.
 
-One forward of the model with its blocks replaced by recorders: a recorder notes its arguments and hands the
-hidden states on, so that no block is computed, and none needs to be loaded.
+They are recorded by a forward of the model in which every block is replaced by a recorder. A recorder stores
+its arguments and returns the hidden states unchanged, so the blocks need no weights.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
@@ -18,19 +18,19 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from wanda_fast.errors import HiddenStatesError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_forward import faster_forward
-from wanda_fast.model.offload import Moved, Placement
+from wanda_fast.model.offload import Offload, Offloaded
 from wanda_fast.model.patching import forwards_replaced
 
 
 @dataclass
 class BlockCall:
-    """A block's arguments but for the hidden states."""
+    """The arguments of a block, without the hidden states."""
 
     args: tuple
     kwargs: dict
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states for `hidden` `[sequences, seqlen, features]`."""
+        """The block's output for `hidden`, both `[sequences, seqlen, features]`."""
         with faster_forward(hidden.device):
             output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -38,40 +38,48 @@ class BlockCall:
 
 @dataclass
 class BlockInputs:
-    """hidden `[nsamples, seqlen, features]`, overwritten block by block; calls[batch][block]."""
+    """The inputs of one block for all sequences.
 
-    hidden: Tensor | Moved
+    Attributes:
+        hidden: `[nsamples, seqlen, features]`, overwritten block by block.
+        batch_size: sequences per forward.
+        calls: `calls[batch][block]`: the other arguments.
+    """
+
+    hidden: Tensor | Offloaded
     batch_size: int
     calls: list[list[BlockCall]]
 
     def slices(self) -> Iterator[slice]:
+        """The batches, as slices of `hidden`."""
         for start in range(0, len(self.hidden), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self.hidden)))
 
     def batches(self, block: int) -> Iterator[tuple[slice, BlockCall]]:
+        """The batches, with the arguments of block number `block`."""
         return ((batch, calls[block]) for batch, calls in zip(self.slices(), self.calls, strict=True))
 
     def advance_(self, index: int, block: nn.Module) -> None:
-        """The hidden states become what `block`, the model's `index`-th, makes of them."""
+        """Replace the hidden states by the outputs of `block`, which is the model's `index`-th."""
         for batch, call in self.batches(index):
             self.hidden[batch] = call.run(block, self.hidden[batch])
 
     @property
     def has_containers(self) -> bool:
-        """Whether blocks hand more on than hidden states: what one puts into an argument, another reads."""
+        """Whether blocks pass on more than hidden states, in a dict or list that several of them receive."""
         calls = [(call.args, call.kwargs) for call in self.calls[0]]
         return any(map(_is_container, tree_leaves(calls)))
 
-    def copy(self, placement: Placement) -> "BlockInputs":
-        """Hidden states and containers of its own; all other arguments are shared."""
-        hidden = placement.empty(self.hidden.shape, self.hidden.dtype)
+    def copy(self, offload: Offload) -> "BlockInputs":
+        """A copy with its own hidden states and containers. All other arguments are shared."""
+        hidden = offload.empty(self.hidden.shape, self.hidden.dtype)
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
         return BlockInputs(hidden, self.batch_size, [_with_own_containers(calls) for calls in self.calls])
 
 
 def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:
-    """The calls of one forward: a container that blocks share has one copy, which they share too."""
+    """The calls of one forward, with containers copied. Blocks that share a container share its copy."""
     copies: dict[int, object] = {}
 
     def own(leaf: object) -> object:
@@ -81,7 +89,7 @@ def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:
 
 
 def _is_container(leaf: object) -> bool:
-    """Of what blocks hand on beside the hidden states, as Gemma 4's do keys and values."""
+    """Whether blocks can pass on values in it, as Gemma 4's do with keys and values."""
     return isinstance(leaf, MutableMapping | MutableSequence)
 
 
@@ -91,18 +99,20 @@ def record_block_inputs(
     blocks: list[Block],
     token_ids: Tensor,
     batch_size: int,
-    placement: Placement,
+    offload: Offload,
 ) -> BlockInputs:
-    """Run `forward(token_ids[batch])` over all batches with every block replaced by a recorder.
+    """The first block's hidden states, and the other arguments of all blocks.
+
+    Runs `forward(token_ids[batch])` over all batches with every block replaced by a recorder.
 
     Args:
-        forward: the model's own forward, caches off.
+        forward: the model's own forward, without a key-value cache.
         blocks: in the order in which the model calls them.
         token_ids: int64 `[nsamples, seqlen]`.
-        placement: of the hidden states; the blocks will run on its device.
-    Raises: `HiddenStatesError`.
+        offload: makes the buffer of the hidden states; the blocks will run on its device.
+    Raises: `HiddenStatesError` if the blocks cannot be run one by one.
     """
-    hidden, calls, keep = None, [], _KeepOnce(placement.device)
+    hidden, calls, keep = None, [], _KeepOnce(offload.device)
     for start in range(0, len(token_ids), batch_size):
         batch = slice(start, min(start + batch_size, len(token_ids)))
         with _recorders(blocks) as recorders:
@@ -113,16 +123,19 @@ def record_block_inputs(
         _require_sequences(first, token_ids[batch], blocks[0])
         if hidden is None:
             dtypes = [first.dtype, *(recorder.outputs.dtype for recorder in recorders)]
-            dtype = reduce(torch.promote_types, dtypes)  # Mamba's blocks put out float32, whatever they take
-            hidden = placement.empty((len(token_ids), *first.shape[1:]), dtype)
+            # Mamba's blocks return float32 for any input.
+            dtype = reduce(torch.promote_types, dtypes)
+            hidden = offload.empty((len(token_ids), *first.shape[1:]), dtype)
         hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
     return BlockInputs(hidden, batch_size, calls)
 
 
 def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
-    """Whether hidden states can be cut into sequences and be put together again."""
-    leading = 1 if hidden.dim() <= 3 else 2  # a dimension more may stand before the sequences, of any length
+    """Raise `HiddenStatesError` if hidden states cannot be split into sequences."""
+    # A fourth dimension may come before the sequences, and be as long as they are many by chance. Then the
+    # second dimension is not the tokens.
+    leading = 1 if hidden.dim() <= 3 else 2
     if hidden.shape[:leading] != token_ids.shape[:leading]:
         raise HiddenStatesError(
             f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(token_ids)} "
@@ -131,7 +144,7 @@ def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
 
 
 def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Block]) -> None:
-    """Whether a forward is the blocks in turn, each once, with nothing done between them."""
+    """Raise `HiddenStatesError` unless each block runs once, on the output of the previous one."""
     for recorder, block in zip(recorders, blocks, strict=True):
         if recorder.calls != 1:
             raise HiddenStatesError(
@@ -139,17 +152,17 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
                 "pruned one by one"
             )
     for index in range(1, len(blocks)):
-        put_out, taken = recorders[index - 1].hidden, recorders[index].hidden
-        if taken is not put_out and not torch.equal(taken.to(put_out), put_out):
+        output, following = recorders[index - 1].hidden, recorders[index].hidden
+        if following is not output and not torch.equal(following.to(output), output):
             raise HiddenStatesError(
-                f"{blocks[index].name} does not take what {blocks[index - 1].name} puts out: only blocks "
-                "that follow each other directly can be pruned one by one"
+                f"the input of {blocks[index].name} is not the output of {blocks[index - 1].name}: only "
+                "blocks that follow each other directly can be pruned one by one"
             )
 
 
 @contextmanager
-def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
-    """A forward of the model takes `hidden` for the last block's output, and runs no block."""
+def blocks_skipped(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
+    """Context in which the model's forward runs no block and uses `hidden` as the last block's output."""
     with _recorders(blocks) as recorders:
         recorders[-1].given = hidden
         yield
@@ -157,10 +170,11 @@ def hidden_states_given(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
-    """Put a recorder in the place of each block's forward; the module itself, with its attributes, stays."""
+    """Context in which each block's forward is a recorder. The modules keep their other attributes."""
     known = _OUTPUTS.setdefault(blocks[0].module, {})
     recorders = [_Recorder(block.module, known) for block in blocks]
-    turns: dict[nn.Module, list[_Recorder]] = {}  # several, where one module is several of the blocks
+    # Several recorders for a module that is several of the blocks.
+    turns: dict[nn.Module, list[_Recorder]] = {}
     for recorder in recorders:
         turns.setdefault(recorder.block, []).append(recorder)
     with forwards_replaced({module: partial(_take_turn, own) for module, own in turns.items()}):
@@ -173,7 +187,7 @@ def _take_turn(recorders: list["_Recorder"], *args, **kwargs) -> object:
 
 
 class _Recorder:
-    """Stands for a block's forward: notes the arguments, returns the hidden states that came in, or given."""
+    """Replaces a block's forward: stores the arguments, and returns its input, or `given` if that is set."""
 
     def __init__(self, block: nn.Module, known: dict[tuple[type, torch.dtype], "_Outputs"]):
         self.block, self.own, self.known = block, block.forward, known
@@ -181,7 +195,8 @@ class _Recorder:
         self.given: Tensor | None = None
 
     def __call__(self, *args, **kwargs):
-        if not args:  # a model that names its hidden states
+        # Some models pass the hidden states by name.
+        if not args:
             args = (kwargs.pop("hidden_states"),)
         self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
@@ -190,13 +205,17 @@ class _Recorder:
         return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
 
     def _outputs(self) -> "_Outputs":
-        """Asked of the block itself, on the meta device where it can: no computing, no weights."""
+        """What the block would return: found once for each class of blocks and dtype.
+
+        The block runs on the meta device, which computes nothing and needs no weights. If an operation has
+        no meta kernel, the block runs with zeros for weights that are not loaded.
+        """
         key = type(self.block), self.hidden.dtype
         if key not in self.known:
             with forwards_replaced({self.block: self.own}):
                 try:
                     output = _on_meta(self.block, self.hidden, self.call)
-                except (RuntimeError, NotImplementedError):  # no meta kernel for an operation: ask in earnest
+                except (RuntimeError, NotImplementedError):
                     output = _on_zeros(self.block, self.hidden, self.call)
             hidden, *others = output if isinstance(output, tuple) else (output,)
             self.known[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
@@ -205,13 +224,19 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a block returns: hidden states of a dtype, and how many values beside them, None for no tuple."""
+    """The form of a block's return value.
+
+    Attributes:
+        dtype: of the hidden states.
+        others: number of values after the hidden states in a tuple; None if the block returns no tuple.
+    """
 
     dtype: torch.dtype
     others: int | None
 
 
-# By a model's first block, since models of one class can differ; then by a block's class and what it takes.
+# first block of a model -> (class of a block, dtype of its input) -> the form of its return value. Models of
+# one class can differ, hence the first key.
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[tuple[type, torch.dtype], _Outputs]] = WeakKeyDictionary()
 
 
@@ -223,21 +248,24 @@ def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
 
 
 def _on_zeros(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
-    """Zeros for weights that are not read yet."""
+    """The block's return value, with zeros for weights on the meta device."""
     state = dict(block.named_parameters()) | dict(block.named_buffers())
     state = {key: torch.zeros_like(t, device=hidden.device) if t.is_meta else t for key, t in state.items()}
     return torch.func.functional_call(block, state, (hidden, *call.args), call.kwargs)
 
 
 class _KeepOnce:
-    """Moves arguments to the device, each distinct tensor once: most masks recur."""
+    """Moves arguments to the device, and keeps one copy of equal tensors: most masks recur in every batch.
+
+    Attributes:
+        first: block -> the leaves of its first call.
+        kept: id of a tensor seen in this batch -> (the tensor, what is kept of it).
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.first: dict[int, list] = {}  # block -> leaves of its first call
-        self.kept: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # id of a tensor seen in this batch -> (it, what is kept)
+        self.first: dict[int, list] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, call: BlockCall, block: int) -> BlockCall:
         if block == 0:

@@ -1,4 +1,4 @@
-"""Where the block loop gets its blocks from: the interface, and a model that is in memory."""
+"""Where the block loop gets its blocks from: the interface, and the source for a model in memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +12,7 @@ from wanda_fast.timer import Clock
 
 
 class BlockSource(Protocol):
-    """Lends a model's blocks, one at a time."""
+    """Provides a model's blocks, one at a time."""
 
     model: nn.Module
     blocks: list[Block]
@@ -21,18 +21,18 @@ class BlockSource(Protocol):
         """Context in which block `index` is on the device, with its weights."""
 
     def surroundings(self, head: bool) -> AbstractContextManager[None]:
-        """Context in which everything but the blocks has its weights.
+        """Context in which the model's parts outside of the blocks have their weights.
 
         Args:
-            head: the language-model head too.
+            head: whether the language-model head is needed as well.
         """
 
-    def give_back(self) -> None:
-        """Return freed memory to the system, if this source keeps peaks low."""
+    def release_memory(self) -> None:
+        """Return freed memory to the system, if this source keeps the peak low."""
 
 
 class LiveModel:
-    """A model in memory. A block visits the device, and returns pruned to the device it came from."""
+    """A model in memory. Each block is moved to the device for its turn, and back to its own device after."""
 
     def __init__(self, model: nn.Module, blocks: list[Block], device: torch.device, clock: Clock):
         self.model, self.blocks, self.device, self.clock = model, blocks, device, clock
@@ -51,7 +51,8 @@ class LiveModel:
 
     @contextmanager
     def surroundings(self, head: bool) -> Iterator[None]:
+        """Nothing to do: the weights are in memory."""
         yield
 
-    def give_back(self) -> None:
-        """Does nothing: the whole model is in memory anyway, and the process may hold much else."""
+    def release_memory(self) -> None:
+        """Does nothing: the whole model is in memory, and the process may use its heap for other things."""

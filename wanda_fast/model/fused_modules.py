@@ -1,8 +1,8 @@
-"""RMSNorm, the gated MLP's product and the rotary embedding by one kernel each, where a model's own code for
-them is Llama's word for word.
+"""RMSNorm, the gated MLP's product and the rotary embedding, by one kernel each.
 
-Transformers writes these out once for every model, so that the compiled code tells whether a class means the
-same: Mistral's and Qwen's do, Gemma's norm does not.
+A module is replaced only if its own code is the same as Llama's. transformers repeats this code in the file
+of every model, so the compiled code tells whether a class computes the same: Mistral's and Qwen's do, Gemma's
+norm does not.
 """
 
 import inspect
@@ -17,12 +17,17 @@ from wanda_fast.model.activation_names import kernel_activation
 from wanda_fast.model.block_forward import elementwise_kernels
 from wanda_fast.model.patching import forwards_replaced
 
-ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
+# The name by which attention modules call the rotary embedding.
+ROTARY = "apply_rotary_pos_emb"
 
 
 @contextmanager
 def fused_modules(block: nn.Module) -> Iterator[None]:
-    """Inside, the block's norms, MLPs and rotary embeddings run by kernels, on operands that these take."""
+    """Context in which the block's norms, MLPs and rotary embeddings run by kernels.
+
+    Operands that a kernel does not support go to the module's own forward. So do all calls of a module whose
+    forward was set on the instance.
+    """
     devices = {parameter.device for parameter in block.parameters()}
     served = any(elementwise_kernels(device) is not None for device in devices)
     modules = [module for module in block.modules() if served and "forward" not in vars(module)]
@@ -43,7 +48,7 @@ def _gated_mlp(mlp: nn.Module, own: Callable, x: Tensor) -> Tensor:
     if activation is None or kernels is None or not kernels.takes_rows(x):
         return own(x)
     outputs = {mlp.gate_proj: mlp.gate_proj(x), mlp.up_proj: mlp.up_proj(x)}
-    # The product lies in the memory of one of them: of one that nobody else was given.
+    # The product overwrites one of the two outputs, unless a hook or a subclass may have kept it.
     free = (output for linear, output in outputs.items() if _is_plain(linear) and output.is_contiguous())
     product = kernels.gated_product(*outputs.values(), activation, out=next(free, None))
     return mlp.down_proj(product)
@@ -54,7 +59,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _attention(attention: nn.Module, own: Callable, *args, **kwargs) -> object:
-    """The module's own forward, for which `apply_rotary_pos_emb` is a kernel's."""
+    """The module's own forward, copied with other globals, in which `apply_rotary_pos_emb` is a kernel's."""
     forward = type(attention).forward
     rotary = {ROTARY: partial(_rotary, forward.__globals__[ROTARY])}
     closure = forward.__closure__
@@ -73,8 +78,12 @@ def _rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwa
 
 
 def _fusion(kind: type[nn.Module]) -> Callable | None:
-    """Asked anew each time: whoever puts a function of his own in a model's file has his called."""
-    from transformers.models.llama import modeling_llama as llama  # seconds of start-up
+    """The replacement for a class's forward, or None.
+
+    Looked up on every call, so a user's monkey patch of the model file takes effect.
+    """
+    # Imported here because it takes seconds.
+    from transformers.models.llama import modeling_llama as llama
 
     fusions = {llama.LlamaRMSNorm: _rms_norm, llama.LlamaMLP: _gated_mlp}
     whole = next((fused for model, fused in fusions.items() if _is_llamas(kind.forward, model.forward)), None)
@@ -82,7 +91,7 @@ def _fusion(kind: type[nn.Module]) -> Callable | None:
 
 
 def _rotates_as(llamas: Callable, forward: Callable) -> bool:
-    """Whether a forward, a plain function, calls a rotary embedding of Llama's code by Llama's name."""
+    """Whether a forward calls a rotary embedding by Llama's name, and the code of that is Llama's."""
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return False
     rotary = forward.__globals__.get(ROTARY) if ROTARY in forward.__code__.co_names else None
@@ -92,7 +101,7 @@ def _rotates_as(llamas: Callable, forward: Callable) -> bool:
 
 
 def _is_llamas(function: Callable, llamas: Callable) -> bool:
-    """Whether a function's code is that of Llama's, and that still is the one in Llama's own file."""
+    """Whether a function has the same code as Llama's, which must not be a monkey patch itself."""
     from transformers.models.llama import modeling_llama as llama
 
     as_written = inspect.unwrap(llamas).__code__.co_filename == llama.__file__
@@ -100,7 +109,7 @@ def _is_llamas(function: Callable, llamas: Callable) -> bool:
 
 
 def _code(function: Callable) -> tuple:
-    """What a function does: equal for equal source, whatever its documentation."""
+    """The compiled code of a function, without its docstring: equal if the source is."""
     function = inspect.unwrap(function)
     code = function.__code__
     constants = [constant for constant in code.co_consts if constant != function.__doc__]

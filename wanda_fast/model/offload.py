@@ -1,14 +1,14 @@
-"""Where the hidden states of all sequences lie while the blocks work on one batch of them at a time.
+"""Buffers for the hidden states of all sequences, of which the blocks process one batch at a time.
 
-On the device they are a tensor. In host memory or in a file they are `Moved`: a thread copies the next batch
-in and finished ones out while the device computes.
+On the device a buffer is a tensor. In host memory or in a file it is an `Offloaded`: a thread copies the next
+batch to the device, and finished batches from it, while the device computes.
 """
 
 import mmap
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,40 +18,43 @@ from torch import Tensor
 from wanda_fast.errors import OutputError, UnknownMethodError
 
 KINDS = ("device", "host", "disk")
-LEAVING = 2  # batches on their way out before the next one waits
+# Copies from the device that may be under way before the next one waits.
+MAX_PENDING_COPIES = 2
 
 
 def require_kind(kind: str) -> None:
+    """Raise `UnknownMethodError` unless `kind` is "auto" or one of KINDS."""
     if kind not in ("auto", *KINDS):
         raise UnknownMethodError(f"activations must be 'auto', 'device', 'host' or 'disk', got {kind!r}")
 
 
-class Placement:
-    """Makes the buffers of a run: on the device, in host memory (pinned where a GPU copies), or in a file.
+class Offload:
+    """Makes a run's buffers: on the device, in host memory (pinned if the device is a GPU), or in a file.
 
     Args:
         kind: one of KINDS.
         device: where blocks are computed; on a CPU, "device" and "host" are the same.
-        folder: of the file; None: the system's folder for temporary files. The file has no name, so that
-            however the process ends it leaves none behind.
+        folder: where the file is created; None: the system's folder for temporary files. The file is
+            unlinked as soon as it is open, so it disappears with the process, however that ends.
     """
 
     def __init__(self, kind: str, device: torch.device, folder: Path | None = None):
         self.kind, self.device, self.folder = kind, device, folder
-        self._mover: _Mover | None = None
+        self._copier: _Copier | None = None
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Tensor | Moved":
-        """`[sequences, seqlen, features]`, to be filled.
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Tensor | Offloaded":
+        """An uninitialized buffer `[sequences, seqlen, features]`.
 
-        Raises: `OutputError` where the disk has no room for the file: now, not when it is written.
+        Raises: `OutputError` if the disk has no room for the file. All of it is allocated here, so that no
+            later write can fail.
         """
         if self.kind == "device" or (self.kind == "host" and self.device.type == "cpu"):
             return torch.empty(shape, dtype=dtype, device=self.device)
-        self._mover = self._mover or _Mover(self.device)
+        self._copier = self._copier or _Copier(self.device)
         if self.kind == "host":
-            return Moved(torch.empty(shape, dtype=dtype, pin_memory=True), self._mover)
+            return Offloaded(torch.empty(shape, dtype=dtype, pin_memory=True), self._copier)
         mapping = self._mapping(torch.Size(shape).numel() * dtype.itemsize)
-        return Moved(torch.frombuffer(mapping, dtype=dtype).view(shape), self._mover, mapping)
+        return Offloaded(torch.frombuffer(mapping, dtype=dtype).view(shape), self._copier, mapping)
 
     def _mapping(self, nbytes: int) -> mmap.mmap:
         try:
@@ -69,84 +72,91 @@ class Placement:
             ) from error
 
     def close(self) -> None:
-        if self._mover is not None:
-            self._mover.close()
+        """Stop the copying thread. Copies that have not begun are dropped."""
+        if self._copier is not None:
+            self._copier.close()
 
 
-class Moved:
-    """Hidden states `[sequences, seqlen, features]` that lie off the device.
+class Offloaded:
+    """Hidden states `[sequences, seqlen, features]` that are not on the device.
 
-    `hidden[batch]`, of a slice with both ends, is a copy on the device; the batch behind it, of the same
-    size, is copied meanwhile. `hidden[batch] = output` copies back, after what computes the output, which
-    must not change afterwards.
+    Reading `hidden[batch]`, where the slice has both ends, returns a copy on the device, and starts to copy
+    the batch of the same size that follows. Assigning `hidden[batch] = output` copies back in the background,
+    after the kernels that compute `output`; `output` must not be changed afterwards.
 
     Args:
-        stored: all of them, on the host.
-        mapping: of the file that `stored` is a view of. Its pages are let go after each copy: they would
-            count as this process's memory.
+        stored: all of the hidden states, on the host.
+        copier: does the copies.
+        mapping: the file's mapping that `stored` is a view of. Its pages are dropped after each copy, because
+            they would count as memory of this process.
     """
 
-    def __init__(self, stored: Tensor, mover: "_Mover", mapping: mmap.mmap | None = None):
-        self._stored, self._mover, self._mapping = stored, mover, mapping
-        self._ahead: dict[tuple[int, int], tuple[Tensor, Future]] = {}  # at most one
-        self._leaving: deque[Future] = deque()
+    def __init__(self, stored: Tensor, copier: "_Copier", mapping: mmap.mmap | None = None):
+        self._stored, self._copier, self._mapping = stored, copier, mapping
+        # (begin, end) -> the batch that follows the one read last; at most one.
+        self._prefetched: dict[tuple[int, int], tuple[Tensor, Future]] = {}
+        self._pending: deque[Future] = deque()
         self.shape, self.dtype, self.nbytes = stored.shape, stored.dtype, stored.nbytes
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def __getitem__(self, batch: slice) -> Tensor:
-        asked = self._ahead.pop((batch.start, batch.stop), None) or self._fetch(batch.start, batch.stop)
+        wanted = self._prefetched.pop((batch.start, batch.stop), None) or self._fetch(batch.start, batch.stop)
         begin, end = batch.stop, min(2 * batch.stop - batch.start, len(self))
-        self._ahead = {(begin, end): self._fetch(begin, end)} if begin < end else {}
-        hidden, copied = asked
+        self._prefetched = {(begin, end): self._fetch(begin, end)} if begin < end else {}
+        hidden, copied = wanted
         copied.result()
         return hidden
 
     def __setitem__(self, batch: slice, hidden: Tensor) -> None:
-        self._ahead.pop((batch.start, batch.stop), None)  # it was read too early
+        # A copy that was prefetched holds the old values.
+        self._prefetched.pop((batch.start, batch.stop), None)
         target = self._stored[batch.start : batch.stop]
-        self._leaving.append(self._mover.copy(target, hidden, self._let_go))
-        while len(self._leaving) > LEAVING:
-            self._leaving.popleft().result()
+        self._pending.append(self._copier.copy(target, hidden, self._drop_pages))
+        while len(self._pending) > MAX_PENDING_COPIES:
+            self._pending.popleft().result()
 
     def on_host(self) -> Iterator[Tensor]:
-        """One sequence after the other, where they are stored."""
-        while self._leaving:
-            self._leaving.popleft().result()
+        """The sequences in order, each a view `[1, seqlen, features]` of the stored tensor."""
+        while self._pending:
+            self._pending.popleft().result()
         for sequence in self._stored.split(1):
             yield sequence
-            self._let_go()
+            self._drop_pages()
 
     def _fetch(self, begin: int, end: int) -> tuple[Tensor, Future]:
         stored = self._stored[begin:end]
-        hidden = torch.empty_like(stored, device=self._mover.device, pin_memory=False)
-        return hidden, self._mover.copy(hidden, stored, self._let_go)
+        hidden = torch.empty_like(stored, device=self._copier.device, pin_memory=False)
+        return hidden, self._copier.copy(hidden, stored, self._drop_pages)
 
-    def _let_go(self) -> None:
+    def _drop_pages(self) -> None:
+        # The mapping is shared: what was written stays in the file.
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapping.madvise(
-                mmap.MADV_DONTNEED
-            )  # of a shared mapping: what was written stays in the file
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
-class _Mover:
-    """A thread that copies between host and device, in the order asked, on a stream of its own.
+class _Copier:
+    """A thread that copies between host and device, in the order of the calls, on a CUDA stream of its own.
 
-    A copy waits for what the current stream was given before it was asked for (which also frees the memory
-    that it writes to), and its future is done when the copy is: neither side can be reused too early.
+    A copy waits for all work that the current stream had received when the copy was requested. That includes
+    earlier readers of the memory that the copy writes to. The future completes when the data has been copied,
+    so neither source nor target can be reused too early.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-move")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-copy")
 
-    def copy(self, target: Tensor, source: Tensor, done) -> Future:
+    def copy(self, target: Tensor, source: Tensor, done: Callable[[], None]) -> Future:
+        """Copy `source` into `target` in the background, then call `done()`."""
         computed = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         return self._thread.submit(self._copy, target, source, computed, done)
 
-    def _copy(self, target: Tensor, source: Tensor, computed: "torch.cuda.Event | None", done) -> None:
+    def _copy(
+        self, target: Tensor, source: Tensor, computed: "torch.cuda.Event | None", done: Callable[[], None]
+    ) -> None:
         if self._stream is None:
             target.copy_(source)
         else:
@@ -160,8 +170,8 @@ class _Mover:
         self._thread.shutdown(cancel_futures=True)
 
 
-def on_host(hidden: Tensor | Moved) -> Iterator[Tensor]:
-    """One sequence after the other, on the host."""
-    if isinstance(hidden, Moved):
+def on_host(hidden: Tensor | Offloaded) -> Iterator[Tensor]:
+    """The sequences of `hidden` in order, each `[1, seqlen, features]` on the host."""
+    if isinstance(hidden, Offloaded):
         return hidden.on_host()
     return (sequence.cpu() for sequence in hidden.split(1))

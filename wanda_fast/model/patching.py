@@ -1,4 +1,4 @@
-"""Modules whose forward is another for a while."""
+"""Replaces the forwards of modules for the duration of a context."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,8 +8,10 @@ from torch import nn
 
 @contextmanager
 def forwards_replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Inside, each module runs by the function given for it. Then as before: by its class's forward, or by
-    one that somebody put on the module itself, as accelerate's hooks do.
+    """Inside the context, each module's forward is the function given for it.
+
+    At the end every module has its earlier forward again. That can be the class's own, or one that was set on
+    the instance, as accelerate's hooks do.
     """
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():

@@ -1,8 +1,8 @@
-"""The activations between two blocks, on disk: where an interrupted run goes on without replaying its blocks.
+"""The activations between two blocks, on disk, so that a resumed run need not compute them again.
 
-They are a cache: without them, finished blocks are run again (not pruned again) to make them anew. So they
-are not written after every block where that would take more than 3% of the time, nor ever where the hidden
-states are not all that a block leaves to later ones.
+They are a cache. Without them the finished blocks are run again, with their pruned weights, to get the inputs
+of the first unfinished block. Therefore they are not written after every block: at most 3% of a run's time is
+spent on them. They are never written if blocks pass on more than hidden states: the rest would be missing.
 """
 
 import time
@@ -16,12 +16,13 @@ from wanda_fast.hidden_states import Activations
 from wanda_fast.model.offload import on_host
 
 SHARE_OF_TIME = 0.03
-FIRST_COST = 0.3  # seconds, until one has been written: the first is due after ten
+# Seconds that the first write is assumed to take. With the share above it is due after ten seconds.
+FIRST_COST = 0.3
 NOTE = "boundary.json"
 
 
-class Boundary:
-    """`boundary-K.safetensors`: the inputs of block K; the note says which is the one that counts."""
+class ActivationCache:
+    """The file `boundary-K.safetensors` with the inputs of block K. The note names the valid file."""
 
     def __init__(self, journal: Journal):
         self.journal = journal
@@ -29,7 +30,11 @@ class Boundary:
         self._written, self._cost = time.monotonic(), FIRST_COST
 
     def restore_(self, activations: Activations, first_unfinished: int) -> int:
-        """Overwrite the first block's inputs with those of the block that is returned: where to go on."""
+        """Replace the inputs of block 0 by cached ones.
+
+        Returns: the block whose inputs `activations` has now: 0 without a valid cache, and `first_unfinished`
+            if the run has no activations.
+        """
         if not activations.hidden():
             return first_unfinished
         note = None if activations.has_containers else self.journal.read(NOTE)
@@ -43,11 +48,15 @@ class Boundary:
         return note["block"]
 
     def due(self) -> bool:
-        """Whether another is worth its time."""
+        """Whether another write stays within the share of time."""
         return time.monotonic() - self._written >= self._cost / SHARE_OF_TIME
 
     def begin(self, block: int, activations: Activations) -> Callable[[], None]:
-        """Write the inputs of `block`; what is returned waits for the disk and makes them count."""
+        """Write the inputs of `block` to a temporary file.
+
+        Returns: a function that waits for the disk, makes this file the valid one, and deletes the previous
+            one. It can be called from another thread.
+        """
         hidden, began = activations.hidden(), time.monotonic()
         if not hidden or activations.has_containers:
             return lambda: None
@@ -56,7 +65,7 @@ class Boundary:
         self._written = time.monotonic()
         spent = self._written - began
 
-        def make_it_count() -> None:
+        def commit() -> None:
             began = time.monotonic()
             self.journal.write(NOTE, {"block": block, "file": file.name, "checksum": finish()})
             if self._file is not None and self._file != file:
@@ -64,4 +73,4 @@ class Boundary:
             self._file = file
             self._cost = spent + time.monotonic() - began
 
-        return make_it_count
+        return commit

@@ -1,4 +1,4 @@
-"""Ctrl-C, asked for politely: the run ends after the block at hand."""
+"""Ctrl-C: the first one ends the run after the current block."""
 
 import logging
 import signal
@@ -8,21 +8,24 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupts:
-    """Context in which the first Ctrl-C sets `asked`, and a second one ends the program at once."""
+    """Context in which the first Ctrl-C sets `requested`, and a second one ends the program at once.
+
+    Outside of the main thread it has no effect, because Python allows no signal handlers there.
+    """
 
     def __init__(self):
-        self.asked, self._before = False, None
+        self.requested, self._before = False, None
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _request(self, *_: object) -> None:
+        self.requested = True
         signal.signal(signal.SIGINT, self._before)
         logger.info("stopping after this block; Ctrl-C again stops at once")

@@ -1,7 +1,8 @@
-"""Masks as a product: packed bits in a safetensors file, applied again after fine-tuning, and checked.
+"""Mask files: written by a run, applied to a model again (e.g. after fine-tuning), and verified.
 
-One tensor a linear under the name of its weight: uint8 `[out, ceil(in / 8)]`, bit j % 8 of byte j // 8 is 1
-where input j was kept (numpy's `packbits(bitorder="little")`), padding bits 0.
+A mask file is a safetensors file with one tensor for each linear, under the name of its weight: uint8
+`[out, ceil(in / 8)]`. Bit j % 8 of byte j // 8 is 1 if input j is kept, as in numpy's
+`packbits(bitorder="little")`. Padding bits are 0.
 """
 
 from dataclasses import dataclass
@@ -21,14 +22,22 @@ from wanda_kernels import unpack_bits
 
 @dataclass
 class Violation:
-    """A linear that breaks its mask (weights not zero) or its N:M pattern (groups too full)."""
+    """A linear that violates its mask or its N:M pattern.
+
+    Attributes:
+        count: non-zero weights that the mask prunes, or groups of M with more than N non-zero weights.
+    """
 
     name: str
     count: int
 
 
 def write_masks(masks: dict[str, Tensor], file: Path, recipe: dict) -> None:
-    """`masks` by linear name, with the recipe's method and pattern as metadata."""
+    """Write a mask file, with the recipe's method, pattern and ratio as metadata.
+
+    Args:
+        masks: packed masks by linear name, uint8 `[out, ceil(in / 8)]` on the host.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {key: str(recipe[key]) for key in ("prune_method", "sparsity_type", "sparsity_ratio")}
     named = {f"{name}.weight": mask for name, mask in masks.items()}
@@ -36,7 +45,10 @@ def write_masks(masks: dict[str, Tensor], file: Path, recipe: dict) -> None:
 
 
 def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tensor]]:
-    """linear name -> (its module in `model`, bool `[out, in]`, True where kept); shapes are checked."""
+    """linear name -> (its module in `model`, bool `[out, in]`, True for kept weights).
+
+    Raises: `MaskError` if the file cannot be read, or has a tensor that fits no linear of the model.
+    """
     try:
         packed = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -47,7 +59,7 @@ def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tenso
     masks = {}
     for name, bits in packed.items():
         if name not in modules:
-            raise MaskError(f"mask file {file} has {name}, which is no linear of {type(model).__name__}")
+            raise MaskError(f"mask file {file} has {name}, which is not a linear of {type(model).__name__}")
         shape = list(empty_mask(modules[name].weight).shape)
         if bits.dtype != torch.uint8 or list(bits.shape) != shape:
             raise MaskError(
@@ -59,7 +71,11 @@ def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tenso
 
 
 def apply_masks_(model: nn.Module, file: Path) -> int:
-    """Zero every weight that the file's masks do not keep, in place; returns how many were not zero."""
+    """Zero every weight that the file's masks do not keep, in place.
+
+    Returns: how many of them were not zero.
+    Raises: `MaskError` as `read_masks`.
+    """
     changed = 0
     for module, kept in read_masks(file, model).values():
         weight = module.weight.data
@@ -69,7 +85,7 @@ def apply_masks_(model: nn.Module, file: Path) -> int:
 
 
 def mask_violations(model: nn.Module, file: Path) -> list[Violation]:
-    """Linears with weights not zero where the file's masks do not keep them."""
+    """Linears with non-zero weights that the file's masks prune. Raises: `MaskError` as `read_masks`."""
     counts = {
         name: int((m.weight.ne(0) & ~kept).sum()) for name, (m, kept) in read_masks(file, model).items()
     }
@@ -77,7 +93,10 @@ def mask_violations(model: nn.Module, file: Path) -> list[Violation]:
 
 
 def pattern_violations(model: nn.Module, pattern: Pattern) -> list[Violation]:
-    """Prunable linears with groups of M that hold more than N non-zero weights."""
+    """Prunable linears with groups of M that have more than N non-zero weights.
+
+    Raises: `PatternError` if a linear's in_features is not a multiple of M; `NoPrunableBlockError`.
+    """
     violations = []
     for block in find_blocks(model):
         for linear in block.linears:

@@ -1,16 +1,19 @@
-"""A streamed model's folder: a shard for each block as soon as it is pruned, the rest around them.
+"""The output folder DIR of a streamed model. Each block is written as soon as it is pruned.
 
-DIR.partial/                 until all is done
-    run.json                 what the run is: options, digests of model and tokens
-    block-00003.json         block 3 is finished: its shard's checksum, its linears' reports
-    boundary-00004...        the inputs of block 4
-    model/                   becomes DIR by one rename
-    replaced/                what was DIR, from that rename to the end
+DIR.partial/                     exists until the run has ended
+    run.json                     what the run is: options, digests of model and tokens
+    block-00003.json             block 3 is finished: checksums of its files, reports of its linears
+    masks-00003.safetensors      packed masks of block 3, if masks are saved
+    boundary.json                which of the following files is valid
+    boundary-00004.safetensors   the inputs of block 4
+    model/                       shards, configurations, report; becomes DIR by a rename
+    replaced/                    the earlier DIR, from that rename until DIR.partial is removed
 """
 
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,24 +25,35 @@ from torch import Tensor
 from wanda_fast.checkpoint.atomic_write import checksum, sync_folder
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import RUN, Journal, partial_of
-from wanda_fast.checkpoint.layout import save_outside, save_surroundings
-from wanda_fast.checkpoint.save import MODEL, put_back_replaced, save_report, take_place, writing
+from wanda_fast.checkpoint.save import (
+    MODEL,
+    move_into_place,
+    restore_replaced,
+    save_config_and_index,
+    save_outside,
+    save_report,
+    writing,
+)
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
 from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.hidden_states import Activations
-from wanda_fast.output.activation_cache import Boundary
-from wanda_fast.output.background import Background
+from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
 from wanda_fast.report import LinearReport, Report
 
 
 class StreamedOutput:
-    """`DIR.partial` while it grows; `DIR`, by one rename, when all of it is there.
+    """Writes a streamed model to DIR.partial, and renames it to DIR when it is complete.
+
+    It is the `BlockStore` of the block loop, and a context: DIR.partial is removed at the end, unless the run
+    failed after a block in a way that `--resume` can continue.
 
     Args:
         folder: DIR.
-        identity: what decides the output's bytes, by name.
-        resume: go on from what `DIR.partial` holds, where it holds a run.
+        source: the model that is being pruned.
+        identity: everything that the output's bytes depend on, by name.
+        resume: continue the run in DIR.partial if there is one.
+    Raises: on entry, `ResumeError` if that run has another identity; `OutputError` if a write fails.
     """
 
     def __init__(self, folder: Path, source: StreamedModel, identity: dict, resume: bool = False):
@@ -48,61 +62,63 @@ class StreamedOutput:
         self.partial = partial_of(folder)
         self.model = self.partial / MODEL
         self.journal = Journal(self.partial, identity)
-        self.boundary = Boundary(self.journal)
+        self.activation_cache = ActivationCache(self.journal)
         self.interrupts = Interrupts()
-        self.disk = Background("wanda-fast-disk")  # while the next block is at work
+        self.writer = BackgroundWriter()
         self.abandoned = threading.Event()
-        self.finished: dict[int, dict] = {}  # block -> its note
+        # block -> its note
+        self.finished: dict[int, dict] = {}
 
     def __enter__(self) -> "StreamedOutput":
-        put_back_replaced(self.folder)
+        restore_replaced(self.folder)
         if self.resume and self.is_under_way(self.folder):
             self.journal.require_same_run()
-            notes = {index: self._sound_note(index) for index in range(self.nblocks)}
+            notes = {index: self._valid_note(index) for index in range(self.nblocks)}
             self.finished = {index: note for index, note in notes.items() if note is not None}
         else:
             self.discard()
             with self._writing():
                 self.model.mkdir(parents=True)
                 self.journal.begin()
-        self.disk.do(partial(save_outside, self.source, self._shard(-1), self.abandoned.is_set))
+        self.writer.submit(partial(save_outside, self.source, self._shard(-1), self.abandoned.is_set))
         self.interrupts.__enter__()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.interrupts.__exit__()
         if error is not None:
-            self.abandoned.set()  # what is outside of the blocks, which is copied before the first one counts
-        self.disk.close()
+            # Stops the copying of the tensors outside of the blocks.
+            self.abandoned.set()
+        self.writer.close()
         worth_resuming = not isinstance(error, WandaFastError) or error.resumable
         if error is None or not worth_resuming or not self.finished:
             self.discard()
 
     def begin_(self, activations: Activations) -> int:
-        """The block to go on with, its inputs in `activations`; earlier ones are finished."""
+        """The block to continue with. `activations` becomes its inputs; all earlier blocks are finished."""
         unfinished = (index for index in range(self.nblocks) if index not in self.finished)
-        return self.boundary.restore_(activations, next(unfinished, self.nblocks))
+        return self.activation_cache.restore_(activations, next(unfinished, self.nblocks))
 
     def holds(self, index: int) -> bool:
-        """Whether the run that this one resumes left block `index` pruned."""
+        """Whether block `index` is finished: pruned by an earlier run, or written by this one."""
         return index in self.finished
 
     def reports(self, index: int, masks: dict[str, Tensor] | None) -> dict[str, LinearReport]:
-        """Of a finished block; its masks join `masks`."""
+        """The reports of a finished block by linear name. Its packed masks are added to `masks`."""
         if masks is not None:
             masks |= load_file(self._masks(index))
         linears = self.finished[index]["linears"]
         return {name: LinearReport(**linear) for name, linear in linears.items()}
 
     def restore_block(self, index: int) -> None:
-        """The source's block `index` gets its pruned weights."""
+        """Load the pruned weights of the finished block `index` into the source's model."""
         shard = TensorFiles.of([self._shard(index)])
         self.source.place(shard.read(shard.location))
 
     def write_block(
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
-        """Shard and masks first, then the note that makes them count."""
+        """Write shard and masks of block `index`, then its note, in the background where possible."""
         if self.holds(index):
             return
         with self.source.clock.phase("write"):
@@ -112,7 +128,7 @@ class StreamedOutput:
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
         with self._writing():
-            self.disk.wait()
+            self.writer.wait()
         stored = self.source.stored(self.source.names[index])
         contents = {self._shard(index): stored.tensors}
         if masks is not None:
@@ -122,58 +138,63 @@ class StreamedOutput:
             stored.arrived()
             return {file: begin_tensors(file, tensors) for file, tensors in contents.items()}
 
+        # Tensors that are no copy are the model's own, so they are written before the block changes.
         with self._writing():
             begun = None if stored.is_copy else begin()
 
-        def make_it_count() -> None:
+        def commit() -> None:
             files = begun or begin()
             digests = {str(file.relative_to(self.partial)): finish() for file, finish in files.items()}
             note = {"files": digests, "linears": {name: asdict(linear) for name, linear in linears.items()}}
             self.journal.write(self._note(index), note)
             self.finished[index] = note
 
-        self.disk.do(make_it_count)
+        self.writer.submit(commit)
 
     def reached(self, index: int, activations: Activations) -> None:
-        """Every block before `index` is finished; here Ctrl-C takes effect."""
-        asked = self.interrupts.asked
+        """Every block before `index` is written. The activations are cached if that is due.
+
+        Raises: `InterruptedRunError` after a Ctrl-C.
+        """
+        stops = self.interrupts.requested
         with self.source.clock.phase("write"), self._writing():
-            if asked or self.boundary.due():
-                self.disk.do(self.boundary.begin(index, activations))
-            if asked:
-                self.disk.wait()
-        if asked:
+            if stops or self.activation_cache.due():
+                self.writer.submit(self.activation_cache.begin(index, activations))
+            if stops:
+                self.writer.wait()
+        if stops:
             raise InterruptedRunError(
                 f"stopped after block {index} of {self.nblocks}; they are kept in {self.partial}"
             )
 
     def finish(self, report: Report) -> None:
-        """All but the blocks, then the rename that makes the folder a model."""
+        """Write the rest of the model's folder, then rename it to DIR."""
         with self._writing():
-            self.disk.wait()
+            self.writer.wait()
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
-            save_surroundings(self.source, self.model, shards)
+            save_config_and_index(self.source, self.model, shards)
             save_report(report, self.model)
             sync_folder(self.model, files=True)
-            take_place(self.model, self.folder)
+            move_into_place(self.model, self.folder)
 
     @staticmethod
     def is_under_way(folder: Path) -> bool:
-        """Whether a run towards `folder` was left before its last rename."""
+        """Whether there is an unfinished run whose output is `folder`, ended before its last rename."""
         partial = partial_of(folder)
         return (partial / RUN).is_file() and (partial / MODEL).is_dir()
 
     def discard(self) -> None:
+        """Remove DIR.partial."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _sound_note(self, index: int) -> dict | None:
-        """The note of a block whose files are what they were."""
+    def _valid_note(self, index: int) -> dict | None:
+        """The note of a finished block; None if it or a file of the block is missing or changed."""
         note = self.journal.read(self._note(index))
         if note is None:
             return None
         files = {self.partial / name: digest for name, digest in note["files"].items()}
-        sound = all(file.is_file() and checksum(file) == digest for file, digest in files.items())
-        return note if sound else None
+        unchanged = all(file.is_file() and checksum(file) == digest for file, digest in files.items())
+        return note if unchanged else None
 
     def _note(self, index: int) -> str:
         return f"block-{index:05}.json"
@@ -182,11 +203,12 @@ class StreamedOutput:
         return self.partial / f"masks-{index:05}.safetensors"
 
     def _shard(self, index: int) -> Path:
-        """Of block `index`; -1 is what surrounds the blocks."""
+        """The shard of block `index`; of the tensors outside of the blocks for -1."""
         return self.model / f"model-{index + 2:05}-of-{self.nblocks + 1:05}.safetensors"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        """As `save.writing`; the message also says how many blocks are kept."""
         try:
             with writing(self.folder):
                 yield
@@ -195,3 +217,33 @@ class StreamedOutput:
                 raise
             kept = f"{len(self.finished)} of {self.nblocks} blocks are kept: continue with --resume"
             raise OutputError(f"{error}; {kept}") from error
+
+
+class BackgroundWriter:
+    """A thread that runs functions in the order of submission, while the next block is computed.
+
+    After one has failed, the later ones do not run.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-disk")
+        self._last: Future | None = None
+
+    def submit(self, work: Callable[[], object]) -> None:
+        self._last = self._thread.submit(_run_after, self._last, work)
+
+    def wait(self) -> None:
+        """Wait until all submitted functions have run. Raises the exception of the first that failed."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """Wait until all submitted functions have run or were skipped. Raises nothing of theirs."""
+        self._thread.shutdown()
+
+
+def _run_after(before: Future | None, work: Callable[[], object]) -> None:
+    # The earlier one has ended, since there is one thread. If it failed, this raises its exception.
+    if before is not None:
+        before.result()
+    work()

@@ -75,7 +75,7 @@ def prune_blocks(
     selection = Selection(method, pattern, masks)
     order = _order(selection, sequential, clock)
     first = store.begin_(activations)
-    source.give_back()
+    source.release_memory()
     reports: dict[str, LinearReport] = {}
     for index in range(first):
         reports |= store.reports(index, masks)
@@ -105,7 +105,7 @@ def _around(
         yield
         _evaluate(turn, activations.pruned)
         # The passes' memory is returned before the block is written, which takes memory too.
-        source.give_back()
+        source.release_memory()
         store.write_block(turn.index, turn.reports, masks)
     store.reached(turn.index + 1, activations)
 

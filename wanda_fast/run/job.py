@@ -16,7 +16,7 @@ from wanda_fast.data.evaluation import EvaluationSet, perplexity
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
 from wanda_fast.model.block_source import BlockSource, LiveModel
-from wanda_fast.model.offload import Placement
+from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
@@ -36,7 +36,7 @@ class Job:
         token_ids: calibration tokens int64 `[nsamples, seqlen]`; None for a method that needs none.
         evaluation: windows to measure perplexity on; None: not measured.
         masks: receives the packed masks by linear; None: they are not kept.
-        activations: where the hidden states are kept, a kind of `Placement`.
+        activations: where the hidden states are kept, a kind of `Offload`.
     """
 
     method: Method
@@ -95,9 +95,9 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     prunes = job.method.prunes
     _measure(job, source.model, "dense")
     if prunes:
-        with closing(Placement(job.activations, source.device)) as placement:
+        with closing(Offload(job.activations, source.device)) as offload:
             with job.phase("block inputs"):
-                activations = record_activations(source, placement, job.token_ids, job.batch_size)
+                activations = record_activations(source, offload, job.token_ids, job.batch_size)
             job.prune(source, activations)
     if folder is not None:
         with job.phase("write", "writing", str(folder)):
@@ -110,12 +110,12 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """Prune a streamed model in one sweep over its blocks. The evaluation windows' hidden states, dense and
     pruned, advance block by block with those of the calibration."""
-    placement = Placement(job.activations, source.device, output and output.partial)
-    with closing(source), output or nullcontext(), closing(placement):
+    offload = Offload(job.activations, source.device, output and output.partial)
+    with closing(source), output or nullcontext(), closing(offload):
         with job.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(
-                source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
+                source, offload, job.token_ids, job.batch_size, job.evaluation, pruned
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:

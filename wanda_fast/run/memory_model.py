@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wanda_fast.data.evaluation import batch_of
 from wanda_fast.model.architecture import Block, Linear
 from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
-from wanda_fast.model.offload import LEAVING
+from wanda_fast.model.offload import MAX_PENDING_COPIES
 from wanda_fast.pruning.methods import Method
 from wanda_fast.run.hessian_memory import block_bytes, visiting_bytes
 from wanda_fast.run.job import Job
@@ -125,7 +125,7 @@ def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
     """Bytes per token: a gated MLP's activated gate, up and product; residual, norm and the batches that are
     being copied out; a norm's two fp32 copies."""
     widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
-    return size * (3 * widest + (3 + LEAVING) * hidden_size) + 2 * FP32 * hidden_size
+    return size * (3 * widest + (3 + MAX_PENDING_COPIES) * hidden_size) + 2 * FP32 * hidden_size
 
 
 def _widening(linear: Linear) -> int:

@@ -23,7 +23,7 @@ def require_outputs(options: Options, recipe: dict) -> Report | None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
     folder, finished = path_of(options.save_model), None
     if folder:
-        saving.put_back_replaced(folder)
+        saving.restore_replaced(folder)
     if options.resume and not isinstance(options.model, nn.Module):
         finished = finished_run(folder, recipe)
     _require_writable(options, options.overwrite or finished is not None)

@@ -1,4 +1,4 @@
-"""What is written keeps each tensor's dtype, leaves the model as it was, and outlives what fails after it."""
+"""Saving keeps each tensor's dtype, does not change the model, and is not undone by a later failure."""
 
 import json
 import os
@@ -22,7 +22,8 @@ EVALUATION = dict(eval_dataset=torch.arange(64), seqlen=32)
 def with_fp32_norms(model):
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data = parameter.data.float() + 2**-20  # more than 16 bits hold
+            # Not representable in 16 bits.
+            parameter.data = parameter.data.float() + 2**-20
     return model
 
 
@@ -30,8 +31,8 @@ def tensors_of(model):
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
-def test_a_live_model_keeps_what_16_bits_cannot_hold(tmp_path):
-    """The rotary frequencies, which are never saved, and a buffer of the user's own, which is."""
+def test_fp32_tensors_of_a_live_16_bit_model_are_unchanged(tmp_path):
+    """The rotary frequencies, which are not saved, and a buffer of the user's, which is."""
     model, own = FAMILIES["llama2"]().bfloat16(), torch.tensor([1 + 2**-20])
     model.model.rotary_emb.inv_freq = FAMILIES["llama2"]().model.rotary_emb.inv_freq
     model.register_buffer("own", own.clone())
@@ -44,8 +45,8 @@ def test_a_live_model_keeps_what_16_bits_cannot_hold(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["smollm", "llama2"])
-def test_what_transformers_keeps_in_fp32_is_written_so(family, tmp_path, pydoc_text, monkeypatch):
-    """As DeepseekV3's correction bias; 16-bit weights are widened for the computation, and come back."""
+def test_tensors_kept_in_fp32_by_transformers_are_written_in_fp32(family, tmp_path, pydoc_text, monkeypatch):
+    """As DeepseekV3's correction bias. 16-bit weights are widened for the computation, not in the file."""
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["norm"])
     folder, out = tmp_path / "dense", tmp_path / "out"
     save_checkpoint(with_fp32_norms(FAMILIES[family]().half()), folder, pydoc_text[:20000])
@@ -62,7 +63,7 @@ def test_what_transformers_keeps_in_fp32_is_written_so(family, tmp_path, pydoc_t
 
 
 def prune(out, **options):
-    """A live model, pruned and saved."""
+    """Prune and save a live model."""
     model = FAMILIES["smollm"]()
     return wanda_fast.prune(model, dataset=token_ids(model, 2, 32), save_model=out, **options)
 
@@ -72,8 +73,8 @@ def fail(*_args, **_options):
 
 
 @pytest.mark.parametrize("what", ["masks", "perplexity", "zero-shot"])
-def test_a_late_failure_costs_no_model(what, tmp_path, monkeypatch):
-    """All of these come after the model is saved; the dense model's perplexity before."""
+def test_a_failure_after_the_save_keeps_the_model(what, tmp_path, monkeypatch):
+    """All of these steps come after the model is saved. The dense model's perplexity comes before."""
     measure = [
         fail if what == "perplexity" else lambda *_args, **_options: 9.0,
         lambda *_args, **_options: 8.0,
@@ -101,7 +102,7 @@ def test_the_saved_report_has_what_was_measured_after_the_save(tmp_path, monkeyp
 
 @pytest.fixture
 def old(tmp_path):
-    """A folder with something in it, that a run may replace."""
+    """A folder that is not empty."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "kept").touch()
@@ -129,7 +130,7 @@ def test_a_rename_that_fails_loses_neither_model(old, monkeypatch):
     LlamaForCausalLM.from_pretrained(old.with_name("out.partial") / "model")
 
 
-def test_what_a_killed_run_set_aside_comes_back(old):
+def test_a_folder_set_aside_by_a_killed_run_is_restored(old):
     aside = old.with_name("out.partial") / "replaced"
     aside.parent.mkdir()
     old.rename(aside)
@@ -141,7 +142,7 @@ def test_what_a_killed_run_set_aside_comes_back(old):
 
 
 @pytest.mark.parametrize("kind", ["a symbolic link", "a mount point"])
-def test_what_no_rename_replaces_is_refused_before_the_work(kind, tmp_path, monkeypatch):
+def test_a_folder_that_no_rename_can_replace_is_refused_before_the_work(kind, tmp_path, monkeypatch):
     real, out = tmp_path / "real", tmp_path / "out"
     real.mkdir()
     if kind == "a symbolic link":

@@ -1,4 +1,4 @@
-"""Calibration windows are the published ones, the same bytes for the same seed, and never without end."""
+"""Calibration windows equal the published code's, and are the same for the same seed."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from wanda_fast.data.text import calibration_text, evaluation_text
 
 
 class CharacterTokenizer:
-    """One token a character: windows can be read by eye."""
+    """One token per character."""
 
     def __call__(self, text, **_options):
         self.input_ids = torch.tensor([[ord(character) for character in text]])
@@ -79,12 +79,12 @@ def test_the_callers_random_state_is_untouched(alphabet):
     assert random.random() == expected
 
 
-def test_token_ids_are_taken_as_they_are():
+def test_token_ids_are_used_unchanged():
     ids = torch.arange(12, dtype=torch.int32).view(3, 4)
     assert torch.equal(calibration_tokens(ids, None, 99, 99, seed=0), ids.long())
 
 
-def test_pydoc_is_cut_in_two_parts():
+def test_pydoc_is_split_for_calibration_and_evaluation():
     calibration, evaluation = calibration_text("pydoc").documents[0], evaluation_text("pydoc").documents[0]
     whole = "\n\n".join(topics[name] for name in sorted(topics))
     assert calibration + evaluation == whole

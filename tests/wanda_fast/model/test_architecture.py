@@ -1,4 +1,4 @@
-"""What is found in a model: blocks, linears, gated MLPs, routers, reach; and each linear's statistic."""
+"""Finding blocks, linears, gated MLPs and routers in a model; linears that share a statistic."""
 
 from functools import partial
 
@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 import wanda_fast
 from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.model.block_inputs import hidden_states_given, record_block_inputs
-from wanda_fast.model.offload import Placement
+from wanda_fast.model.block_inputs import blocks_skipped, record_block_inputs
+from wanda_fast.model.offload import Offload
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import make_method
 
@@ -29,7 +29,7 @@ def test_every_linear_of_every_block_and_nothing_else(family):
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_weights_out_of_reach_are_counted_and_said(family):
+def test_weights_out_of_reach_are_counted_and_reported(family):
     model = FAMILIES[family]()
     report = wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
@@ -38,7 +38,7 @@ def test_weights_out_of_reach_are_counted_and_said(family):
     assert any("no prunable nn.Linear" in warning and "experts" in warning for warning in report.warnings)
 
 
-def test_a_router_that_is_a_linear_is_left_alone():
+def test_a_router_that_is_a_linear_is_not_prunable():
     model = FAMILIES["llama2"]()
     for layer in model.model.layers:
         layer.mlp.gate = nn.Linear(64, 4)
@@ -47,7 +47,8 @@ def test_a_router_that_is_a_linear_is_left_alone():
     assert not any(linear.name.endswith("mlp.gate") for linear in find_blocks(model)[0].linears)
 
 
-ROUTED = {  # to 6 experts: as many outputs as no other linear has; Doge routes to 3 x 3
+# Models with routers. Each router has 6 outputs, and no other linear has; Doge routes to 3 x 3 experts.
+ROUTED = {
     "dbrx": dict(
         d_model=64, n_heads=4, attn_config=dict(kv_n_heads=2, rope_theta=1e4),
         ffn_config=dict(moe_num_experts=6),
@@ -61,7 +62,7 @@ ROUTED = {  # to 6 experts: as many outputs as no other linear has; Doge routes 
 
 
 @pytest.mark.parametrize(("family", "sizes"), ROUTED.items(), ids=ROUTED)
-def test_a_linear_inside_a_router_is_left_alone(family, sizes):
+def test_a_linear_inside_a_router_is_not_prunable(family, sizes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     block = find_blocks(model)[0]
@@ -91,7 +92,8 @@ def test_both_projections_of_a_gated_mlp_are_found(family):
         found = {linear.name.rpartition(".mlp.")[2]: linear.gated for linear in block.linears if linear.gated}
         fused = family in ("phi3", "glm4")
         assert found.keys() == ({"gate_up_proj"} if fused else {"gate_proj", "up_proj"}), index
-        (mlp,) = set(found.values())  # one object, which the projections share
+        # The projections share one object.
+        (mlp,) = set(found.values())
         assert mlp.fused == fused and mlp.width == 160
 
 
@@ -107,7 +109,7 @@ def test_a_fused_linear_of_another_shape_is_no_gated_mlp():
     [("llama2", [3, 1, 2, 1]), ("opt", [3, 1, 1, 1]), ("phi", [4, 1, 1]), ("gpt_neox", [1, 1, 1, 1])],
 )
 def test_linears_that_read_one_tensor_share_one_statistic(family, shared):
-    """Groups by identity: q, k, v; gate, up; and in Phi's parallel block q, k, v and fc1."""
+    """The groups are q, k, v and gate, up; in Phi's parallel block q, k, v and fc1."""
     model = FAMILIES[family]()
     block = find_blocks(model)[0]
     statistics = BlockStatistics(block, make_method("wanda").statistic)
@@ -125,8 +127,8 @@ def test_linears_that_read_one_tensor_share_one_statistic(family, shared):
         torch.testing.assert_close(statistics.by_name[name].acc, expected, rtol=1e-6, atol=0)
 
 
-def test_the_model_is_as_it_was_but_for_its_zeros():
-    """No hook, no patched forward, no changed mode stays behind."""
+def test_only_the_weights_are_changed():
+    """No hook, patched forward or changed mode remains."""
     model = FAMILIES["llama2"]().train()
     wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
     assert model.training
@@ -135,8 +137,8 @@ def test_the_model_is_as_it_was_but_for_its_zeros():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_a_forward_of_the_module_itself_stays():
-    """As accelerate's hooks put there, or somebody who watches; the model is pruned all the same."""
+def test_a_forward_set_on_an_instance_is_kept():
+    """Forwards set on an instance, as accelerate's hooks do, are called and kept."""
     model, plain, watched, called = FAMILIES["llama2"](), FAMILIES["llama2"](), {}, set()
     for layer in model.model.layers:
         for module in (layer, layer.mlp.down_proj):
@@ -145,7 +147,8 @@ def test_a_forward_of_the_module_itself_stays():
     for each in (model, plain):
         wanda_fast.prune(each, dataset=ids)
     assert all(vars(module).get("forward") is forward for module, forward in watched.items())
-    assert called == watched.keys() - {model.model.layers[-1].mlp.down_proj}  # no pass goes through it
+    # The dense pass ends at the last linear's input, and the last block has no pruned pass.
+    assert called == watched.keys() - {model.model.layers[-1].mlp.down_proj}
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
@@ -159,16 +162,16 @@ def test_one_module_that_is_several_blocks():
     model.model.layers[1] = model.model.layers[0]
     ids, blocks = token_ids(model, 3, 16), find_blocks(model)
     expected = model(ids, use_cache=False).logits
-    placement = Placement("device", torch.device("cpu"))
-    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, placement)
+    offload = Offload("device", torch.device("cpu"))
+    inputs = record_block_inputs(partial(model, use_cache=False), blocks, ids, 2, offload)
     for index, block in enumerate(blocks):
         inputs.advance_(index, block.module)
-    with hidden_states_given(blocks, inputs.hidden):
+    with blocks_skipped(blocks, inputs.hidden):
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
     assert wanda_fast.prune(model, dataset=ids).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_an_expert_that_no_token_reaches_is_said(caplog):
+def test_an_expert_that_no_token_reaches_is_reported(caplog):
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,

@@ -1,4 +1,4 @@
-"""Blocks with attention and matmuls of ours: the same results but for rounding, and torch as it was."""
+"""Replaced attention and matrix products: the same results up to rounding, and only inside the context."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(block_forward, "_of_this_machine", lambda: own)
     x = torch.randn(2, 3)
     with block_forward.faster_forward(CPU):
-        assert torch.equal(F.linear(x, x), x @ x.t())  # None leaves it to torch
+        # The replacement returns None, so torch computes it.
+        assert torch.equal(F.linear(x, x), x @ x.t())
         assert torch.equal(F.silu(x), x + 1)
     assert calls == ["linear", "silu"]
     assert torch.allclose(F.silu(x), x * x.sigmoid())
@@ -38,7 +39,7 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
 @pytest.mark.parametrize("bias", [None, torch.randn(5)])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
 def test_onednns_linear(monkeypatch, bias, shape):
-    """On every x86, though it is chosen on AMD's with AVX-512 only."""
+    """Tested on every x86 processor, though it is used only on AMD's with AVX-512."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch is built without oneDNN")
     monkeypatch.setattr(block_forward, "_onednn_is_faster", lambda: True)
@@ -53,12 +54,13 @@ def test_onednns_linear(monkeypatch, bias, shape):
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5).bfloat16()])
 def test_bf16_without_instructions_for_it(monkeypatch, bias):
-    """Products in fp32, one rounding at the end; with the instructions, torch's own."""
+    """The product is in fp32 with one rounding at the end. With the instructions it is torch's own."""
     x, weight = torch.randn(2, 9, 7).bfloat16(), torch.randn(5, 7).bfloat16()
     monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: True)
     assert torch.equal(block_forward._linear(x, weight, bias), F.linear(x, weight, bias))
     monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: False)
-    monkeypatch.setattr(block_forward, "WIDENED_TOKENS", 5)  # of 18
+    # x has 18 tokens.
+    monkeypatch.setattr(block_forward, "WIDENED_TOKENS", 5)
     assert block_forward._linear(x[:0], weight, bias) is None
     found = block_forward._linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())

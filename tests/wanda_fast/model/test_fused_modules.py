@@ -1,4 +1,4 @@
-"""Norms and MLPs by kernels: only where their code is Llama's, the same results, and undone afterwards."""
+"""Norms, MLPs and rotary embeddings by kernels: only if their code is Llama's, with the same results."""
 
 from types import FunctionType
 
@@ -17,7 +17,7 @@ def fused_names(model):
 
 
 def names_of_calls(kernels, monkeypatch):
-    """A list that gets the name of each kernel of this module that a model's forward calls."""
+    """A list to which each call of a kernel of this module adds the kernel's name."""
     used = []
     for kernel in ("rms_norm", "gated_product", "rotary"):
         own = getattr(kernels, kernel)
@@ -29,21 +29,24 @@ def names_of_calls(kernels, monkeypatch):
 
 def test_only_modules_whose_code_is_llamas():
     assert fused_names(FAMILIES["llama3"]()) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
-    assert fused_names(FAMILIES["gpt_neox"]()) == []  # a rotary embedding of its own
+    # GPT-NeoX has another rotary embedding.
+    assert fused_names(FAMILIES["gpt_neox"]()) == []
     assert [name for name in fused_names(FAMILIES["qwen2"]()) if "RMSNorm" in name] == ["Qwen2RMSNorm"]
     assert fused_names(FAMILIES["opt"]()) == []
-    assert not any("RMSNorm" in name for name in fused_names(FAMILIES["gemma2"]()))  # (1 + weight) there
+    # Gemma's norm multiplies by (1 + weight).
+    assert not any("RMSNorm" in name for name in fused_names(FAMILIES["gemma2"]()))
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen2", "qwen3", "phi"])
-def test_the_models_own_results(name, monkeypatch):
+def test_the_results_are_the_models_own(name, monkeypatch):
     model, ids = FAMILIES[name](), torch.arange(40).view(2, 20)
     used = names_of_calls(native_forward, monkeypatch)
     with torch.no_grad():
         wanted = model(ids).logits
         with fused_modules(model):
             found = model(ids).logits
-            half = model.half()(ids).logits  # what the kernels do not take
+            # The kernels do not support fp16.
+            half = model.half()(ids).logits
         assert "forward" not in {key for module in model.modules() for key in vars(module)}
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert half.isfinite().all()
@@ -53,8 +56,8 @@ def test_the_models_own_results(name, monkeypatch):
 
 
 @pytest.mark.parametrize("seen_by", [("gate_proj",), ("up_proj",), ("gate_proj", "up_proj")])
-def test_a_hook_sees_an_output_as_it_was(seen_by):
-    """The product lies in the gate's memory, or up's, only where nobody was given it."""
+def test_an_output_that_a_hook_has_is_not_overwritten(seen_by):
+    """The product overwrites the output of gate or up only if no hook has received it."""
     model, ids = FAMILIES["llama3"](), torch.arange(40).view(2, 20)
     seen = []
     with torch.no_grad():
@@ -73,7 +76,7 @@ def test_a_hook_sees_an_output_as_it_was(seen_by):
 
 
 def test_another_rotary_embedding_is_the_models_own(monkeypatch):
-    """By code, not by name; asked when the forward runs, though the class was fused before."""
+    """The code decides, not the name. It is checked on every call, so a later monkey patch takes effect."""
     from transformers.models.llama import modeling_llama as llama
 
     own, ids = llama.apply_rotary_pos_emb, torch.arange(40).view(2, 20)
@@ -90,19 +93,19 @@ def test_another_rotary_embedding_is_the_models_own(monkeypatch):
                 torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_that_somebody_replaced_in_its_class_stays(monkeypatch):
+def test_a_norm_replaced_in_its_class_is_kept(monkeypatch):
     from transformers.models.llama import modeling_llama as llama
 
     monkeypatch.setattr(llama.LlamaRMSNorm, "forward", lambda self, x: x)
     assert "LlamaRMSNorm" not in fused_names(FAMILIES["llama3"]())
 
 
-def test_a_forced_backend_leaves_them_alone(monkeypatch):
+def test_nothing_is_fused_with_the_torch_backend(monkeypatch):
     monkeypatch.setenv("WANDA_KERNELS_BACKEND", "torch")
     assert fused_names(FAMILIES["llama3"]()) == []
 
 
-def test_a_forward_that_somebody_replaced_stays():
+def test_a_forward_set_on_an_instance_is_kept():
     model = FAMILIES["llama3"]()
     norm = model.model.norm
     norm.forward = own = lambda x: x

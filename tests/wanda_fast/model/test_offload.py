@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors
-from wanda_fast.model import block_inputs
-from wanda_fast.model import offload as placement
-from wanda_fast.model.offload import Moved, Placement, on_host
+from wanda_fast.model import block_inputs, offload
+from wanda_fast.model.offload import Offload, Offloaded, on_host
 from wanda_fast.output import streamed as output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def on_disk(tmp_path):
-    disk = Placement("disk", CPU, tmp_path)
+    disk = Offload("disk", CPU, tmp_path)
     yield disk
     disk.close()
 
@@ -37,10 +36,10 @@ def batches(total, size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("total", "size"), [(7, 2), (4, 4), (3, 5), (1, 1)])
 def test_passes_in_place(total, size, dtype, on_disk):
-    """Three passes that overwrite batch by batch, as blocks do, against one tensor."""
+    """Three passes that overwrite batch by batch, as blocks do, compared with a tensor."""
     expected = torch.randn(total, 5, 3).to(dtype)
     hidden = on_disk.empty(expected.shape, dtype)
-    assert isinstance(hidden, Moved) and len(hidden) == total and hidden.nbytes == expected.nbytes
+    assert isinstance(hidden, Offloaded) and len(hidden) == total and hidden.nbytes == expected.nbytes
     for batch in batches(total, size):
         hidden[batch] = expected[batch]
     for _ in range(3):
@@ -53,7 +52,7 @@ def test_passes_in_place(total, size, dtype, on_disk):
 
 
 def test_all_read_before_any_is_written(on_disk):
-    """As in `--sequential linear`; what was handed out does not change when the batch is overwritten."""
+    """As in `--sequential linear`. A batch that was read does not change when it is overwritten."""
     first = torch.randn(5, 4, 2)
     hidden = on_disk.empty(first.shape, first.dtype)
     for batch in batches(5, 2):
@@ -65,23 +64,24 @@ def test_all_read_before_any_is_written(on_disk):
     assert torch.equal(torch.cat([hidden[batch] for batch in batches(5, 2)]), first + 1)
 
 
-def test_what_is_overwritten_is_not_taken_from_an_early_copy(on_disk):
+def test_an_overwritten_batch_is_not_read_from_the_prefetched_copy(on_disk):
     hidden = on_disk.empty((4, 1, 1), torch.float32)
     hidden[0:4] = torch.zeros(4, 1, 1)
-    hidden[0:2]  # 2:4 is on its way
+    # Starts to prefetch 2:4.
+    hidden[0:2]
     hidden[2:4] = torch.ones(2, 1, 1)
     assert hidden[2:4].eq(1).all()
 
 
-class Slow(placement._Mover):
-    """Copies as a slow bus does, and notes what is asked for and what has come."""
+class Slow(offload._Copier):
+    """Copies slowly, and records requests and completed copies."""
 
     def __init__(self):
         super().__init__(CPU)
         self.events, self.may_copy = [], threading.Event()
 
     def copy(self, target, source, done):
-        self.events.append("asked")
+        self.events.append("requested")
         return super().copy(target, source, done)
 
     def _copy(self, *copy):
@@ -90,27 +90,30 @@ class Slow(placement._Mover):
         self.events.append("copied")
 
 
-def test_the_next_batch_moves_while_this_one_is_computed():
-    mover = Slow()
-    hidden = Moved(torch.arange(6.0).view(6, 1, 1), mover)
-    mover.may_copy.set()
+def test_the_next_batch_is_copied_while_this_one_is_computed():
+    copier = Slow()
+    hidden = Offloaded(torch.arange(6.0).view(6, 1, 1), copier)
+    copier.may_copy.set()
     first = hidden[0:2]
-    mover._thread.submit(lambda: None).result()  # all that was asked for has come
-    assert sorted(mover.events) == ["asked", "asked", "copied", "copied"]  # of this batch and the next
-    mover.may_copy.clear()
-    mover.events.clear()
-    hidden[0:2] = first + 1  # nobody waits for it, nor for the third batch
+    # Wait for all copies that were requested: of this batch and the next.
+    copier._thread.submit(lambda: None).result()
+    assert sorted(copier.events) == ["copied", "copied", "requested", "requested"]
+    copier.may_copy.clear()
+    copier.events.clear()
+    # Neither this copy nor the prefetch of the third batch blocks.
+    hidden[0:2] = first + 1
     second = hidden[2:4]
-    assert mover.events == ["asked", "asked"] and second.flatten().tolist() == [2, 3]
+    assert copier.events == ["requested", "requested"] and second.flatten().tolist() == [2, 3]
     hidden[2:4] = second + 1
     with ThreadPoolExecutor(1) as pool:
         third_out = pool.submit(hidden.__setitem__, slice(4, 6), torch.zeros(2, 1, 1))
         with pytest.raises(TimeoutError):
-            third_out.result(timeout=0.1)  # no more than two batches wait to leave
-        mover.may_copy.set()
+            # Two batches are pending, so a third one blocks.
+            third_out.result(timeout=0.1)
+        copier.may_copy.set()
         third_out.result(timeout=10)
     assert torch.cat(list(on_host(hidden))).flatten().tolist() == [1, 2, 3, 4, 0, 0]
-    mover.close()
+    copier.close()
 
 
 def test_the_file_has_no_name(on_disk, tmp_path):
@@ -118,7 +121,7 @@ def test_the_file_has_no_name(on_disk, tmp_path):
     assert not list(tmp_path.iterdir()) and hidden.shape == (2, 8, 4)
 
 
-def test_a_fault_while_copying_is_raised(on_disk):
+def test_an_error_in_the_copying_thread_is_raised(on_disk):
     hidden = on_disk.empty((2, 8, 4), torch.float32)
     hidden[0:1] = torch.zeros(1, 8, 5)
     with pytest.raises(RuntimeError, match="size of tensor"):
@@ -133,7 +136,7 @@ def llama(tmp_path_factory, pydoc_text):
 
 
 def prune(model, out, **options):
-    """The report, and the bytes of what was written."""
+    """(report, the bytes of each tensor that was written)."""
     settings = dict(dataset=token_ids(FAMILIES["llama2"](), 5, 24), batch_size=2, seqlen=24, device="cpu")
     settings |= dict(eval_dataset=token_ids(FAMILIES["llama2"](), 3, 24), save_model=out)
     report = wanda_fast.prune(model, **settings | options)
@@ -160,7 +163,7 @@ def test_the_results_are_the_same(options, live, llama, tmp_path):
 
 
 def test_no_room_on_the_disk(llama, tmp_path):
-    """The whole file is asked for at once: one sentence, nothing left behind; with room the job is done."""
+    """The whole file is allocated at once. If that fails, an error is raised and no file remains."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
@@ -175,7 +178,7 @@ def test_no_room_on_the_disk(llama, tmp_path):
 
 
 def test_no_room_on_the_disk_when_resumed(llama, tmp_path, monkeypatch):
-    """What was finished is kept; where the activations lie is no part of what a run is."""
+    """Finished blocks are kept. A run can be resumed with activations in another kind of memory."""
     expected, out = prune(str(llama), tmp_path / "whole")[1], tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(output.StreamedOutput, "reached", stop)
@@ -191,13 +194,13 @@ def test_no_room_on_the_disk_when_resumed(llama, tmp_path, monkeypatch):
 
 
 def stop(self, index, activations):
-    self.interrupts.asked = True
-    self.disk.do(self.boundary.begin(index, activations))
+    self.interrupts.requested = True
+    self.writer.submit(self.activation_cache.begin(index, activations))
     raise errors.InterruptedRunError("stopped")
 
 
 @pytest.mark.parametrize("kinds", [("device", "disk"), ("disk", "host")])
-def test_a_boundary_is_restored_in_any_placement(kinds, llama, tmp_path, monkeypatch):
+def test_cached_activations_are_restored_in_any_kind_of_memory(kinds, llama, tmp_path, monkeypatch):
     expected, out = prune(str(llama), tmp_path / "whole")[1], tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(output.StreamedOutput, "reached", stop)
@@ -215,7 +218,7 @@ def test_a_boundary_is_restored_in_any_placement(kinds, llama, tmp_path, monkeyp
     assert all(torch.equal(tensors[name], other) for name, other in expected.items())
 
 
-def test_no_other_word():
+def test_another_kind_is_refused():
     model = FAMILIES["llama2"]()
     with pytest.raises(errors.UnknownMethodError, match="'device', 'host' or 'disk', got 'tape'"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 16), activations="tape")

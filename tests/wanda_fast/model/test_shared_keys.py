@@ -1,4 +1,4 @@
-"""Blocks that hand on more than hidden states: later ones of Gemma 4 read keys and values of earlier ones."""
+"""Blocks that pass on more than hidden states: blocks of Gemma 4 read keys and values of earlier ones."""
 
 import copy
 import os
@@ -16,7 +16,8 @@ from wanda_fast import errors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NBLOCKS = 4
-KINDS = ["sliding_attention", "full_attention"] * 2  # the last two have no keys and values of their own
+# The last two blocks have no keys and values of their own.
+KINDS = ["sliding_attention", "full_attention"] * 2
 KEYS = dict(layer_types=KINDS, num_kv_shared_layers=2, sliding_window=WINDOW, head_dim=16, global_head_dim=16)
 PER_LAYER = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=320)
 
@@ -31,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prune(model, tmp_path_factory):
-    """Prunes the model's checkpoint into a folder; None: prunes a copy of the model in memory."""
+    """A function that prunes the checkpoint into a folder, or, with None, a copy of the model in memory."""
     folder = tmp_path_factory.mktemp("gemma4")
     model.save_pretrained(folder)
 
@@ -45,7 +46,7 @@ def prune(model, tmp_path_factory):
 
 
 class StopAt:
-    """Ctrl-C in a block."""
+    """A progress display that sends Ctrl-C during the selection of a block."""
 
     def __init__(self, block):
         self.block = block
@@ -56,14 +57,14 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_streamed_perplexities_are_those_of_the_model(prune, tmp_path):
+def test_streamed_perplexities_equal_those_in_memory(prune, tmp_path):
     expected, tensors = prune(None)
     report, streamed = prune(tmp_path / "out")
     assert report.perplexity == expected.perplexity
     assert all(torch.equal(streamed[name], tensors[name]) for name in streamed)
 
 
-def test_resumed_among_the_blocks_that_read_what_earlier_ones_left(prune, tmp_path):
+def test_resumed_at_a_block_that_reads_keys_of_earlier_ones(prune, tmp_path):
     expected, tensors = prune(tmp_path / "unbroken")
     with pytest.raises(errors.InterruptedRunError, match=f"stopped after block {NBLOCKS - 1} of {NBLOCKS}"):
         prune(tmp_path / "out", progress=StopAt(NBLOCKS - 2))

@@ -1,4 +1,4 @@
-"""Masks as a product: saved by a run, applied again after the weights moved, and checked."""
+"""Mask files: saved by a run, applied to the dense model, and verified."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def folders(tmp_path, pydoc_text, run):
-    """A dense model, the same pruned to 2:4, and the mask of that run."""
+    """(dense model, the same model pruned to 2:4, mask file of that run)."""
     dense, pruned, mask = tmp_path / "dense", tmp_path / "pruned", tmp_path / "mask.safetensors"
     save_checkpoint(FAMILIES["smollm"](), dense, pydoc_text[:20000])
     words = ["--dataset", "pydoc", "--nsamples", "2", "--seqlen", "32", "--eval-dataset", "none"]
@@ -85,14 +85,14 @@ def test_a_mask_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch)
 )
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_mask_file_in_the_models_folder_is_refused(name, streamed, tmp_path, pydoc_text, monkeypatch):
-    """The folder is replaced as a whole; and its *.safetensors would be read as weights."""
+    """The folder is replaced as a whole, and its *.safetensors files would be read as weights."""
     monkeypatch.chdir(tmp_path)
     model = FAMILIES["smollm"]()
     if streamed:
         save_checkpoint(model, "dense", pydoc_text[:20000])
     there = sorted(tmp_path.iterdir())
     options = dict(dataset=token_ids(model, 2, 32), save_model="out", save_mask=name)
-    with pytest.raises(errors.OutputError, match=f"mask file {name} lies in out"):
+    with pytest.raises(errors.OutputError, match=f"mask file {name} is in out"):
         wanda_fast.prune("dense" if streamed else model, **options)
     assert sorted(tmp_path.iterdir()) == there
     wanda_fast.prune("dense" if streamed else model, **options | dict(save_mask="out.mask"))

@@ -1,4 +1,4 @@
-"""A streamed checkpoint: the same tensors, byte for byte, as a model that is pruned in memory as a whole."""
+"""A streamed checkpoint gives the same tensors, byte for byte, as a model that is pruned in memory."""
 
 import hashlib
 import json
@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
 from wanda_fast import errors
-from wanda_fast.checkpoint import atomic_write as durable
-from wanda_fast.checkpoint import block_loader as sources
-from wanda_fast.checkpoint import layout, shards
+from wanda_fast.checkpoint import atomic_write, block_loader, save, shards
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.output import streamed as output
 from wanda_fast.run import inputs, job
@@ -25,13 +23,14 @@ from wanda_fast.run import inputs, job
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
-LOADED_WHOLE = ("gpt_neox", "mixtral")  # transformers renames or merges their tensors as it loads them
+# transformers renames or merges their tensors as it loads them.
+LOADED_WHOLE = ("gpt_neox", "mixtral")
 QUICK = dict(nsamples=3, seqlen=24, batch_size=2, eval_windows=5)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, pydoc_text):
-    """Folder of a family's checkpoint, in bfloat16; `shards` splits it into files of 100 kB."""
+    """A function that saves a family's checkpoint in bfloat16; with `shards`, in files of 100 kB."""
 
     def folder_of(name, shards=False):
         folder = tmp_path_factory.mktemp(name)
@@ -47,7 +46,7 @@ def folder_of(tmp_path_factory, pydoc_text):
 
 
 def prune(folder, out, whole=False, **options):
-    """The report, and the tensors of what was written; `whole`: in memory."""
+    """(report, tensors that were written); with `whole`, the model is pruned in memory."""
     with pytest.MonkeyPatch.context() as patch:
         if whole:
             patch.setattr(inputs, "open_skeleton", refuse)
@@ -111,10 +110,10 @@ def test_every_kind_of_run_streams(options, folder_of, tmp_path):
     assert_equal_bytes(load_file(masks[1]), load_file(masks[0]))
 
 
-def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch):
+def test_large_models_are_written_in_shards_that_load(folder_of, tmp_path, monkeypatch):
     folder = folder_of("smollm", shards=True)
     _, tensors = prune(folder, tmp_path / "one")
-    monkeypatch.setattr(layout, "ONE_FILE", 0)
+    monkeypatch.setattr(save, "ONE_FILE", 0)
     _, shards = prune(folder, tmp_path / "shards")
     assert_equal_bytes(shards, tensors)
     files = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
@@ -129,7 +128,7 @@ def test_large_models_leave_in_shards_that_load(folder_of, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", LOADED_WHOLE)
-def test_what_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, caplog):
+def test_a_checkpoint_that_transformers_converts_is_loaded_whole(name, folder_of, tmp_path, caplog):
     caplog.set_level("INFO", logger="wanda_fast")
     report, tensors = prune(folder_of(name), tmp_path / "out", prune_method="wanda")
     said = [record.message for record in caplog.records if "not streamed" in record.message]
@@ -152,7 +151,7 @@ def test_blocks_that_share_weights_are_loaded_whole(tmp_path, caplog):
 
 
 def test_tied_weights_in_the_file_twice(folder_of, tmp_path, caplog):
-    """The same twice is one weight; two that differ are two, as transformers has it."""
+    """As in transformers: two equal tensors are one weight, two different ones are not tied."""
     caplog.set_level("INFO", logger="wanda_fast")
     folder = folder_of("smollm")
     file = folder / "model.safetensors"
@@ -177,7 +176,7 @@ def test_pickled_weights_are_refused(tmp_path, pydoc_text):
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
 def test_pickled_weights_on_the_hub_are_refused(file, tmp_path):
-    """A repository that the hub's cache holds, without safetensors; nothing of it is read."""
+    """A repository in the hub's cache, without safetensors. The pickle is not read."""
     snapshot = tmp_path / "models--some--one" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--some--one" / "refs").mkdir()
@@ -205,12 +204,15 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
     ("spoil", "sentence"),
     [
         (lambda content: content[:-1000], "ends before its last tensor"),
-        (lambda content: b"a web page, not a model", "is no safetensors file: its header would be"),
-        (lambda content: content[:9] + b"{" + content[10:], "is no safetensors file: its header is no JSON"),
+        (lambda content: b"a web page, not a model", "is not a safetensors file: its header would be"),
+        (
+            lambda content: content[:9] + b"{" + content[10:],
+            "is not a safetensors file: its header is not JSON",
+        ),
     ],
     ids=["cut", "foreign", "header"],
 )
-def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_path):
+def test_an_invalid_checkpoint_is_refused_with_one_sentence(spoil, sentence, folder_of, tmp_path):
     folder = folder_of("llama2")
     file = folder / "model.safetensors"
     file.write_bytes(spoil(file.read_bytes()))
@@ -219,8 +221,8 @@ def test_a_spoilt_checkpoint_is_one_sentence(spoil, sentence, folder_of, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
-    """The head, which goes from file to file behind the blocks: the model is at fault, not the output."""
+def test_a_checkpoint_truncated_in_a_tensor_outside_the_blocks(folder_of, tmp_path):
+    """The head, which is copied from file to file. The error names the model's file, not the output."""
     file = folder_of("llama2") / "model.safetensors"
     tensors = load_file(file)
     shards.begin_tensors(file, tensors | {"lm_head.weight": tensors.pop("lm_head.weight")})()  # now the last
@@ -231,9 +233,9 @@ def test_a_checkpoint_cut_in_what_only_the_output_reads(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("save_mask", [False, True])
-def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
-    """As on a GPU: what is stored is a copy under way, and whoever writes it waits until it is there."""
-    folder, stored, threads = folder_of("llama2"), sources.StreamedModel.stored, []
+def test_a_copy_is_written_during_the_next_block(save_mask, folder_of, tmp_path, monkeypatch):
+    """As on a GPU, where the tensors to write are copies under way: the writing thread waits for them."""
+    folder, stored, threads = folder_of("llama2"), block_loader.StreamedModel.stored, []
     options = dict(save_mask=tmp_path / "masks") if save_mask else {}
     _, expected = prune(folder, tmp_path / "expected", sparsity_type="2:4", **options, overwrite=True)
     masks = load_file(tmp_path / "masks") if save_mask else {}
@@ -248,9 +250,9 @@ def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path,
             for name, copy in copies.items():
                 copy.copy_(values[name])
 
-        return sources.Stored(copies, True, arrived)
+        return block_loader.Stored(copies, True, arrived)
 
-    monkeypatch.setattr(sources.StreamedModel, "stored", under_way)
+    monkeypatch.setattr(block_loader.StreamedModel, "stored", under_way)
     _, tensors = prune(folder, tmp_path / "out", sparsity_type="2:4", **options, overwrite=True)
     assert_equal_bytes(tensors, expected)
     if save_mask:
@@ -258,15 +260,17 @@ def test_a_copy_is_written_behind_the_next_block(save_mask, folder_of, tmp_path,
     assert len(threads) == 2 and all(name.startswith("wanda-fast-disk") for name in threads)
 
 
-def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypatch):
-    stored, begin = sources.StreamedModel.stored, output.begin_tensors
+def test_no_room_for_a_copy_that_is_written_in_the_background(folder_of, tmp_path, monkeypatch):
+    stored, begin = block_loader.StreamedModel.stored, output.begin_tensors
 
     def full(path, *rest):
         if path.name.startswith("model-00002"):
             raise OSError(28, "No space left on device", str(path))
         return begin(path, *rest)
 
-    monkeypatch.setattr(sources.StreamedModel, "stored", lambda *args: replace(stored(*args), is_copy=True))
+    monkeypatch.setattr(
+        block_loader.StreamedModel, "stored", lambda *args: replace(stored(*args), is_copy=True)
+    )
     monkeypatch.setattr(output, "begin_tensors", full)
     with pytest.raises(errors.OutputError, match="No space left on device"):
         prune(folder_of("llama2"), tmp_path / "out")
@@ -274,19 +278,19 @@ def test_no_room_for_a_copy_that_is_written_behind(folder_of, tmp_path, monkeypa
 
 @pytest.mark.parametrize("pieces", [0, 1, 3, 3.5])
 def test_a_checksum_sees_every_byte(pieces, tmp_path, monkeypatch):
-    monkeypatch.setattr(durable, "PIECE", 1000)
-    monkeypatch.setattr(durable, "CHUNK", 300)
+    monkeypatch.setattr(atomic_write, "PIECE", 1000)
+    monkeypatch.setattr(atomic_write, "CHUNK", 300)
     file, content = tmp_path / "file", bytearray(range(250)) * 14
     content = content[: int(1000 * pieces)]
     file.write_bytes(content)
     parts = [content[begin : begin + 1000] for begin in range(0, len(content), 1000)]
     expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    assert durable.checksum(file) == expected
-    monkeypatch.setattr(durable, "MOST_THREADS", 1)
-    assert durable.checksum(file) == expected
+    assert atomic_write.checksum(file) == expected
+    monkeypatch.setattr(atomic_write, "MOST_THREADS", 1)
+    assert atomic_write.checksum(file) == expected
     for place in range(0, len(content), 499):
         file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        assert durable.checksum(file) != expected
+        assert atomic_write.checksum(file) != expected
 
 
 def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):

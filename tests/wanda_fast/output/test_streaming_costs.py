@@ -1,4 +1,4 @@
-"""What a streamed run costs: memory that does not grow with the model, and seconds that are accounted for."""
+"""A streamed run's memory does not grow with the model, and its phases add up to its time."""
 
 import itertools
 import json
@@ -10,16 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-SHARE = 0.35  # of the checkpoint, above what Python, torch and a first small run take
-GROWTH = 64 * 2**20  # bytes, from 12 to 24 blocks of 14 MiB: the allocator's noise, not 12 blocks
-SLACK = 48 * 2**20  # bytes that the formula leaves to the allocator and to small things
+# Bound on the peak as a share of the checkpoint, above the memory of Python, torch and a first small run.
+SHARE = 0.35
+# Bytes by which the peak may grow from 12 to 24 blocks of 14 MiB: noise of the allocator.
+GROWTH = 64 * 2**20
+# Bytes above the predicted peak, for the allocator and small tensors.
+SLACK = 48 * 2**20
 BLOCK = dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12)
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
 METHODS, NSAMPLES = ("wanda", "connect"), (4, 32)
 
 MEASURED = """
 import gc, json, sys, threading, time, torch, wanda_fast
-from wanda_fast.memory import give_back_freed
+from wanda_fast.memory import release_freed_memory
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -36,7 +39,7 @@ folder, cases = sys.argv[1], json.loads(sys.argv[2])
 run(folder + "/tiny", folder + "/tiny.out", "connect")
 for number, (model, *case) in enumerate(cases):
     gc.collect()
-    give_back_freed()
+    release_freed_memory()
     before, seen, done = resident(), [], False
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -63,7 +66,7 @@ def build(folder, nblocks, sizes):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(blocks, method, sequences, ...) -> (bytes of the checkpoint, what MEASURED printed)."""
+    """(blocks, method, sequences, ...) -> (bytes of the checkpoint, the object that MEASURED printed)."""
     folder = tmp_path_factory.mktemp("costs")
     build(folder / "tiny", 2, TINY)
     sizes = {nblocks: build(folder / str(nblocks), nblocks, BLOCK) for nblocks in (3, 12, 24)}
@@ -78,7 +81,8 @@ def measured(tmp_path_factory):
     }
     words = [sys.executable, "-c", MEASURED, str(folder), json.dumps(cases)]
     done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True)
-    AutoModelForCausalLM.from_pretrained(folder / "1.out")  # not written in vain
+    # The output is a model that loads.
+    AutoModelForCausalLM.from_pretrained(folder / "1.out")
     lines = done.stdout.splitlines()[-len(cases) :]
     return {case: (sizes[case[0]], json.loads(line)) for case, line in zip(cases, lines, strict=True)}
 
@@ -98,7 +102,7 @@ def test_peak_memory_is_a_few_blocks(measured):
 @needs_proc
 @pytest.mark.parametrize("nsamples", NSAMPLES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_formula_foretells_the_peak(method, nsamples, measured):
+def test_the_formula_predicts_the_peak(method, nsamples, measured):
     run = measured[3, method, nsamples, False, None, "auto"][1]
     assert run["peak"] <= 1.15 * run["predicted"] + SLACK
     assert run["predicted"] <= 2 * run["peak"]

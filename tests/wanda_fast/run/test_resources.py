@@ -11,7 +11,7 @@ from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors, memory
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.block_inputs import record_block_inputs
-from wanda_fast.model.offload import Placement
+from wanda_fast.model.offload import Offload
 from wanda_fast.output import streamed as output
 from wanda_fast.pruning.methods import make_method
 from wanda_fast.pruning.patterns import parse_pattern
@@ -103,7 +103,7 @@ def test_hidden_states_that_are_wider_than_the_model_count_so(kept):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
     inputs = record_block_inputs(
-        lambda batch: model.base_model(batch, use_cache=False), blocks, ids, NSAMPLES, Placement("host", CPU)
+        lambda batch: model.base_model(batch, use_cache=False), blocks, ids, NSAMPLES, Offload("host", CPU)
     )
     assert inputs.hidden.dtype == kept
     assert footprint(a_job("wanda", ids), model, blocks, None, 1).activations == inputs.hidden.nbytes
@@ -173,5 +173,5 @@ def test_a_resumed_run_keeps_its_batch_size(llama, tmp_path, monkeypatch):
 
 
 def stop(self, index, activations):
-    self.disk.do(self.boundary.begin(index, activations))
+    self.writer.submit(self.activation_cache.begin(index, activations))
     raise errors.InterruptedRunError("stopped")

@@ -1,4 +1,4 @@
-"""A checkpoint of five blocks, an unbroken run of it, and one that was broken off."""
+"""A checkpoint of five blocks, an uninterrupted run on it, and an interrupted one."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ def unbroken(llama, tmp_path_factory):
 
 @pytest.fixture
 def pruned(monkeypatch):
-    """Names of the blocks whose weights were selected, in order."""
+    """Names of the blocks that were pruned, in order."""
     names, prune_block = [], sequential_block.prune_block
 
     def note(block, *rest):
@@ -59,7 +59,7 @@ def pruned(monkeypatch):
 
 @pytest.fixture
 def broken_off(llama, tmp_path, monkeypatch):
-    """The folder of a run that was stopped by Ctrl-C after three of five blocks."""
+    """A function that stops a run by Ctrl-C after three of five blocks, and returns its output folder."""
 
     def broken_off(**options):
         out = tmp_path / "out"

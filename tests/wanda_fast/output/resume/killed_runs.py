@@ -1,9 +1,9 @@
-"""Runs that end in SIGKILL, each in a fork of this process:
+"""Runs that are killed by SIGKILL, each in a fork of this process:
 `python killed_runs.py MODEL OUT METHOD KILLS SEED`.
 
-Every run resumes what the one before it left. When one reaches its end, its tensors' digest is noted and the
-next begins anew, until KILLS runs were killed and one more was finished. Prints JSON: the moments of the
-kills, and the digests, of an unbroken run first.
+Every run resumes the one before it. When a run ends, the digest of its tensors is recorded and the next run
+starts from the beginning, until KILLS runs were killed and one more has ended. Prints JSON: the moments of
+the kills, and the digests, the first of which is of an uninterrupted run.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import wanda_fast
 from wanda_fast.checkpoint import journal, shards
-from wanda_fast.output import activation_cache as boundary
+from wanda_fast.output import activation_cache
 
 MOMENTS = ("in a shard", "in a note", "after a shard, before its note", "before the last rename", "any")
 MOMENTS += ("between the renames of --overwrite", "after the last rename")
@@ -50,7 +50,7 @@ def kill():
 
 
 def arm(moment, chance):
-    """Make this process kill itself at the moment, at one of its first few occurrences."""
+    """Make this process kill itself at one of the first three occurrences of the moment."""
     countdown = chance.randint(1, 3)
 
     def due():
@@ -100,11 +100,12 @@ def arm(moment, chance):
 
 
 def child(model, out, method, moment, chance):
-    """Exit status of a run in a fork; killed from outside after a random time where the moment is any."""
+    """Exit status of a run in a fork. If the moment is "any", it is killed from outside at a random time."""
     pid = os.fork()
     if not pid:
         arm(moment, chance)
-        boundary.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))  # rarely, as always, after every block
+        # Activations are cached rarely, often, or after every block.
+        activation_cache.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))
         run(model, out, method)
         os._exit(0)
     if moment == "any":
@@ -114,7 +115,7 @@ def child(model, out, method, moment, chance):
 
 
 def digest(folder):
-    """Of the tensors' bytes; the order of a file's metadata is left to chance."""
+    """sha256 of the tensors' bytes. Files are not compared, because the order of their metadata varies."""
     found = hashlib.sha256()
     for file in (folder / "model.safetensors", str(folder) + ".masks"):
         for name, tensor in sorted(load_file(file).items()):
@@ -125,7 +126,8 @@ def digest(folder):
 def main(model, out, method, kills, seed):
     torch.set_num_threads(1)
     chance, moments, out = random.Random(seed), [], Path(out)
-    run(model, out, method)  # unbroken; the forks start with all that it imported
+    # The uninterrupted run. The forks start with the modules that it imported.
+    run(model, out, method)
     digests = [digest(out)]
     shutil.rmtree(out)
     while len(moments) < kills or len(digests) == 1:

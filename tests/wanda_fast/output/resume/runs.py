@@ -1,4 +1,4 @@
-"""Runs of a small model, resumed, and what they must give."""
+"""Runs of a small model, and the comparison of their outputs."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def copied(llama, folder):
 
 
 def fine_tune(folder):
-    """The last bit of the model."""
+    """Flip a bit in the last byte of the model."""
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

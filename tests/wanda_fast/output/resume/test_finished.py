@@ -1,4 +1,4 @@
-"""Runs that were finished, or seem to be: known by what they saw, not by their options alone."""
+"""`--resume` on a finished run: recognized by its input and its options."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(params=["streamed", "in memory"])
 def held(request, monkeypatch):
-    """Runs of this kind."""
+    """Whether runs are streamed or in memory."""
     if request.param == "in memory":
 
         def refuse(*_):
@@ -27,8 +27,8 @@ IDS = torch.arange(48).reshape(2, 24) + 3
 FINISHED = dict(dataset=IDS, eval_dataset=IDS)
 
 
-def test_a_finished_run_is_known_by_what_it_saw(held, llama, tmp_path, pruned, monkeypatch):
-    """Not by its options alone: by the weights, and the token ids themselves."""
+def test_a_finished_run_is_recognized_by_its_input(held, llama, tmp_path, pruned, monkeypatch):
+    """The weights and the token ids are compared, not only the options."""
     model, out = copied(llama, tmp_path / "model"), tmp_path / "out"
     first = resume(model, out, **FINISHED)
     pruned.clear()
@@ -70,7 +70,7 @@ def test_a_run_whose_files_are_gone_or_torn_is_not_finished(held, llama, tmp_pat
 
 
 def test_a_run_that_failed_after_its_save_is_done_again(llama, tmp_path, pruned, monkeypatch):
-    """In memory: the model is saved first. What was not measured is no finished run, and no stranger's."""
+    """In memory the model is saved before it is evaluated. Without the evaluation the run is not finished."""
     out = tmp_path / "out"
     monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -98,7 +98,8 @@ def test_a_live_model_is_always_pruned(tmp_path):
 def test_resume_with_nothing_to_resume_begins(llama, tmp_path, unbroken):
     out = tmp_path / "out"
     assert_same(out, unbroken, resume(llama, out))
-    report = resume(llama, out)  # complete
+    # The run is finished, so this one has nothing to do.
+    report = resume(llama, out)
     assert_same(out, unbroken, report)
     with pytest.raises(errors.OutputError, match="not empty"):
         resume(llama, out, seed=3)

@@ -1,4 +1,4 @@
-"""Runs that were killed, stopped, out of space or tampered with: resumed, they give the same bytes."""
+"""Runs that were killed, stopped, out of disk space or altered give the same bytes when resumed."""
 
 import collections
 import hashlib
@@ -29,7 +29,7 @@ from tests.wanda_fast.output.resume.runs import (
 from wanda_fast import errors
 from wanda_fast.checkpoint import shards
 from wanda_fast.cli import main as cli
-from wanda_fast.output import activation_cache as boundary
+from wanda_fast.output import activation_cache
 from wanda_fast.output import streamed as output
 from wanda_fast.run import job
 
@@ -38,21 +38,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(("method", "kills"), [("connect", 21), ("sparsegpt", 7)])
 def test_killed_at_random_moments(llama, tmp_path, method, kills):
-    """Many kills, each at its own moment; whatever they left, each finished run is the same bytes."""
+    """Many kills at different moments. Every run that ends gives the same bytes."""
     script = Path(__file__).with_name("killed_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     words = [sys.executable, str(script), str(llama), str(tmp_path / "out"), method, str(kills), "1"]
     runs = json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
     assert len(runs["digests"]) >= 2 and len(set(runs["digests"])) == 1
     assert len(runs["moments"]) == kills
-    assert min(collections.Counter(runs["moments"]).values()) == kills // 7  # of each kind
+    # There are seven kinds of moments.
+    assert min(collections.Counter(runs["moments"]).values()) == kills // 7
 
 
-def test_ctrl_c_ends_after_the_block_and_says_how_to_go_on(llama, unbroken, broken_off, pruned):
+def test_ctrl_c_ends_after_the_block_and_says_how_to_continue(llama, unbroken, broken_off, pruned):
     out = broken_off()
     assert not out.exists() and len(list((partial(out) / "model").glob("*.safetensors"))) == 4
     report = resume(llama, out)
-    assert pruned == [f"model.layers.{index}" for index in range(NBLOCKS)]  # none of them twice
+    # No block was pruned twice.
+    assert pruned == [f"model.layers.{index}" for index in range(NBLOCKS)]
     assert_same(out, unbroken, report)
 
 
@@ -76,7 +78,8 @@ def test_the_command_line_prints_the_command(llama, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(output.StreamedOutput, "write_block", write_block)
     assert run(monkeypatch, [*words, "--resume"]) == 0
     assert (out / "config.json").is_file() and not partial(out).exists()
-    assert run(monkeypatch, [*words, "--resume"]) == 0  # complete: nothing to do, nothing lost
+    # The run is finished: nothing is left to do, and its report is shown.
+    assert run(monkeypatch, [*words, "--resume"]) == 0
     assert "perplexity, pruned" in capsys.readouterr().out
 
 
@@ -109,7 +112,8 @@ def run(monkeypatch, words):
     return 0
 
 
-SPOILT = {  # file -> the blocks that are pruned again
+# file -> the blocks that are pruned again if it is spoilt
+SPOILT = {
     "model/model-00003-of-00006.safetensors": [1],
     "masks-00002.safetensors": [2],
     "block-00000.json": [0],
@@ -120,7 +124,8 @@ SPOILT = {  # file -> the blocks that are pruned again
 
 
 WAYS = [(name, how) for name in SPOILT for how in ("altered", "cut", "gone")]
-WAYS.remove(("run.json", "gone"))  # without its first note the folder is no run
+# Without this note the folder is not an unfinished run.
+WAYS.remove(("run.json", "gone"))
 
 
 @pytest.mark.parametrize(("name", "how"), WAYS)
@@ -138,8 +143,8 @@ def test_only_what_is_spoilt_is_done_again(name, how, llama, unbroken, broken_of
     assert_same(out, unbroken, report)
 
 
-def test_blocks_are_replayed_where_no_boundary_was_written(llama, unbroken, broken_off, pruned, monkeypatch):
-    monkeypatch.setattr(boundary.Boundary, "begin", lambda *_: lambda: None)
+def test_blocks_are_run_again_without_cached_activations(llama, unbroken, broken_off, pruned, monkeypatch):
+    monkeypatch.setattr(activation_cache.ActivationCache, "begin", lambda *_: lambda: None)
     out = broken_off()
     assert not list(partial(out).glob("boundary*"))
     pruned.clear()
@@ -166,7 +171,8 @@ def test_another_run_is_not_resumed(sentence, llama, unbroken, broken_off):
     out = broken_off()
     with pytest.raises(errors.ResumeError, match=f"cannot be resumed: {sentence}"):
         resume(llama, out, **DIFFERENCES[sentence])
-    assert_same(out, unbroken, resume(llama, out))  # the refusal cost nothing
+    # The refusal has not changed the unfinished run.
+    assert_same(out, unbroken, resume(llama, out))
 
 
 def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
@@ -177,7 +183,7 @@ def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
 
 
 def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
-    """A limit on file size that the second shard meets; resumed without it, the same bytes."""
+    """A limit on the size of files stops the run in a shard. Resumed without it, the bytes are the same."""
     limit = (
         "import resource, signal, sys\n"
         "from wanda_fast.output import streamed as output\n"
@@ -217,7 +223,7 @@ def test_overwrite_drops_an_unfinished_run(llama, unbroken, broken_off, pruned):
 
 
 def test_a_resumed_run_replaces_its_own_mask_file(llama, tmp_path, unbroken, monkeypatch):
-    """It is written before the last rename, so a run may be killed with it there."""
+    """The mask file is written before the last rename, so a killed run can have written it."""
     out, log = tmp_path / "out", tmp_path / "log"
 
     def stopped(*_):
@@ -234,7 +240,7 @@ def test_a_resumed_run_replaces_its_own_mask_file(llama, tmp_path, unbroken, mon
 
 
 def test_the_unbroken_run_twice(llama, tmp_path, unbroken):
-    """That nothing else moves: two runs write the same file."""
+    """Two uninterrupted runs write the same file."""
     out = tmp_path / "out"
     wanda_fast.prune(str(llama), save_model=out, save_mask=str(out) + ".masks", **QUICK)
     digests = {hashlib.sha256((f / "model.safetensors").read_bytes()).digest() for f in (out, unbroken[1])}
