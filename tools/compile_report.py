@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from wanda_kernels.column_squares import squares_left
-from wanda_kernels.reference.ops import ACTIVATIONS
+from wanda_kernels.column_squares import saving_column_squares
+from wanda_kernels.reference.activations import ACTIVATIONS
 from wanda_kernels.triton_ops import (
     add_coactivation,
     add_gated_coactivation,
@@ -241,7 +241,7 @@ def _launch_sparsegpt() -> None:
 
 
 def _launch_forward() -> None:
-    for dtype, summed in product(FLOATS, (squares_left, nullcontext)):
+    for dtype, summed in product(FLOATS, (saving_column_squares, nullcontext)):
         with summed():
             for size in (4096, triton_forward.MOST_COLUMNS):
                 x, weight = (torch.empty(*shape, size, dtype=dtype, device="meta") for shape in ((2048,), ()))

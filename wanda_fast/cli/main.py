@@ -22,7 +22,7 @@ from wanda_fast.cli.tables import (
 )
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
-from wanda_kernels.dispatch.backends import BackendError
+from wanda_kernels import BackendError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -216,9 +216,9 @@ def verify(
 @app.command()
 def doctor() -> None:
     """What is here: versions, GPU, CPU instruction sets, libraries, and which backend serves what and why."""
-    from wanda_kernels import doctor as examination
+    from wanda_kernels import diagnose
 
-    for table in doctor_tables(examination.report()):
+    for table in doctor_tables(diagnose()):
         console.print(table)
 
 

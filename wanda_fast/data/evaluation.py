@@ -14,7 +14,7 @@ from wanda_fast.data.text import evaluation_text
 from wanda_fast.errors import CalibrationError, MissingDependencyError
 from wanda_fast.model.block_forward import faster_forward
 from wanda_fast.model.fused_modules import fused_modules
-from wanda_kernels.native.reused_memory import reused_memory
+from wanda_kernels.forward import reused_memory
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TOKENS_PER_FORWARD = 4096  # logits are [tokens, vocabulary]: 4096 x 128 k in fp32 is 2 GiB

@@ -22,7 +22,7 @@ from wanda_fast.prune.sequential_linear import run_in_lockstep
 from wanda_fast.prune.statistics import BlockStatistics
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock
-from wanda_kernels.native.reused_memory import reused_memory
+from wanda_kernels.forward import reused_memory
 
 
 class Progress(Protocol):

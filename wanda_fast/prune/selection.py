@@ -17,7 +17,7 @@ from wanda_fast.prune.patterns import Pattern
 from wanda_fast.prune.statistics import BlockStatistics
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, mark, seconds_between
-from wanda_kernels.dispatch.backends import TABLE, choose
+from wanda_kernels import OPERATIONS, choose_backend
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _report(
         operation=done.operation,
         backend=_backend(done.operation, device),
         statistic=gathered and gathered.operation,
-        statistic_backend=gathered and choose(gathered.operation, device),
+        statistic_backend=gathered and choose_backend(gathered.operation, device),
         further=_further(linear, done, method, device),
         error=error,
         relative_error=error / whole if whole else error,  # 0 / 0 where every input was zero
@@ -125,7 +125,7 @@ def _report(
 
 
 def _backend(operation: str, device: str) -> str:
-    return choose(operation, device) if operation in TABLE else "torch"
+    return choose_backend(operation, device) if operation in OPERATIONS else "torch"
 
 
 def _further(linear: Linear, done: _Pruned, method: Method, device: str) -> dict[str, str]:
@@ -133,9 +133,9 @@ def _further(linear: Linear, done: _Pruned, method: Method, device: str) -> dict
     further = {}
     if done.energies is not None or done.dampening is not None:
         visits = linear.module.in_features in method.hessians.on_host
-        further[Hessian.operation] = "torch" if visits else choose(Hessian.operation, device)
+        further[Hessian.operation] = "torch" if visits else choose_backend(Hessian.operation, device)
     if done.dampening is not None:
-        further["sparsegpt_"] = choose("sparsegpt_", device)
+        further["sparsegpt_"] = choose_backend("sparsegpt_", device)
     return further
 
 
@@ -151,12 +151,12 @@ def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -
 
 def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
     """One verdict a block, before any of its weights is touched."""
-    operands = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
-    operands |= {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
+    weights = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
+    statistics = {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
     try:
-        wanda_kernels.require_finite(operands)
+        wanda_kernels.require_finite(weights, non_negative=statistics)
     except ValueError as error:
-        raise NonFiniteError(f"block {block.name}: {error}") from error
+        raise NonFiniteError(f"block {block.name}: {error}; this weight was not changed") from error
 
 
 def _require_finite_still(block: Block, pruned: list[_Pruned]) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.model.architecture import Linear
-from wanda_kernels import column_squares
+from wanda_kernels.forward import saved_column_squares
 
 
 class SquaredNorm:
@@ -17,8 +17,8 @@ class SquaredNorm:
         self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
     def add(self, x: Tensor) -> None:
-        left = column_squares.left_with(x)
-        if left is None:
+        saved = saved_column_squares(x)
+        if saved is None:
             wanda_kernels.add_sq_norm_(self.acc, x)
         else:
-            self.acc += left.sum(0)
+            self.acc += saved.sum(0)

@@ -18,7 +18,7 @@ from wanda_fast.prune.dense_inputs import DenseInputs, dense_inputs
 from wanda_fast.prune.hessian import Hessian
 from wanda_fast.prune.sharing import SharedByInput
 from wanda_fast.prune.sq_norm import SquaredNorm
-from wanda_kernels.column_squares import squares_left
+from wanda_kernels.forward import saving_column_squares
 
 OfMLP = Coactivation | GatedCoactivation
 Statistic = SquaredNorm | OfMLP
@@ -106,7 +106,7 @@ class BlockStatistics:
             for module in () if self._ahead(gated) else gated.reads:
                 handles.append(module.register_forward_hook(partial(self._keep_output, gated)))
         try:
-            with squares_left() if self._reads_norms else nullcontext():
+            with saving_column_squares() if self._reads_norms else nullcontext():
                 yield
         finally:
             for handle in handles:

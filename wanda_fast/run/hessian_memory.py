@@ -10,7 +10,7 @@ from wanda_fast.errors import OutOfMemoryError, UnknownMethodError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.prune.hessian import HessianUse
-from wanda_kernels.host_hessian import band_bytes
+from wanda_kernels import host_hessian_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
 
 def visiting_bytes(use: HessianUse | None) -> int:
     """On the device, of Hessians on the host: one is summed at a time."""
-    return max((band_bytes(width) for width in use.on_host), default=0) if use is not None else 0
+    return max((host_hessian_bytes(width) for width in use.on_host), default=0) if use is not None else 0
 
 
 def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
