@@ -7,7 +7,7 @@ Two kinds, each with a question that says whether it takes given operands:
 - attention and linears, for CPUs: `causal_attention` (`attends`), `sparse_linear` and `dense_linear`
   (`multiplies`).
 
-Kernels can save the column sums of squares of what they compute: see `saving_column_squares`. On a CPU,
+Kernels can save the column sums of squares of their outputs: see `saving_column_squares`. On a CPU,
 outputs of one megabyte and more reuse memory inside `reused_memory()`.
 """
 

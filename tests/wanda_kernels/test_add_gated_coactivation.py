@@ -158,7 +158,7 @@ def test_every_run_gives_the_same_bits_and_split_tokens_add_up(backend, device):
     [
         (dict(up=torch.ones(5, 4)), r"gate and up must match, got torch.float32 \[5, 3\] and .* \[5, 4\]"),
         (dict(up=torch.ones(5, 3).half()), "gate and up must match, got torch.float32 .* torch.float16"),
-        (dict(x=torch.ones(4, 16)), r"gate and x must match but for features, .* \[4, 16\]"),
+        (dict(x=torch.ones(4, 16)), r"gate and x must have the same tokens and dtype, got .* \[4, 16\]"),
         (dict(acc_up=torch.ones(4, 16)), r"acc_up must be contiguous float32 \[3, 16\], got .* \[4, 16\]"),
         (dict(acc_gate=torch.ones(3, 32)[:, ::2]), r"acc_gate must be contiguous float32 \[3, 16\]"),
         (dict(sq_norm=torch.ones(3)), r"sq_norm must be contiguous float32 \[16\]"),

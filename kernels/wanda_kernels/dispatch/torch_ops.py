@@ -1,9 +1,9 @@
 """The operations as `torch.ops.wanda_kernels.*`, which `torch.compile` does not look into.
 
-Each operation has a schema that names what it writes, a fake that writes nothing, and one implementation for
-every device, which chooses the backend. `Library.define` and `impl` cost 3 microseconds a call;
-`torch.library.custom_op` costs 27. The library is a FRAGMENT, so that the C++ libraries can define their own
-operations under the same name.
+Each operation has a schema that marks the operands it writes, a fake that writes nothing, and one
+implementation for every device, which chooses the backend. `Library.define` and `impl` cost 3 microseconds a
+call; `torch.library.custom_op` costs 27. The library is a FRAGMENT, so that the C++ libraries can define
+their own operations under the same name.
 """
 
 from functools import partial

@@ -58,7 +58,9 @@ def add_coactivation_(
     checks.require_activations(gate, "gate")
     checks.require_activations(x)
     if gate.shape[:-1] != x.shape[:-1] or gate.dtype != x.dtype:
-        raise ValueError(f"gate and x must match but for features, got {_brief(gate)} and {_brief(x)}")
+        raise ValueError(
+            f"gate and x must have the same tokens and dtype, got {_brief(gate)} and {_brief(x)}"
+        )
     checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
     if sq_norm is not None:
         checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
@@ -108,7 +110,9 @@ def add_gated_coactivation_(
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate and up must match, got {_brief(gate)} and {_brief(up)}")
     if gate.shape[:-1] != x.shape[:-1] or gate.dtype != x.dtype:
-        raise ValueError(f"gate and x must match but for features, got {_brief(gate)} and {_brief(x)}")
+        raise ValueError(
+            f"gate and x must have the same tokens and dtype, got {_brief(gate)} and {_brief(x)}"
+        )
     checks.require_accumulator(acc_gate, (gate.shape[-1], x.shape[-1]), "acc_gate")
     checks.require_accumulator(acc_up, (gate.shape[-1], x.shape[-1]), "acc_up")
     if sq_norm is not None:
