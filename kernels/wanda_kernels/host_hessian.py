@@ -20,9 +20,8 @@ def add_hessian_on_host_(acc: Tensor, x: Tensor) -> None:
     The copies back to the host are asynchronous: synchronise x's device before the host reads acc.
 
     Args:
-        acc: fp32 `[in, in]`, contiguous, symmetric, on the CPU, in pinned memory if x is on a GPU. It is
-            added
-            to in place; both triangles are filled.
+        acc: fp32 `[in, in]`, contiguous, symmetric, on the CPU, in pinned memory if x is on a GPU; added
+            to in place. Both triangles are filled.
         x: fp32, fp16 or bf16 `[..., in]`, on the device that computes; products are exact and sums fp32. The
             device needs `host_hessian_bytes(in)` bytes for the rows of acc that it holds.
 

@@ -142,8 +142,8 @@ def choose_backend(operation: str, device: torch.device | str, backend: str = "a
         backend: "auto", or the one backend that must serve. "auto" is `WANDA_KERNELS_BACKEND` if that is set,
             else the first backend of the operation's row in the table that can serve.
 
+    Returns: "cpu", "cuda", "triton" or "torch".
     Raises: `BackendError`, which says why the named backend cannot serve.
-    Source: the order in the table is by measurement; see docs/speed.md.
     """
     if backend == "auto":
         backend = os.environ.get("WANDA_KERNELS_BACKEND") or "auto"

@@ -30,17 +30,15 @@ def sparsegpt_(
         weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous. Pruned weights become +0.0, kept ones change.
         factor: of the Hessian of the inputs, from `factor_hessian`, on the weight's device. Weights of dead
             inputs become 0 first.
-        pattern: what to prune of each block, by the scores of the already updated weights:
-            a ratio in [0, 1): every score at most the one at sorted position int(block's weights * ratio), as
-            published; all ties are pruned.
-            "n:m": all but the n highest of every m columns, chosen when the group's first column is reached;
-            ties prune the lower column first. A block is as many whole groups as fit in 128 columns.
-            None if `pruned` is given.
+        pattern: which weights to prune, by the scores of the weights as updated so far. A ratio in [0, 1):
+            of each block, every score at most the one at sorted position int(weights * ratio), as published;
+            all ties are pruned. "n:m": all but the n highest of every m columns, chosen at the group's first
+            column; ties prune the lower column first, and a block is as many whole groups as fit in 128
+            columns. None: `pruned` says which.
         selector: the score. "obs": W^2 / U[j, j]^2; "wanda": abs(W) * sqrt(scale); "magnitude": abs(W).
         scale: fp32 `[in]`, not negative, for selector "wanda"; other selectors do not use it.
         pruned: optional bool `[out, in]`, rows contiguous: exactly these weights are pruned; pattern,
-            selector
-            and scale are then not used.
+            selector and scale are then not used.
         mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask: bit j % 8 of
             byte j // 8 is 1 where column j was kept (see `unpack_bits`).
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`. All choose and update alike, to the

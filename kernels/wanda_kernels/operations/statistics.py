@@ -131,8 +131,7 @@ def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
         acc: fp32 `[in, in]`, contiguous, symmetric; added to in place. Both triangles are filled, and stay
             symmetric to the bit.
         x: fp32, fp16 or bf16 `[..., in]`, on acc's device; the dimensions before the last are tokens.
-            Products
-            are exact for 16-bit inputs and sums are fp32. With no tokens, acc stays as it is.
+            Products are exact for 16-bit inputs and sums are fp32. With no tokens, acc stays as it is.
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`.
 
     Backends may differ in the last bits of a sum. There is no gradient.
