@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One column, below a vector, odd, whole vectors, a vector and one more, a real row.

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
+from wanda_kernels import reference
 from wanda_kernels.dispatch import backends
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 WHY_NOT = backends.why_not("prune_rows_", "cuda", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

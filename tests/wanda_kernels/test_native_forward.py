@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from tests.wanda_kernels.native_cases import needs_cpu
+from wanda_kernels import reference
 from wanda_kernels.native import forward as native_forward
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 pytestmark = needs_cpu
 DTYPES = (torch.float32, torch.bfloat16)

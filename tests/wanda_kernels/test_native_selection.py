@@ -15,9 +15,9 @@ from tests.wanda_kernels.native_cases import (
     make,
     needs_cpu,
 )
-from wanda_kernels import operations
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
+from wanda_kernels.operations import selection as operations
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 ISAS = () if native.why_not("cpu") else native.cpu_isas()

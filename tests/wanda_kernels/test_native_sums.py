@@ -5,8 +5,8 @@ import torch
 
 import wanda_kernels
 from tests.wanda_kernels.native_cases import DTYPES, needs_cpu
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 pytestmark = needs_cpu
 ISAS = () if native.why_not("cpu") else native.cpu_isas()
