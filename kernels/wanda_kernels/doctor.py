@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library as native
 
 Fact = tuple[str, str, str]  # section, name, value
 

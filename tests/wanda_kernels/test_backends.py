@@ -3,7 +3,7 @@ import torch
 
 import wanda_kernels
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library as native
 from wanda_kernels.triton_ops import coactivation_paths
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library as native
 
 ORDER = {
     "cuda": ("triton", "cuda", "torch"),
@@ -54,7 +54,6 @@ TABLE = {
     "prune_nm_": {
         "torch": "reference.ops:prune_nm_",
         "triton": "triton_ops.prune_nm:prune_nm_",
-        "cuda": "native.ops:prune_nm_",
         "cpu": "native.ops:prune_nm_",
     },
     "prune_matrix_": {
