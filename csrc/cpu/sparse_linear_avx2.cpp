@@ -87,7 +87,7 @@ void store_sums(const float* sums, int64_t n_rows, int64_t n_tokens, T* out, int
 
 struct Entry {
   float value;
-  uint32_t offset;  // floats from the begin of the chunk of x to the value's column
+  uint32_t offset;  // floats from the start of the chunk of x to the value's column
 };
 
 // A prepared group: the end of every list, [chunks, kRows], followed by the lists in the same order.

@@ -94,7 +94,7 @@ struct RegisterKeys {
         }
       } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) keys[v][i] = kNowhere;
+        for (int i = 0; i < kVector; ++i) keys[v][i] = kIgnored;
       }
     }
     return highest;
@@ -111,7 +111,7 @@ struct RegisterKeys {
   __device__ __forceinline__ void collect(Search& search, uint32_t low, uint32_t high) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      uint32_t nearest = kNowhere;
+      uint32_t nearest = kIgnored;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) nearest = min(nearest, keys[v][i] - low);
       if (nearest > high - low) continue;

@@ -14,7 +14,7 @@ constexpr int kBins = 2048, kBinBits = 11;
 constexpr int kWindowShift = 16;  // 128 bins an octave, 16 octaves
 constexpr uint32_t kWindow = (uint32_t{kBins} << kWindowShift) - 1;
 constexpr uint32_t kMostCandidates = 128;
-constexpr uint32_t kNowhere = 0xffffffffu;  // a value that is never counted or collected
+constexpr uint32_t kIgnored = 0xffffffffu;  // a value that is never counted or collected
 
 // Prunes every (key, column) below this one.
 struct Threshold {
@@ -25,7 +25,7 @@ struct Threshold {
 // Shared memory of a block.
 struct alignas(16) Search {
   union {
-    uint32_t bins[kBins + 4];              // bin kBins collects kNowhere
+    uint32_t bins[kBins + 4];              // bin kBins collects kIgnored
     uint64_t candidates[kMostCandidates];  // (key, column), when the bin is known
   };
   uint32_t of_warp[kWarp];
@@ -34,10 +34,10 @@ struct alignas(16) Search {
   Threshold threshold;
 };
 
-// The key that replaces `key` when the threshold is among keys equal to `bound`: their columns. Lower keys stay below
-// these, and higher keys are no longer counted.
+// Used when the threshold is among keys equal to `bound`, which the column then decides. An equal key becomes its
+// column + 1, a lower key 0, and a higher key is ignored.
 __device__ inline uint32_t tie_key(uint32_t key, uint32_t bound, uint32_t col) {
-  return key == bound ? col + 1 : key < bound ? 0 : kNowhere;
+  return key == bound ? col + 1 : key < bound ? 0 : kIgnored;
 }
 
 __device__ inline void clear_bins(Search& search) {
@@ -47,7 +47,7 @@ __device__ inline void clear_bins(Search& search) {
   }
 }
 
-// The bin that holds a sorted position. The block synchronises at the begin and the end.
+// The bin that holds a sorted position. The block synchronises before and after the search.
 __device__ inline BinOfRank<uint32_t> find_bin(Search& search, uint32_t position) {
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int each_bits = max(0, kBinBits - 2 - (31 - __clz(static_cast<int>(blockDim.x))));
@@ -104,7 +104,7 @@ __device__ inline int shift_for(uint32_t width, int bits) {
 // `highest` is the thread's largest key. The bins must be clear.
 template <typename Keys>
 __device__ __forceinline__ Threshold find_threshold(Search& search, Keys& keys, uint32_t highest, uint32_t n_cols,
-                                        uint32_t num_pruned) {
+                                                    uint32_t num_pruned) {
   uint32_t high = max_of_block(search.of_warp, highest);
   if (num_pruned == 0) return {0, 0};
   uint32_t low = high > kWindow ? high - kWindow : 0;

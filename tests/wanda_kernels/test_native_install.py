@@ -1,4 +1,4 @@
-"""Installing without a compiler ends well in pure Python, and says what is missing."""
+"""Without a compiler the install succeeds in pure Python, and says what is missing."""
 
 import ctypes
 import importlib.util

@@ -102,7 +102,7 @@ def test_nan_sorts_last(isa):
         assert_same("prune_matrix_", weight, scale, rank)
 
 
-def test_threads_cut_rows_anywhere(isa):
+def test_any_number_of_threads_gives_the_same_bits(isa):
     weight, scale = make("ties", (301, 515), torch.bfloat16, "vector")
     for n_threads in (1, 2, 5):
         torch.set_num_threads(n_threads)

@@ -73,7 +73,7 @@ def test_threshold_of_a_block(isa, selector):
             assert torch.equal(got, expected) and got.sum() > rank
 
 
-def test_threads_cut_rows_anywhere(isa):
+def test_any_number_of_threads_gives_the_same_bits(isa):
     threads = torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):

@@ -153,7 +153,7 @@ def test_activations_far_out(isa, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_verdict_on_finiteness(isa, dtype):
+def test_finiteness(isa, dtype):
     for shape in ((1, 1), (37, 129), (300, 257)):
         x = torch.randn(shape).to(dtype)
         x[0, 0] = torch.finfo(dtype).max
