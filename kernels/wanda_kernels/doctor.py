@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as library
+from wanda_kernels.native import library
 
 Fact = tuple[str, str, str]  # section, name, value
 

@@ -19,7 +19,7 @@ import torch
 from wanda_kernels.column_squares import saved_column_squares, saving_column_squares
 from wanda_kernels.dispatch.backends import why_not
 from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as library
+from wanda_kernels.native import library
 from wanda_kernels.native.forward import (
     attends,
     causal_attention,

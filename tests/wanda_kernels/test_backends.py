@@ -6,7 +6,7 @@ import torch
 
 import wanda_kernels
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as library
+from wanda_kernels.native import library
 from wanda_kernels.triton_ops.add_coactivation import path
 
 CELLS = [(operation, backend) for operation, row in backends.TABLE.items() for backend in row]

@@ -4,7 +4,7 @@ import torch
 
 from wanda_kernels import OPERATIONS, choose_backend, diagnose
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as library
+from wanda_kernels.native import library
 
 
 def facts() -> dict[tuple[str, str], str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wanda_kernels import reference
-from wanda_kernels.native import ops as library
+from wanda_kernels.native import library
 from wanda_kernels.native import ops as native
 
 BACKENDS = ("torch", "triton", "cuda", "cpu")
