@@ -10,7 +10,9 @@ import typer
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import api, errors
+from wanda_fast.checkpoint.load import DTYPES
 from wanda_fast.cli import main as cli
+from wanda_fast.model.offload import KINDS
 from wanda_fast.options import BYTES, PANELS, RESULTS, Options, names_deciding
 
 NAMES = [each.name for each in fields(Options)]
@@ -78,6 +80,11 @@ def test_another_word_is_refused_before_the_work(name):
     with pytest.raises(kind, match=f"{name} must be {listed}"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 16), **{name: "other"})
     assert model.model.layers[0].mlp.up_proj.weight.all()
+
+
+def test_choices_are_what_the_rooms_below_know():
+    assert CHOICES["dtype"] == ("auto", *DTYPES)
+    assert CHOICES["activations"] == ("auto", *KINDS)
 
 
 def test_the_recipe_is_the_options_in_their_order():
