@@ -84,7 +84,7 @@ def ours(operation: str, backend: str) -> Callable[..., object]:
 
 
 def _compiled(operation: str) -> Callable[..., object]:
-    reference = backends.implementation(operation, TORCH)
+    reference = backends.TABLE[operation][TORCH]
     without = {name: None for name in ("mask", "sq_norm") if name in inspect.signature(reference).parameters}
     torch._logging.set_logs(dynamo=logging.ERROR)  # a graph break shows in the time
     return torch.compile(partial(reference, **without), dynamic=False)

@@ -1,9 +1,9 @@
-"""Builds the two native libraries with the machine's compilers, for setup.py, sanitize.sh and tests.
+"""Builds the two native libraries with this machine's compilers. Used by setup.py, sanitize.sh and tests.
 
-torch is found, never imported.
+The build finds the torch package but does not import it.
 
     python csrc/build.py cpu OUT_DIR [--sanitize]
-    python csrc/build.py cuda OUT_DIR [--report]     registers, stack and spills of every kernel
+    python csrc/build.py cuda OUT_DIR [--report]     print registers, stack and spills of every kernel
 """
 
 import os
@@ -19,35 +19,38 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
 TORCH_AT_LEAST = (2, 10)
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # 2.10: what later headers must not go beyond
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # later headers then offer what 2.10 has, no more
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# The bits must equal the reference's: no contraction to FMA. Nobody reads errno or traps. GCC's own AVX-512
-# headers trip maybe-uninitialized.
-KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
-# A file's instructions are what launch*.cpp asks the machine for before it calls the file, and no more.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# The bits must equal the reference's, so products and sums are not contracted to FMA. Kernels read neither
+# errno nor trap flags.
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# The suffix of a file in csrc/cpu names its instruction set. dispatch_*.cpp test the machine for every
+# feature before they call such a file.
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-WIDEST = {
+# GCC's own AVX-512 headers cause these warnings.
+AVX512_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Features that some files use if the compiler knows them.
+OPTIONAL_FLAGS = {
     "attention_avx512": ["-mavx512bf16"],
     "sparse_linear_avx512": ["-mavx512bf16", "-mavx512vbmi2"],
     "token_product_avx512": ["-mavx512bf16"],
 }
-WITH_AVX2 = ("attention_avx2", "dense_linear_avx2", "sparse_linear_avx2", "token_product_avx2")
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
-CUDA_ARCHITECTURES = "80 89 90"  # unless WANDA_FAST_CUDA_ARCHITECTURES names others
+CUDA_ARCHITECTURES = "80 89 90"  # the default of WANDA_FAST_CUDA_ARCHITECTURES
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
-NVCC_FLAGS += ["-DWANDA_CUDA", "-DUSE_CUDA"]  # ours, and the one that torch's headers ask for
+NVCC_FLAGS += ["-DWANDA_CUDA", "-DUSE_CUDA"]  # the second is for torch's headers
 
 Step = tuple[Path, list[Path], list[str]]  # output, inputs, command
 
 
 class BuildError(RuntimeError):
-    """What is missing, in one sentence."""
+    """The build cannot start; the message says what is missing, in one sentence."""
 
 
 def why_not(backend: str) -> str:
-    """Why the library cannot be built here; empty where it can."""
+    """Why the library cannot be built here, or an empty string."""
     try:
         _compiler(backend)
         _torch(backend)
@@ -57,7 +60,7 @@ def why_not(backend: str) -> str:
 
 
 def build(backend: str, out_dir: Path, sanitize: bool = False, report: bool = False) -> Path:
-    """Compile and link `backend` in out_dir, objects beside the library. Returns the library."""
+    """Compile and link `backend`. Objects and library go into `out_dir`. Returns the library's path."""
     out_dir.mkdir(parents=True, exist_ok=True)
     library = out_dir.resolve() / LIBRARIES[backend]
     steps = _cpu_steps(library, sanitize) if backend == "cpu" else _cuda_steps(library, report)
@@ -69,29 +72,32 @@ def _cpu_steps(library: Path, sanitize: bool) -> list[Step]:
     """Every object, then the library."""
     compiler, torch = _compiler("cpu"), _torch("cpu")
     extra = SANITIZE_FLAGS if sanitize else []
-    of_isa = {"kernels_avx512": AVX512_FLAGS, "kernels_avx2": AVX2_FLAGS}
-    flags = {
-        **dict.fromkeys(("ops", "cpu_ops"), [STABLE_ABI, "-isystem", str(torch / "include")]),
-        **dict.fromkeys(("launch", "launch_forward", "launch_product"), []),
-        **{f"kernels_{isa}": KERNEL_FLAGS for isa in ("avx512", "avx2", "portable")},
-        **dict.fromkeys(WITH_AVX2, []),
-        **dict.fromkeys(WIDEST, ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]),  # GCC's own headers
-    }
-    if platform.machine() in ("x86_64", "AMD64"):
-        of_isa |= dict.fromkeys(WITH_AVX2, AVX2_FLAGS)
-        for name, wider in WIDEST.items():
-            of_isa[name] = [*AVX512_FLAGS, *(flag for flag in wider if _knows(compiler, flag))]
-        flags = {name: [*each, *of_isa.get(name, [])] for name, each in flags.items()}
     steps = []
-    for name, each in flags.items():
-        source = (CSRC if name.endswith("ops") else CSRC / "cpu") / f"{name}.cpp"
-        target = library.with_name(f"cpu_{name}.o")
-        command = [*compiler, *CXX_FLAGS, *each, *extra, "-c", str(source), "-o", str(target)]
+    for source in [CSRC / "ops.cpp", CSRC / "cpu_ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+        if source.parent == CSRC:
+            flags = [STABLE_ABI, "-isystem", str(torch / "include")]
+        else:
+            flags = _kernel_flags(source.stem, compiler)
+        target = library.with_name(f"cpu_{source.stem}.o")
+        command = [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
         steps.append((target, [source], command))
     objects = [target for target, _, _ in steps]
     # --no-as-needed: the stable ABI's functions are found through these names alone.
     link = [*compiler, "-shared", *extra, *map(str, objects), "-o", str(library), "-Wl,--no-as-needed"]
     return [*steps, (library, objects, [*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"])]
+
+
+def _kernel_flags(name: str, compiler: list[str]) -> list[str]:
+    """What a file of csrc/cpu is compiled with, beside CXX_FLAGS."""
+    flags = KERNEL_FLAGS if name.startswith("kernels_") else []
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return flags
+    if name.endswith("_avx2"):
+        return [*flags, *AVX2_FLAGS]
+    if name.endswith("_avx512"):
+        optional = [flag for flag in OPTIONAL_FLAGS.get(name, []) if _knows(compiler, flag)]
+        return [*flags, *AVX512_FLAGS, *optional]
+    return flags
 
 
 def _knows(compiler: list[str], flag: str) -> bool:
@@ -119,7 +125,7 @@ def _cuda_steps(library: Path, report: bool) -> list[Step]:
         "-Xlinker",
         "--no-as-needed",
     ]
-    # A CPU torch has no libtorch_cuda; the library then links, but cannot be loaded.
+    # A CPU build of torch has no libtorch_cuda. The library then links, but does not load.
     for name in ("torch_cuda", "torch_cpu", "torch"):
         if (torch / "lib" / f"lib{name}.so").exists():
             link += [f"-L{torch / 'lib'}", f"-l{name}"]
@@ -127,7 +133,7 @@ def _cuda_steps(library: Path, report: bool) -> list[Step]:
 
 
 def _cuda_targets() -> list[str]:
-    """Machine code for each architecture, and PTX of the last for what comes later."""
+    """Machine code for each architecture, and PTX of the last one for later GPUs."""
     architectures = os.environ.get("WANDA_FAST_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES).split()
     last = architectures[-1]
     targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
@@ -176,7 +182,7 @@ def _compiler(backend: str) -> list[str]:
 
 
 def _torch(backend: str) -> Path:
-    """Folder of the torch package, of a version that has the stable ABI and, for cuda, of nvcc's CUDA."""
+    """Folder of the torch package. Raises unless it has the stable ABI and, for cuda, nvcc's CUDA version."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError("no torch where the build runs (--no-build-isolation lets it see yours)")
@@ -191,7 +197,7 @@ def _torch(backend: str) -> Path:
 
 
 def _require_same_cuda(of_torch: re.Match | None) -> None:
-    """torch's CUDA and nvcc's must share a major version; WANDA_FAST_CUDA=1 does without torch's."""
+    """torch and nvcc must have one CUDA major version. With WANDA_FAST_CUDA=1 torch may be a CPU build."""
     if of_torch is None:
         if os.environ.get("WANDA_FAST_CUDA") == "1":
             return

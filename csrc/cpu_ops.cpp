@@ -1,11 +1,19 @@
-// torch.ops.wanda_kernels.native_* of the CPU library alone: SparseGPT's blocks, sums over tokens, a block's forward.
+// Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
+// products over tokens, checks and counts, and a block's forward.
 #include "operands.h"
 
 namespace {
 
 using namespace wanda::operands;
 
-// A block of columns, fp32, scored by root, by divisor or by magnitude; `pruned` has its shape.
+void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t n, int64_t m,
+                      OptionalTensor mask) {
+  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  require(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
+  wanda::prune_nm(CallContext(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
+}
+
+// An fp32 block of columns, scored with root, divisor or neither. `pruned` has its shape.
 wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const OptionalTensor& divisor,
                             const Tensor& pruned) {
   require_floats(w, "w");
@@ -20,29 +28,36 @@ wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const O
 void native_mark_lowest_(Tensor w, OptionalTensor root, OptionalTensor divisor, int64_t rank, Tensor pruned) {
   const wanda::Selection columns = columns_of(w, root, divisor, pruned);
   require(0 <= rank && rank < w.numel(), "rank out of range");
-  wanda::mark_lowest(Surroundings(w).context(), columns, rank, static_cast<uint8_t*>(data_of(pruned, "pruned")),
+  wanda::mark_lowest(CallContext(w).context(), columns, rank, static_cast<uint8_t*>(data_of(pruned, "pruned")),
                      pruned.stride(0));
 }
 
-void native_prune_and_update_(Tensor w, OptionalTensor root, OptionalTensor divisor, Tensor u, Tensor pruned,
-                              int64_t n, int64_t m, Tensor errors) {
+void native_sparsegpt_block_(Tensor w, OptionalTensor root, OptionalTensor divisor, Tensor u, Tensor pruned, int64_t n,
+                             int64_t m, Tensor errors) {
   const wanda::Selection columns = columns_of(w, root, divisor, pruned);
   require_floats(u, "u");
   const wanda::Matrix factor = matrix_of(u, "u");
   const int64_t width = columns.weight.n_cols;
   require(factor.n_rows == width && factor.n_cols == width && width <= 128, "u must be [width, width]");
   require(m == 0 || (1 <= n && n < m && m <= 32 && width % m == 0), "n:m does not fit");
-  wanda::prune_and_update(Surroundings(w).context(),
-                          {columns, static_cast<const float*>(factor.data), factor.stride,
-                           static_cast<uint8_t*>(data_of(pruned, "pruned")), pruned.stride(0), static_cast<int>(n),
-                           static_cast<int>(m), accumulator_of(errors, w.numel(), "errors")});
+  const wanda::SparseGptBlock block = {
+      .columns = columns,
+      .u = static_cast<const float*>(factor.data),
+      .u_stride = factor.stride,
+      .pruned = static_cast<uint8_t*>(data_of(pruned, "pruned")),
+      .pruned_stride = pruned.stride(0),
+      .n = static_cast<int>(n),
+      .m = static_cast<int>(m),
+      .errors = accumulator_of(errors, w.numel(), "errors"),
+  };
+  wanda::sparsegpt_block(CallContext(w).context(), block);
 }
 
 void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
   const wanda::Matrix matrix = matrix_of(x, "x");
   float* values = accumulator_of(out, x.numel());
   require(0 <= activation && activation <= 4 && (power == 1 || power == 2), "no such activation or power");
-  wanda::activate(Surroundings(x).context(), matrix, static_cast<wanda::Activation>(activation),
+  wanda::activate(CallContext(x).context(), matrix, static_cast<wanda::Activation>(activation),
                   static_cast<int>(power), values);
 }
 
@@ -51,7 +66,7 @@ void native_activate_gated_(Tensor out, Tensor gate, Tensor up, int64_t activati
   require(g.dtype == u.dtype && g.n_rows == u.n_rows && g.n_cols == u.n_cols, "gate and up must match");
   float* values = accumulator_of(out, 2 * gate.numel());
   require(0 <= activation && activation <= 4, "no such activation");
-  wanda::activate_gated(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
+  wanda::activate_gated(CallContext(gate).context(), g, u, static_cast<wanda::Activation>(activation), values);
 }
 
 wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
@@ -63,13 +78,23 @@ wanda::Heads heads_of(const Tensor& tensor, const Tensor& q, const char* name) {
 }
 
 void native_attend_(Tensor out, Tensor q, Tensor k, Tensor v, double scale) {
-  const wanda::Attention attention = {heads_of(q, q, "q"), heads_of(k, q, "k"), heads_of(v, q, "v"),
-                                      heads_of(out, q, "out"), dtype_of(q), q.size(0), q.size(1), k.size(1),
-                                      q.size(2), q.size(3), static_cast<float>(scale)};
+  const wanda::Attention attention = {
+      .q = heads_of(q, q, "q"),
+      .k = heads_of(k, q, "k"),
+      .v = heads_of(v, q, "v"),
+      .out = heads_of(out, q, "out"),
+      .dtype = dtype_of(q),
+      .n_batches = q.size(0),
+      .n_heads = q.size(1),
+      .n_kv_heads = k.size(1),
+      .n_tokens = q.size(2),
+      .head_dim = q.size(3),
+      .scale = static_cast<float>(scale),
+  };
   require(out.size(1) == q.size(1) && v.size(1) == k.size(1) && q.size(1) % k.size(1) == 0,
           "the numbers of heads do not fit");
   require(wanda::attends(attention.dtype, attention.head_dim), "no attention of this dtype and head_dim here");
-  wanda::attend(Surroundings(q).context(), attention);
+  wanda::attend(CallContext(q).context(), attention);
 }
 
 bool native_attends(Tensor q) {
@@ -90,9 +115,20 @@ void native_rotate_(Tensor out, Tensor x, Tensor cos, Tensor sin) {
                 turn.stride(1) == cos.stride(1),
             "cos and sin must be [batches, tokens, head_dim] of x's dtype, alike, rows contiguous");
   }
-  wanda::rotate(Surroundings(x).context(),
-                {heads, target, data_of(cos, "cos"), data_of(sin, "sin"), cos.stride(0), cos.stride(1), dtype_of(x),
-                 x.size(0), x.size(1), x.size(2), x.size(3)});
+  const wanda::Rotation rotation = {
+      .x = heads,
+      .out = target,
+      .cos = data_of(cos, "cos"),
+      .sin = data_of(sin, "sin"),
+      .turn_batch = cos.stride(0),
+      .turn_token = cos.stride(1),
+      .dtype = dtype_of(x),
+      .n_batches = x.size(0),
+      .n_heads = x.size(1),
+      .n_tokens = x.size(2),
+      .head_dim = x.size(3),
+  };
+  wanda::rotate(CallContext(x).context(), rotation);
 }
 
 void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
@@ -103,7 +139,7 @@ void native_add_product_(Tensor acc, Tensor a, Tensor b, bool in_bf16) {
   require(left.n_rows == right.n_rows, "a and b must have as many rows");
   require(sums.n_rows == left.n_cols && sums.n_cols == right.n_cols, "acc must be [a's columns, b's columns]");
   require(wanda::adds_products(in_bf16), "no product of these operands here");
-  wanda::add_product(Surroundings(acc).context(), left, right, in_bf16, sums);
+  wanda::add_product(CallContext(acc).context(), left, right, in_bf16, sums);
 }
 
 void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
@@ -112,23 +148,23 @@ void native_add_square_(Tensor acc, Tensor x, bool in_bf16) {
   const wanda::Matrix sums = matrix_of(acc, "acc"), rows = matrix_of(x, "x");
   require(sums.n_rows == rows.n_cols && sums.n_cols == rows.n_cols, "acc must be square, as wide as x");
   require(wanda::adds_squares(in_bf16), "no square of these operands here");
-  wanda::add_square(Surroundings(acc).context(), rows, in_bf16, sums);
+  wanda::add_square(CallContext(acc).context(), rows, in_bf16, sums);
 }
 
 void native_mirror_(Tensor acc) {
   require_floats(acc, "acc");
   const wanda::Matrix sums = matrix_of(acc, "acc");
   require(sums.n_rows == sums.n_cols, "acc must be square");
-  wanda::mirror(Surroundings(acc).context(), sums);
+  wanda::mirror(CallContext(acc).context(), sums);
 }
 
 bool native_all_finite(Tensor x, bool non_negative) {
-  return wanda::all_finite(Surroundings(x).context(), matrix_of(x, "x"), non_negative);
+  return wanda::all_finite(CallContext(x).context(), matrix_of(x, "x"), non_negative);
 }
 
-int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(Surroundings(x).context(), matrix_of(x, "x")); }
+int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(CallContext(x).context(), matrix_of(x, "x")); }
 
-// fp32 or bf16, all of one dtype and of x's shape.
+// Both are fp32 or both bf16, with one shape.
 void require_like(const wanda::Matrix& x, const wanda::Matrix& other) {
   require(x.dtype != wanda::DType::kHalf && x.dtype == other.dtype && x.n_rows == other.n_rows &&
               x.n_cols == other.n_cols,
@@ -140,7 +176,7 @@ void native_rms_norm_(Tensor out, Tensor x, Tensor weight, double epsilon) {
   require_like(rows, target);
   require(weight.is_contiguous() && weight.numel() == rows.n_cols && dtype_of(weight) == rows.dtype,
           "weight must be contiguous, of x's dtype, with ", rows.n_cols, " elements");
-  wanda::rms_norm(Surroundings(x).context(), rows, data_of(weight, "weight"), static_cast<float>(epsilon), target);
+  wanda::rms_norm(CallContext(x).context(), rows, data_of(weight, "weight"), static_cast<float>(epsilon), target);
 }
 
 void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activation) {
@@ -148,7 +184,7 @@ void native_gated_product_(Tensor out, Tensor gate, Tensor up, int64_t activatio
   require_like(g, u);
   require_like(g, target);
   require(0 <= activation && activation <= 4, "no such activation");
-  wanda::gated_product(Surroundings(gate).context(), g, u, static_cast<wanda::Activation>(activation), target);
+  wanda::gated_product(CallContext(gate).context(), g, u, static_cast<wanda::Activation>(activation), target);
 }
 
 bool native_multiplies(Tensor weight, bool sparse) {
@@ -158,8 +194,12 @@ bool native_multiplies(Tensor weight, bool sparse) {
 }
 
 bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bool sparse) {
-  const wanda::Linear s = {matrix_of(x, "x"), matrix_of(weight, "weight"), matrix_of(out, "out"),
-                           bias ? data_of(*bias, "bias") : nullptr};
+  const wanda::Linear s = {
+      .x = matrix_of(x, "x"),
+      .weight = matrix_of(weight, "weight"),
+      .out = matrix_of(out, "out"),
+      .bias = bias ? data_of(*bias, "bias") : nullptr,
+  };
   const bool fits = s.x.n_cols == s.weight.n_cols && s.out.n_cols == s.weight.n_rows && s.out.n_rows == s.x.n_rows &&
                     (!bias || (bias->is_contiguous() && bias->numel() == s.weight.n_rows));
   require(fits, "the shapes of x, weight, bias and out do not fit");
@@ -167,14 +207,15 @@ bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bo
                      (!bias || dtype_of(*bias) == s.weight.dtype);
   require(alike, "x, weight, bias and out must have one dtype");
   require(wanda::multiplies(s.weight.dtype, sparse), "no product with a weight of this dtype here");
-  return wanda::linear(Surroundings(x).context(), s, sparse);
+  return wanda::linear(CallContext(x).context(), s, sparse);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
+  library.impl("native_prune_nm_", TORCH_BOX(&native_prune_nm_));
   library.impl("native_mark_lowest_", TORCH_BOX(&native_mark_lowest_));
-  library.impl("native_prune_and_update_", TORCH_BOX(&native_prune_and_update_));
+  library.impl("native_sparsegpt_block_", TORCH_BOX(&native_sparsegpt_block_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_add_product_", TORCH_BOX(&native_add_product_));

@@ -1,5 +1,5 @@
-// What tensors become: plain operands, checked so far that memory is safe (users' errors are found and worded in
-// checks.py), and what surrounds a call on this library's device.
+// Turns tensors into the kernels' arguments, and provides the resources of a call on this library's device. The checks
+// here keep memory accesses valid. Errors that a user can make are found earlier, in dispatch/checks.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "launch.h"
+#include "api.h"
 #include "require.h"
 
 #ifdef WANDA_CUDA
@@ -37,7 +37,7 @@ inline void require_floats(const Tensor& tensor, const char* name) {
   require(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// The tensor's memory, which this library's device reaches.
+// The tensor's memory. The tensor must be on this library's device.
 inline void* data_of(const Tensor& tensor, const char* name) {
 #ifdef WANDA_CUDA
   require(tensor.is_cuda(), name, " must be on a GPU");
@@ -70,9 +70,15 @@ inline uint8_t* mask_of(const OptionalTensor& mask, const wanda::Matrix& weight)
 }
 
 inline wanda::Selection selection_of(const Tensor& weight, const OptionalTensor& root, const OptionalTensor& scale,
-                              const OptionalTensor& mask) {
+                                     const OptionalTensor& mask) {
   const wanda::Matrix matrix = matrix_of(weight, "weight");
-  wanda::Selection selection = {matrix, vector_of(root, matrix, "root"), nullptr, 0, mask_of(mask, matrix)};
+  wanda::Selection selection = {
+      .weight = matrix,
+      .root = vector_of(root, matrix, "root"),
+      .scale = nullptr,
+      .scale_stride = 0,
+      .mask = mask_of(mask, matrix),
+  };
   if (scale) {
     require_floats(*scale, "scale");
     const wanda::Matrix squared = matrix_of(*scale, "scale");
@@ -92,12 +98,12 @@ inline float* accumulator_of(const Tensor& acc, int64_t numel, const char* name 
 
 #ifdef WANDA_CUDA
 
-// The tensor's device and torch's current stream on it. Scratch comes from torch's allocator: it may be handed out
-// again as soon as it is freed, but only behind this work on the same stream.
-class Surroundings {
+// The tensor's device, torch's current stream on it, and scratch from torch's allocator. The allocator may reuse freed
+// scratch at once, but only for later work on the same stream.
+class CallContext {
  public:
-  explicit Surroundings(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
-    // by its code: the macro that judges it has another name in every version of torch's headers
+  explicit CallContext(const Tensor& tensor, size_t scratch_bytes = 0) : guard_(tensor.get_device_index()) {
+    // torch's macro for checking the code has a different name in every version of its headers.
     const auto code = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream);
     require(code == AOTI_TORCH_SUCCESS, "torch has no current stream on GPU ", tensor.get_device_index());
     if (scratch_bytes == 0) return;
@@ -114,9 +120,9 @@ class Surroundings {
 
 #else
 
-class Surroundings {
+class CallContext {
  public:
-  explicit Surroundings(const Tensor&) {
+  explicit CallContext(const Tensor&) {
     context_.n_threads = static_cast<int>(torch::stable::get_num_threads());
     context_.parallel_for = [](int64_t begin, int64_t end, int64_t grain, wanda::ParallelBody body, void* closure) {
       torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, closure); });

@@ -1,8 +1,8 @@
-// torch.ops.wanda_kernels.native_* that both libraries have, through PyTorch's stable ABI, so that one build serves torch
-// 2.10 and later. Compiled once for the CPU library and, with -DWANDA_CUDA, once for the CUDA library; what the CPU alone
-// has stands in cpu_ops.cpp.
+// Registers the torch.ops.wanda_kernels.native_* that both libraries have. It uses PyTorch's stable ABI, so that one
+// build serves torch 2.10 and later. The CPU library compiles this file, and so does the CUDA library, with
+// -DWANDA_CUDA. cpu_ops.cpp has the operations of the CPU alone.
 //
-// The schemas stand in kernels/wanda_kernels/native.py, which loads either library or both.
+// kernels/wanda_kernels/native/library.py defines the schemas and loads the libraries.
 #include "operands.h"
 
 namespace {
@@ -13,36 +13,29 @@ void native_add_sq_norm_(Tensor acc, Tensor x) {
   const wanda::Matrix matrix = matrix_of(x, "x");
   float* sums = accumulator_of(acc, matrix.n_cols);
 #ifdef WANDA_CUDA
-  const Surroundings surroundings(acc, wanda::sq_norm_scratch_bytes(matrix));
+  const CallContext call(acc, wanda::sq_norm_scratch_bytes(matrix));
 #else
-  const Surroundings surroundings(acc);
+  const CallContext call(acc);
 #endif
-  wanda::add_sq_norm(surroundings.context(), matrix, sums);
+  wanda::add_sq_norm(call.context(), matrix, sums);
 }
 
 void native_prune_rows_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t num_pruned,
                         OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
   require(0 <= num_pruned && num_pruned <= selection.weight.n_cols, "num_pruned out of range");
-  wanda::prune_rows(Surroundings(weight).context(), selection, num_pruned);
-}
-
-void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t n, int64_t m,
-                      OptionalTensor mask) {
-  const wanda::Selection selection = selection_of(weight, root, scale, mask);
-  require(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
-  wanda::prune_nm(Surroundings(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
+  wanda::prune_rows(CallContext(weight).context(), selection, num_pruned);
 }
 
 void native_prune_matrix_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t rank, OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
   require(0 <= rank && rank < weight.numel(), "rank out of range");
 #ifdef WANDA_CUDA
-  const Surroundings surroundings(weight, wanda::matrix_scratch_bytes());
+  const CallContext call(weight, wanda::matrix_scratch_bytes());
 #else
-  const Surroundings surroundings(weight);
+  const CallContext call(weight);
 #endif
-  wanda::prune_matrix(surroundings.context(), selection, rank);
+  wanda::prune_matrix(call.context(), selection, rank);
 }
 
 void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor scale, double ratio, Tensor alpha,
@@ -50,17 +43,16 @@ void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor sc
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
   require(alpha.scalar_type() == ScalarType::Double && alpha.numel() == 1, "alpha must be one float64");
 #ifdef WANDA_CUDA
-  const Surroundings surroundings(weight, wanda::variant_scratch_bytes(selection.weight));
+  const CallContext call(weight, wanda::variant_scratch_bytes(selection.weight));
 #else
-  const Surroundings surroundings(weight);
+  const CallContext call(weight);
 #endif
-  wanda::prune_variant(surroundings.context(), selection, ratio, static_cast<double*>(data_of(alpha, "alpha")));
+  wanda::prune_variant(call.context(), selection, ratio, static_cast<double*>(data_of(alpha, "alpha")));
 }
 
 void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_add_sq_norm_", TORCH_BOX(&native_add_sq_norm_));
   library.impl("native_prune_rows_", TORCH_BOX(&native_prune_rows_));
-  library.impl("native_prune_nm_", TORCH_BOX(&native_prune_nm_));
   library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
   library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));
 }

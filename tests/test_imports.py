@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import wanda_kernels
+import wanda_kernels.forward
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,15 +29,24 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": {"api", "errors", "pruning", "report", "data", "model"},
 }
-# A room of the operation library -> the rooms that it may import, beside its own files.
+# The same for the operation library.
 LIBRARY_MAY_IMPORT = {
-    "reference": {"leaf"},
-    "native": {"leaf", "reference"},
-    "triton_ops": {"leaf", "native", "reference"},
-    "dispatch": {"leaf", "reference", "native", "triton_ops"},
-    "leaf": {"native", "reference", "dispatch"},
-    "face": {"leaf", "reference", "native", "triton_ops", "dispatch"},
+    "mask_bits": set(),
+    "column_squares": set(),
+    "fp32_sums": set(),
+    "sparsegpt": {"mask_bits"},
+    "reference": {"mask_bits", "sparsegpt"},
+    "native": {"mask_bits", "sparsegpt"},
+    "triton_ops": {"mask_bits", "sparsegpt", "column_squares", "fp32_sums", "native"},
+    "dispatch": {"reference", "native", "triton_ops"},
+    "hessian_factor": {"dispatch"},
+    "host_hessian": {"dispatch", "fp32_sums", "native"},
+    "doctor": {"dispatch", "native"},
+    "forward": {"dispatch", "column_squares", "native", "triton_ops"},
+    "operations": {"dispatch", "sparsegpt", "hessian_factor"},
+    "__init__": {"dispatch", "mask_bits", "hessian_factor", "host_hessian", "doctor", "operations"},
 }
+ROOMS = {"wanda_fast": MAY_IMPORT, "kernels/wanda_kernels": LIBRARY_MAY_IMPORT}
 MOST_ENTRIES = {"wanda_fast": 17, "kernels/wanda_kernels": 14}
 
 
@@ -83,22 +92,26 @@ def edges(package: str) -> list[tuple[str, str]]:
     return sorted((module, other) for module, other in pairs if other not in (None, module))
 
 
-def test_wanda_fast_imports_run_one_way():
-    wrong = []
-    for module, other in edges("wanda_fast"):
+@pytest.mark.parametrize("package", list(ROOMS))
+def test_imports_run_one_way(package):
+    rooms, wrong = ROOMS[package], []
+    for module, other in edges(package):
         room, target = room_of(module), room_of(other)
-        assert room in MAY_IMPORT, f"{module} is in a room that this test does not know"
-        if target not in MAY_IMPORT[room] | {room}:
+        assert room in rooms, f"{module} is in a room that this test does not know"
+        if target not in rooms[room] | {room}:
             wrong.append(f"{module} imports {other}")
     assert not wrong
 
 
-def test_rooms_of_wanda_fast_form_no_circle():
-    order = list(MAY_IMPORT)
-    assert all(order.index(target) < order.index(room) for room, may in MAY_IMPORT.items() for target in may)
+@pytest.mark.parametrize("package", list(ROOMS))
+def test_rooms_form_no_circle(package):
+    """Each room comes after all that it may import."""
+    order = list(ROOMS[package])
+    rooms = ROOMS[package].items()
+    assert all(order.index(target) < order.index(room) for room, may in rooms for target in may)
 
 
-@pytest.mark.parametrize("package", ["wanda_fast", "kernels/wanda_kernels"])
+@pytest.mark.parametrize("package", list(ROOMS))
 def test_no_module_imports_itself_by_a_detour(package):
     graph: dict[str, set[str]] = {}
     for module, other in edges(package):
@@ -117,8 +130,9 @@ def test_no_module_imports_itself_by_a_detour(package):
 
 
 def test_wanda_fast_reaches_the_operation_library_by_its_face():
-    """`import wanda_kernels`, or names that it lists in `__all__`."""
-    faces = {f"wanda_kernels.{name}" for name in wanda_kernels.__all__}
+    """Its names, and those of the kernels of a block's forward: what the two list in `__all__`."""
+    faces = {f"wanda_kernels.{name}" for name in ("forward", *wanda_kernels.__all__)}
+    faces |= {f"wanda_kernels.forward.{name}" for name in wanda_kernels.forward.__all__}
     for module, file in modules("wanda_fast").items():
         for name in imported(file):
             if name.startswith("wanda_kernels."):

@@ -1,9 +1,10 @@
-"""Compile every (kernel, dtype, tile) that the launchers choose, with no GPU: registers, stack, shared.
+"""Compile every Triton kernel variant that the launchers choose, without a GPU, and report its resources.
 
-`python -m tools.compile_report` prints the table and exits 1 where a variant spills or wants more
-shared memory than the chip has. The launchers themselves run, on meta tensors, with each kernel replaced by
-a recorder of its arguments: what is compiled here is what they would launch there. Needs TRITON_INTERPRET
-unset before Triton's first import, hence a process of its own.
+`python -m tools.compile_report` prints registers, stack and shared memory of each (kernel, dtype, tile). It
+exits with 1 if a variant spills, or needs more shared memory than the chip has. The launchers run on meta
+tensors, with each kernel replaced by a recorder of its arguments, so the compiled variants are those that a
+GPU would run. TRITON_INTERPRET must be unset before Triton is first imported, so this needs a process of its
+own.
 """
 
 import argparse
@@ -13,17 +14,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from wanda_kernels.column_squares import squares_left
-from wanda_kernels.reference.ops import ACTIVATIONS
+from wanda_kernels.column_squares import saving_column_squares
+from wanda_kernels.reference.activations import ACTIVATIONS
 from wanda_kernels.triton_ops import (
     add_coactivation,
     add_gated_coactivation,
@@ -50,7 +53,8 @@ MODULES = (
 )
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# dtype, and whether with a scale matrix and a mask (most registers); fp16 differs from bf16 only in its load
+# (dtype, whether with a scale matrix and a mask, which take most registers); fp16 differs from bf16 in loads
+# only
 WEIGHTS = tuple(product((torch.bfloat16, torch.float32), (False, True))) + ((torch.float16, False),)
 # silu stands for relu, gelu_tanh and none, which take no more
 FUSED = tuple(product(FLOATS[:2], ("silu", "gelu"), (1,))) + ((torch.bfloat16, "silu", 2),)
@@ -67,7 +71,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: its arguments' types, constants, and multiples of 16."""
+    """One specialisation of a kernel: types and constants of its arguments, and which are multiples of 16."""
 
     module: str
     kernel: str
@@ -85,14 +89,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the assembler gave: registers a thread, bytes of stack a thread (spills), shared a block."""
+    """Resources after assembly: registers a thread, bytes of stack a thread (spills), shared a block."""
 
     registers: int
     stack: int
     shared: int
 
     def excess(self, arch: int) -> str:
-        """Why a kernel must not be so, or nothing."""
+        """What exceeds the budget; empty if nothing does."""
         if self.stack:
             return f"{self.stack} bytes of stack"
         if self.shared > SHARED_LIMIT[arch]:
@@ -101,16 +105,16 @@ class Usage:
 
 
 class _Recorder:
-    """Stands in for a Triton kernel in its module and keeps what each launch would be specialised to."""
+    """Replaces a Triton kernel in its module and records the variant that each launch would compile."""
 
-    def __init__(self, module: str, kernel):
+    def __init__(self, module: str, kernel: Any):
         self.module, self.kernel = module, kernel
         self.launches: list[Variant] = []
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
 
-    def launch(self, *args, **kwargs):
+    def launch(self, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, divisible = [], [], []
@@ -126,7 +130,7 @@ class _Recorder:
         self.launches.append(Variant(self.module, self.kernel.__name__, *found))
 
 
-def _type_of(value, parameter) -> str:
+def _type_of(value: Any, parameter: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, float):
@@ -137,7 +141,7 @@ def _type_of(value, parameter) -> str:
 
 
 def variants() -> list[Variant]:
-    """Every distinct launch of every launcher over the shapes and dtypes that reach each row of its table."""
+    """Every distinct variant, from shapes and dtypes that reach each row of each launcher's table."""
     kernels = [
         (m, name, kernel) for m in MODULES for name, kernel in vars(m).items() if name.endswith("_kernel")
     ]
@@ -161,7 +165,7 @@ def variants() -> list[Variant]:
 
 
 def _operands(dtype: torch.dtype, n_cols: int, heaviest: bool) -> tuple:
-    """(weight, scale, mask) on no device: a scale vector and no mask, or a scale matrix and a mask."""
+    """(weight, scale, mask) on the meta device: a scale vector and no mask, or a scale matrix and a mask."""
     n_rows = 4096
     weight = torch.empty(n_rows, n_cols, dtype=dtype, device="meta")
     if not heaviest:
@@ -241,7 +245,7 @@ def _launch_sparsegpt() -> None:
 
 
 def _launch_forward() -> None:
-    for dtype, summed in product(FLOATS, (squares_left, nullcontext)):
+    for dtype, summed in product(FLOATS, (saving_column_squares, nullcontext)):
         with summed():
             for size in (4096, triton_forward.MOST_COLUMNS):
                 x, weight = (torch.empty(*shape, size, dtype=dtype, device="meta") for shape in ((2048,), ()))
@@ -279,9 +283,7 @@ def compile_variant(variant: Variant, arch: int) -> Usage:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="80 and 90 unless told"
-    )
+    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="default: 80 and 90")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.providers import is_ours
 from benchmarks.rows import OK, Row
 from wanda_kernels.dispatch import backends
-from wanda_kernels.triton_ops import coactivation_paths
+from wanda_kernels.triton_ops import add_coactivation
 
 CLEARLY = 1.03  # a smaller difference is no reason to change a table
 
@@ -64,7 +64,7 @@ def _path_choice(row: Row, paths: dict[str, Row], facts: dict) -> Choice | None:
     """Among the ways within the Triton backend, by `coactivation_paths.PATHS`."""
     capability = tuple(map(int, facts.get("capability", "0.0").split(".")))
     n_out, n_in = map(int, row.shape.split("x"))
-    taken = paths.get(coactivation_paths.path(capability, n_out, n_in))
+    taken = paths.get(add_coactivation.path(capability, n_out, n_in))
     if taken is None:
         return None
     name, fastest = min(paths.items(), key=lambda item: item[1].time_ms)

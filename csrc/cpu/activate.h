@@ -1,5 +1,5 @@
-// The pre-pass of add_coactivation_: abs(act(x))^power in fp32, ready for the matrix product.
-// Plain loops over floats, which the compiler turns into vectors of each instruction set.
+// The operands of add_coactivation_'s matrix product: abs(act(x))^power in fp32.
+// Plain loops over floats, which the compiler vectorises for each instruction set.
 #pragma once
 
 #include "rows.h"
@@ -8,13 +8,16 @@ namespace WANDA_ISA {
 
 using wanda::Activation;
 
-// exp(x) to 2 ulp for x in [-87, 88.3]; exp(-87) below, infinity above.
+// exp(x) to 2 ulp for x in [-87, 88.3]. Smaller x give exp(-87), larger ones infinity.
 inline float exponential(float x) {
   x = smaller(larger(x, -87.0f), 89.0f);
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  // Adding 1.5 * 2^23 rounds x / ln 2 to the nearest integer n.
+  const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;  // Cephes expf
+  // r = x - n ln 2, with ln 2 split in two parts.
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // The polynomial of Cephes' expf.
+  float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -24,7 +27,7 @@ inline float exponential(float x) {
   return (p * r * r + r + 1.0f) * two_to_n;
 }
 
-// erfc(z) for z >= 0, to 1.2e-7 of its value however small that is (Numerical Recipes, erfcc).
+// erfc(z) for z >= 0 with a relative error of 1.2e-7 (Numerical Recipes, erfcc).
 inline float complementary_error(float z) {
   const float t = 1.0f / (1.0f + 0.5f * z);
   float p = 0.17087277f;
@@ -47,7 +50,8 @@ float activation_of(float x) {
     const float tail = 0.5f * complementary_error(__builtin_fabsf(x) * 0.70710678f);
     return x * (x < 0 ? tail : 1.0f - tail);
   }
-  if (kActivation == Activation::kGeluTanh) {  // 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u))
+  // 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u))
+  if (kActivation == Activation::kGeluTanh) {
     return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
   }
   if (kActivation == Activation::kRelu) return x < 0 ? 0.0f : x;

@@ -1,4 +1,4 @@
-// The pre-pass of add_gated_coactivation_: (up * act'(gate))^2 and act(gate)^2 in fp32, from one read of both.
+// The operands of add_gated_coactivation_'s matrix products: (up * act'(gate))^2 and act(gate)^2 in fp32, in one pass.
 #pragma once
 
 #include "activate.h"
@@ -20,7 +20,8 @@ Activated activated_of(float x) {
     const float below = x < 0 ? tail : 1.0f - tail;
     return {x * below, below + x * 0.39894228f * exponential(-0.5f * x * x)};
   }
-  if (kActivation == Activation::kGeluTanh) {  // x * s(v), s the sigmoid
+  // x * s(v), where s is the sigmoid.
+  if (kActivation == Activation::kGeluTanh) {
     const float s = 1.0f / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
     return {x * s, s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x)};
   }

@@ -1,6 +1,6 @@
-// acc[j] += sum_t x[t, j]^2 for a range of columns. Reads x once, rows in order, four at a time: every row's piece is a
-// stream that the prefetcher follows, and a sum is loaded and stored once for four squares.
-// fp32 within a slab of tokens, fp64 over the slabs; the order depends on the shape alone, not on threads.
+// acc[j] += sum_t x[t, j]^2 for a range of columns. Reads x once, in order, four rows at a time: the prefetcher follows
+// each row, and a sum is loaded and stored once for four squares.
+// Sums are fp32 within a slab of tokens and fp64 over the slabs. Their order depends on the shape, not on the threads.
 #pragma once
 
 #include "rows.h"

@@ -1,4 +1,5 @@
-// Memory for vectors, in files of one instruction set: nothing here is shared with another file.
+// Aligned memory for vectors. Everything is in an anonymous namespace: these functions are compiled for several
+// instruction sets, and the linker must not replace one by another.
 #pragma once
 
 #include <cstddef>

@@ -1,12 +1,12 @@
-// The verdict on a matrix: no NaN, no infinity, and for a statistic no negative number. One read, no early exit, so
-// that the loop is a plain vector reduction; NaN and infinity are the values whose exponent bits are all set.
+// Whether a matrix holds no NaN, no infinity and, for a statistic, no negative number. A row is read to its end, so
+// that the loop is a plain vector reduction. NaN and infinity are the values whose exponent bits are all set.
 #pragma once
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-// Without its NaNs, a number is negative where its bits exceed those of -0.0.
+// A number that is not NaN is negative if its bits, as an unsigned integer, exceed those of -0.0.
 template <typename Bits>
 bool is_good_row(const Bits* bits, int64_t n, Bits exponent, bool non_negative) {
   constexpr Bits kHighest = static_cast<Bits>(-1);

@@ -1,10 +1,10 @@
-// bf16 is fp32 from its packing on: AVX2 has no products of it.
+// AVX2 has no bf16 products, so packing widens bf16 to fp32.
 #if defined(__x86_64__)
 #include "attention.h"
 
 #define WANDA_ISA wanda_attention_avx2
 #include "simd_avx2.h"
-// After its vectors.
+// Needs the vectors above.
 #include "attention_isa.h"
 
 namespace wanda::cpu {

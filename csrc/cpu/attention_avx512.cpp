@@ -1,16 +1,17 @@
-// bf16 products go through VDPBF16PS, for which the softmax's numerators become bf16, as in torch's own kernel.
+// bf16 products use VDPBF16PS. Its operands are bf16, so the softmax's numerators are rounded to bf16, as in torch's
+// kernel.
 #if defined(__x86_64__)
 #include "attention.h"
 
 #if defined(__AVX512BF16__)
 #define WANDA_ISA wanda_attention_avx512
 #include "simd_avx512.h"
-// After its vectors.
+// Needs the vectors above.
 #include "attention_isa.h"
 
 namespace WANDA_ISA {
 
-struct Brain {
+struct Bf16 {
   using Element = BFloat;
   using Numerator = BFloat;
   static constexpr int kPerUnit = 2;
@@ -30,11 +31,11 @@ struct Brain {
 }  // namespace WANDA_ISA
 
 namespace wanda::cpu {
-extern const AttentionKernels kAttentionAvx512 = WANDA_ISA::attention_kernels<WANDA_ISA::Brain>();
+extern const AttentionKernels kAttentionAvx512 = WANDA_ISA::attention_kernels<WANDA_ISA::Bf16>();
 }
 #else
 namespace wanda::cpu {
-extern const AttentionKernels kAttentionAvx512 = {nullptr, nullptr};
+extern const AttentionKernels kAttentionAvx512 = {};
 }
 #endif
 #endif

@@ -1,8 +1,8 @@
-// Causal attention of fp32 and bf16: out = softmax(scale * q k^T, masked) v, per sequence and head. Included by one
-// file for each instruction set, after its simd_*.h.
+// Causal attention of fp32 and bf16: out = softmax(scale * q k^T, masked) v, per sequence and head. Each
+// attention_*.cpp includes its simd_*.h and then this file.
 //
-// Blocks of queries meet chunks of 512 keys; key tiles beyond the diagonal are not computed. Sums, softmax and
-// running maxima (Milakov & Gimelshein 2018, arXiv 1805.02867) are fp32.
+// A block of queries is multiplied with chunks of 512 keys. Key tiles beyond the diagonal are skipped. Sums, softmax
+// and running maxima (Milakov & Gimelshein 2018, arXiv 1805.02867) are fp32.
 //
 // All operands are read in units of 32 bits: one fp32, or two bf16 that one instruction multiplies and adds.
 #pragma once
@@ -11,113 +11,16 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention.h"
+#include "attention_tile.h"
 
 namespace WANDA_ISA {
 
-using wanda::Attention;
 using wanda::DType;
-
-constexpr int kWidth = Simd::kWidth;         // units of a vector
-constexpr int kRows = kWidth == 16 ? 8 : 6;  // of a register tile, which is kRows x kColumns of fp32
-constexpr int kColumns = 2 * kWidth;         // two vectors
-constexpr int64_t kQueries = kWidth == 16 ? 64 : 48, kKeys = 512;  // of a block, whole tiles; of a chunk
-
-// fp32, or what becomes fp32 when it is packed.
-template <typename T>
-struct Widened {
-  using Element = T;        // of q, k, v and out
-  using Numerator = float;  // of the softmax
-  static constexpr int kPerUnit = 1;
-  static Simd::Float multiply_add(Simd::Float sum, Simd::Int a, Simd::Int b) {
-    return Simd::multiply_add(Simd::as_float(a), Simd::as_float(b), sum);
-  }
-  // A vector of units from one row.
-  static Simd::Int units(const T* p) { return Simd::bits(Simd::load(p)); }
-  // One row of units from kPerUnit rows of elements, the second of which may lie beyond the end.
-  static Simd::Int join(const T* rows, int64_t, bool) { return units(rows); }
-  template <typename To>  // Element, Numerator
-  static void store(To* p, Simd::Float v) {
-    Simd::store(p, v);
-  }
-};
-
-// exp(x) for x <= 0, to 2 ulp; 0 below -87.
-inline Simd::Float exponential(Simd::Float x) {
-  const Simd::Float n = Simd::nearest_integer(Simd::multiply(x, Simd::broadcast(1.44269504f)));
-  Simd::Float r = Simd::subtract_product(x, n, Simd::broadcast(0.693359375f));  // ln 2 in two parts
-  r = Simd::multiply_add(n, Simd::broadcast(2.12194440e-4f), r);
-  Simd::Float p = Simd::broadcast(1.9875691500e-4f);  // Cephes expf
-  p = Simd::multiply_add(p, r, Simd::broadcast(1.3981999507e-3f));
-  p = Simd::multiply_add(p, r, Simd::broadcast(8.3334519073e-3f));
-  p = Simd::multiply_add(p, r, Simd::broadcast(4.1665795894e-2f));
-  p = Simd::multiply_add(p, r, Simd::broadcast(1.6666665459e-1f));
-  p = Simd::multiply_add(p, r, Simd::broadcast(5.0000001201e-1f));
-  p = Simd::add(Simd::multiply_add(Simd::multiply(p, r), r, r), Simd::broadcast(1.0f));
-  return Simd::zero_if(Simd::less(x, Simd::broadcast(-87.0f)), Simd::times_two_to(n, p));
-}
-
-// c[kRows, kColumns] (+)= a[kRows, n_units] b[n_units, kColumns]; strides in units (of c: floats), b contiguous.
-template <typename T>
-void multiply_tile(const int32_t* a, int64_t stride_a, const int32_t* b, int64_t n_units, float* c, int64_t stride_c,
-                   bool add) {
-  Simd::Float sum[kRows][2];
-  for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      sum[row][half] = add ? Simd::load(c + row * stride_c + half * kWidth) : Simd::broadcast(0.0f);
-    }
-  }
-  for (int64_t unit = 0; unit < n_units; ++unit) {
-    const Simd::Int left = Simd::load(b + unit * kColumns);
-    const Simd::Int right = Simd::load(b + unit * kColumns + kWidth);
-    for (int row = 0; row < kRows; ++row) {
-      const Simd::Int factor = Simd::broadcast(a[row * stride_a + unit]);
-      sum[row][0] = T::multiply_add(sum[row][0], factor, left);
-      sum[row][1] = T::multiply_add(sum[row][1], factor, right);
-    }
-  }
-  for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) Simd::store(c + row * stride_c + half * kWidth, sum[row][half]);
-  }
-}
-
-constexpr int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// What one thread needs, carved out of one piece of memory; each part is a multiple of 64 bytes.
-template <typename T>
-struct Workplace {
-  Workplace(const Attention& a, char* memory)
-      : n_keys(rounded_up(a.n_tokens, kKeys)), head_units(a.head_dim / T::kPerUnit) {
-    const auto take = [&](int64_t n_bytes) {
-      char* part = memory;
-      memory += rounded_up(n_bytes, 64);
-      return part;
-    };
-    keys = (int32_t*)take(4 * head_units * n_keys);
-    values = (int32_t*)take(4 * n_keys / T::kPerUnit * a.head_dim);
-    queries = (int32_t*)take(4 * kQueries * head_units);
-    scores = (float*)take(4 * kQueries * kKeys);
-    numerators = (typename T::Numerator*)take(4 * kQueries * kKeys);
-    sums = (float*)take(4 * kQueries * a.head_dim);
-    maxima = (float*)take(4 * kQueries);
-    totals = (float*)take(4 * kQueries);
-    end = memory;
-  }
-  int64_t n_keys, head_units;
-  // In panels of kColumns, for which tiles read whole cache lines in turn, whatever the strides:
-  int32_t* keys;                      // [n_keys / kColumns, head_units, kColumns]
-  int32_t* values;                    // [head_dim / kColumns, n_keys in units, kColumns]
-  int32_t* queries;                   // [kQueries, head_units]
-  float* scores;                      // [kQueries, kKeys]
-  typename T::Numerator* numerators;  // [kQueries, kKeys]
-  float *sums, *maxima, *totals;      // [kQueries, head_dim], [kQueries] twice
-  char* end;
-};
 
 template <typename T>
 class Head {
  public:
-  Head(const Attention& a, const Workplace<T>& w, int64_t batch, int64_t head) : a_(a), w_(w) {
+  Head(const Attention& a, const Buffers<T>& w, int64_t batch, int64_t head) : a_(a), w_(w) {
     const int64_t shared = head / (a.n_heads / a.n_kv_heads);
     q_ = (const Element*)a.q.data + batch * a.q.batch + head * a.q.head;
     k_ = (const Element*)a.k.data + batch * a.k.batch + shared * a.k.head;
@@ -165,7 +68,7 @@ class Head {
     }
   }
 
-  // Queries [first, first + kQueries), or up to the last.
+  // The block of queries that begins at `first`; the last one may be shorter.
   void attend(int64_t first) {
     const int64_t n_queries = std::min(kQueries, a_.n_tokens - first);
     const int64_t n_rows = rounded_up(n_queries, kRows);
@@ -182,7 +85,7 @@ class Head {
     for (int64_t key = 0; key < first + n_queries; key += kKeys) {
       const int64_t n_keys = rounded_up(std::min(kKeys, first + n_queries - key), kColumns);
       multiply_keys(key, n_keys, n_rows);
-      for (int64_t row = 0; row < n_rows; ++row) soften(row, first + row + 1 - key, n_keys);
+      for (int64_t row = 0; row < n_rows; ++row) update_softmax(row, first + row + 1 - key, n_keys);
       multiply_values(key, n_keys, n_rows);
     }
     for (int64_t row = 0; row < n_queries; ++row) {
@@ -203,13 +106,15 @@ class Head {
     }
   }
 
-  // A row's scores become exp(scale * score - maximum), 0 beyond the diagonal; older sums are brought to the maximum.
-  void soften(int64_t row, int64_t n_visible, int64_t n_keys) {
+  // numerators = exp(scale * score - maximum), and 0 beyond the diagonal. If the row's running maximum grows, its sums
+  // are rescaled.
+  void update_softmax(int64_t row, int64_t n_visible, int64_t n_keys) {
     const float* scores = w_.scores + row * kKeys;
     Numerator* numerators = w_.numerators + row * kKeys;
     n_visible = std::clamp<int64_t>(n_visible, 0, n_keys);
     const int64_t n_whole = n_visible / kWidth * kWidth, end = rounded_up(n_visible, kWidth);
-    const auto last = Simd::first(n_visible - n_whole);  // of the vector that the diagonal crosses
+    // The visible lanes of the vector that the diagonal crosses.
+    const auto last = Simd::first(n_visible - n_whole);
     const Simd::Float scale = Simd::broadcast(a_.scale);
     const Simd::Float least = Simd::broadcast(-std::numeric_limits<float>::infinity());
     Simd::Float high = least;
@@ -238,7 +143,7 @@ class Head {
   }
 
   void multiply_values(int64_t key, int64_t n_keys, int64_t n_rows) {
-    constexpr int64_t kTile = 128;  // of keys: 16 KiB of values of 64 bf16 columns
+    constexpr int64_t kTile = 128;  // keys: 16 KiB of values at 64 columns of bf16
     for (int64_t begin = 0; begin < n_keys; begin += kTile) {
       const int64_t n_units = std::min(kTile, n_keys - begin) / T::kPerUnit;
       const int32_t* values = w_.values + (key + begin) / T::kPerUnit * kColumns;
@@ -253,35 +158,35 @@ class Head {
   }
 
   const Attention& a_;
-  const Workplace<T>& w_;
+  const Buffers<T>& w_;
   const Element *q_, *k_, *v_;
   Element* out_;
 };
 
 template <typename T>
 void attend_heads(const Attention& a, int64_t begin, int64_t end, void* memory) {
-  const Workplace<T> workplace(a, (char*)memory);
+  const Buffers<T> buffers(a, (char*)memory);
   for (int64_t index = begin; index < end; ++index) {
-    Head<T>(a, workplace, index / a.n_heads, index % a.n_heads).run();
+    Head<T>(a, buffers, index / a.n_heads, index % a.n_heads).run();
   }
 }
 
-template <typename Brain>
+template <typename Bf16>
 size_t scratch_bytes(const Attention& a) {
-  if (a.dtype == DType::kFloat) return Workplace<Widened<float>>(a, nullptr).end - static_cast<char*>(nullptr);
-  return Workplace<Brain>(a, nullptr).end - static_cast<char*>(nullptr);
+  if (a.dtype == DType::kFloat) return Buffers<Widened<float>>(a, nullptr).end - static_cast<char*>(nullptr);
+  return Buffers<Bf16>(a, nullptr).end - static_cast<char*>(nullptr);
 }
 
-template <typename Brain>
+template <typename Bf16>
 void attend(const Attention& a, int64_t begin, int64_t end, void* memory) {
   if (a.dtype == DType::kFloat) attend_heads<Widened<float>>(a, begin, end, memory);
-  else attend_heads<Brain>(a, begin, end, memory);
+  else attend_heads<Bf16>(a, begin, end, memory);
 }
 
-// Brain: how bf16 is packed and multiplied.
-template <typename Brain>
+// Bf16 packs and multiplies bf16 on this instruction set.
+template <typename Bf16>
 constexpr wanda::cpu::AttentionKernels attention_kernels() {
-  return {scratch_bytes<Brain>, attend<Brain>};
+  return {.scratch_bytes = scratch_bytes<Bf16>, .attend = attend<Bf16>};
 }
 
 }  // namespace WANDA_ISA

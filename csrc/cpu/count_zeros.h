@@ -1,11 +1,11 @@
-// How many elements are zero, +0.0 or -0.0.
+// The number of elements that are +0.0 or -0.0.
 #pragma once
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-// All bits but the sign's are 0. n fits 32 bits: sums as wide as fp32 elements.
+// A zero has no bit set except the sign. A row's count fits 32 bits, and 32-bit sums fill a vector better.
 template <typename Bits>
 int64_t zeros_of_row(const Bits* bits, int64_t n) {
   uint32_t n_zeros = 0;

@@ -1,9 +1,9 @@
-// out = x weight^T + bias with AVX2 for a dense weight: outputs in the lanes.
+// out = x weight^T + bias with AVX2 for a dense weight. Each lane holds one output.
 //
-// 24 rows of the weight and 64 tokens of x are turned into panels of 8, column by column, and widened to fp32. A tile
-// is 4 tokens by 24 outputs: 12 registers of sums, for which a column takes 3 loads and 4 broadcasts. A chunk of a
-// group (576 columns, 55 KiB) comes from L2 for all 64 tokens. The order of a sum depends on the number of columns
-// alone. bf16 products are exact in fp32; the sums are rounded once, in the end.
+// 24 rows of the weight and 64 tokens of x are transposed into panels of 8 and widened to fp32. A tile is 4 tokens by
+// 24 outputs: its sums take 12 registers, and each column takes 3 loads and 4 broadcasts. A chunk of a group (576
+// columns, 55 KiB) is read from L2 for all 64 tokens. The order of a sum depends on the number of columns alone. bf16
+// products are exact in fp32; sums are rounded once, at the end.
 #if defined(__x86_64__)
 #define WANDA_ISA wanda_avx2_dense
 #include "simd_avx2.h"
@@ -24,7 +24,7 @@ constexpr int64_t kGroup = kVectors * kWidth;
 constexpr int64_t kTokens = 64;
 constexpr int64_t kChunk = 576;
 
-// panel[n_cols, kWidth] = rows of the matrix from `row` on; past the end the last one again.
+// panel[n_cols, kWidth] = kWidth rows of the matrix from `row` on, transposed. Past the end, the last row is repeated.
 template <typename T>
 void pack(const Matrix& matrix, int64_t row, float* panel) {
   const T* rows[kWidth];
@@ -54,11 +54,13 @@ bool prepare(const Matrix& weight, int64_t row, void* group) {
   return true;
 }
 
-// sums[kTileTokens, kGroup] (+)= over n_cols columns; x: a panel at its token; weight: panels `panel` floats apart.
+// sums[kTileTokens, kGroup] (+)= the sum over n_cols columns. x points at a token of its panel; the panels of `weight`
+// are `panel` floats apart.
 template <bool kAdd>
 void multiply_tile(const float* x, const float* weight, int64_t panel, int64_t n_cols, float* sums) {
   __m256 sum[kTileTokens][kVectors];
-#pragma GCC unroll 4  // early, or GCC keeps a copy in memory
+// Unrolled early: GCC would otherwise keep a copy of the sums in memory.
+#pragma GCC unroll 4
   for (int token = 0; token < kTileTokens; ++token) {
 #pragma GCC unroll 3
     for (int i = 0; i < kVectors; ++i) {
@@ -83,7 +85,7 @@ void multiply_tile(const float* x, const float* weight, int64_t panel, int64_t n
   }
 }
 
-// sums[kTokens, kGroup] of one group; x: panels of n_cols columns.
+// sums[kTokens, kGroup] of one group of rows. x is in panels of n_cols columns.
 void multiply_group(const float* x, const float* group, int64_t n_cols, int64_t n_tokens, float* sums) {
   for (int64_t col = 0; col < n_cols; col += kChunk) {
     const int64_t n = std::min(kChunk, n_cols - col);
@@ -95,7 +97,7 @@ void multiply_group(const float* x, const float* group, int64_t n_cols, int64_t 
   }
 }
 
-// out[n_tokens, n_rows] = sums + bias; bias [n_rows] or null.
+// out[n_tokens, n_rows] = sums + bias; bias is [n_rows] or null.
 template <typename T>
 void store_sums(const float* sums, const T* bias, int64_t n_rows, int64_t n_tokens, T* out, int64_t stride) {
   T padded[kGroup] = {};
@@ -137,8 +139,14 @@ void multiply(const Linear& s, void* groups, int64_t first_row, int64_t end_row,
 
 }  // namespace
 
-// 8 MiB, which a shared L3 holds.
-extern const LinearKernels kDenseAvx2 = {kGroup, kTokens, 1 << 23, group_bytes, prepare, multiply};
+extern const LinearKernels kDenseAvx2 = {
+    .rows = kGroup,
+    .tokens = kTokens,
+    .cache_bytes = 1 << 23,  // 8 MiB, which a shared L3 holds
+    .group_bytes = group_bytes,
+    .prepare = prepare,
+    .multiply = multiply,
+};
 
 }  // namespace wanda::cpu
 #endif

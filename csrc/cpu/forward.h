@@ -1,6 +1,5 @@
-// What lies between a block's matmuls, in one pass each: RMSNorm, a gated MLP's act(gate) * up, and the rotary
-// embedding. fp32 and bf16.
-// Roundings stand where torch's separate operations have them.
+// The elementwise operations between a block's matmuls, in one pass each: RMSNorm, a gated MLP's act(gate) * up, and
+// the rotary embedding. fp32 and bf16. Intermediate values are rounded where torch's separate operations round them.
 #pragma once
 
 #include "activate.h"
@@ -15,8 +14,9 @@ template <>
 inline float rounded(float value) {
   return value;
 }
+// To nearest, ties to even. A NaN stays a NaN.
 template <>
-inline BFloat rounded(float value) {  // to nearest, ties to even; a NaN stays one
+inline BFloat rounded(float value) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(value));
   const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : nearest)};
@@ -24,7 +24,7 @@ inline BFloat rounded(float value) {  // to nearest, ties to even; a NaN stays o
 
 template <typename T>
 void rms_norm_rows(const Matrix& x, const T* weight, float epsilon, const Matrix& out, int64_t begin, int64_t end) {
-  constexpr int64_t kSums = 64;  // running side by side
+  constexpr int64_t kSums = 64;  // partial sums, which keep several vector additions in flight
   for (int64_t row = begin; row < end; ++row) {
     const T* source = row_of<T>(x, row);
     T* target = row_of<T>(out, row);
@@ -55,7 +55,8 @@ void gated_product_rows(const Matrix& gate, const Matrix& up, const Matrix& out,
   for (int64_t row = begin; row < end; ++row) {
     const T *g = row_of<T>(gate, row), *u = row_of<T>(up, row);
     T* target = row_of<T>(out, row);
-#pragma GCC ivdep  // out may be gate or up themselves
+// `out` may be `gate` or `up`; no other overlap is allowed.
+#pragma GCC ivdep
     for (int64_t col = 0; col < gate.n_cols; ++col) {
       const T activated = rounded<T>(activation_of<kActivation>(to_float(g[col])));
       target[col] = rounded<T>(to_float(activated) * to_float(u[col]));

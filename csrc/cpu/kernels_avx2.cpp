@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #define WANDA_ISA wanda_avx2
 #include "simd_avx2.h"
-// After its vectors.
+// Needs the vectors above.
 #include "kernels_isa.h"
 
 namespace wanda::cpu {

@@ -1,4 +1,4 @@
-// Included by one file for each instruction set, after its simd_*.h: compiles every kernel for it.
+// Compiles every kernel for one instruction set. Each kernels_*.cpp includes its simd_*.h and then this file.
 #pragma once
 
 #include "activate.h"
@@ -7,18 +7,33 @@
 #include "all_finite.h"
 #include "count_zeros.h"
 #include "forward.h"
-#include "prune_and_update.h"
 #include "prune_matrix.h"
 #include "prune_nm.h"
 #include "prune_rows.h"
 #include "prune_variant.h"
+#include "sparsegpt_block.h"
 
 namespace WANDA_ISA {
 
 constexpr wanda::cpu::Kernels kernels_named(const char* name) {
-  return {name,         prune_rows,       prune_nm,     count_keys,  prune_at_most,
-          mark_at_most, prune_and_update, find_variant, add_sq_norm, activate,
-          activate_gated, all_finite, count_zeros, rms_norm,  gated_product, rotate};
+  return {
+      .name = name,
+      .prune_rows = prune_rows,
+      .prune_nm = prune_nm,
+      .count_keys = count_keys,
+      .prune_at_most = prune_at_most,
+      .mark_at_most = mark_at_most,
+      .find_variant = find_variant,
+      .sparsegpt_block = sparsegpt_block,
+      .add_sq_norm = add_sq_norm,
+      .activate = activate,
+      .activate_gated = activate_gated,
+      .all_finite = all_finite,
+      .count_zeros = count_zeros,
+      .rms_norm = rms_norm,
+      .gated_product = gated_product,
+      .rotate = rotate,
+  };
 }
 
 }  // namespace WANDA_ISA

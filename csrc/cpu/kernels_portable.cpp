@@ -1,6 +1,6 @@
 #define WANDA_ISA wanda_portable
 #include "simd_portable.h"
-// After its vectors.
+// Needs the vectors above.
 #include "kernels_isa.h"
 
 namespace wanda::cpu {

@@ -1,5 +1,5 @@
-// Pieces of prune_matrix_, prune_variant_ and sparsegpt_: a histogram of keys, and the pruning (or marking) of all keys
-// up to a threshold.
+// The passes over rows that prune_matrix.cpp and prune_variant.cpp are made of: a histogram of keys, and pruning or
+// marking every key up to a threshold.
 #pragma once
 
 #include "prune_rows.h"
@@ -21,18 +21,15 @@ inline void count_keys(const Selection& s, int32_t high, uint32_t* bins, int64_t
   }
 }
 
-inline int64_t prune_at_most(const Selection& s, const int32_t* thresholds, int64_t threshold_step, int64_t begin,
-                             int64_t end, void* memory) {
+inline void prune_at_most(const Selection& s, const int32_t* thresholds, int64_t threshold_step, int64_t begin,
+                          int64_t end, void* memory) {
   const int64_t n_cols = s.weight.n_cols, padded = round_up(n_cols, kWidth);
   const Scratch scratch(memory, n_cols);
-  int64_t n_pruned = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int32_t bound = thresholds[row * threshold_step] + 1;
     row_keys(s, row, padded, scratch.keys);
-    n_pruned += count_below(scratch.keys, padded, bound);
     prune_below(s, row, scratch.keys, {bound, 0}, scratch.pruned);
   }
-  return n_pruned;
 }
 
 inline void mark_at_most(const Selection& s, int32_t threshold, uint8_t* pruned, int64_t stride, int64_t begin,

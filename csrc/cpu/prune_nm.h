@@ -1,8 +1,8 @@
 // Keep the n best of every m consecutive columns, m <= 32.
 //
-// m = 2, 4, 8, 16 within a vector: a key's rank is counted against the other m - 1 lanes of its group, and the weights
-// are zeroed where they were read. Any other m: kWidth groups side by side, one a lane; a sorting network finds the
-// threshold of all of them at once.
+// If m is 2, 4, 8 or 16 and fits a vector, each key is compared with the other m - 1 lanes of its group, and the
+// weights are zeroed in the same pass. Any other m: each lane holds one group, and a sorting network finds the
+// thresholds of kWidth groups at once.
 #pragma once
 
 #include <utility>
@@ -13,10 +13,10 @@ namespace WANDA_ISA {
 
 constexpr int highest_bit(int n) { return n < 2 ? n : 2 * highest_bit(n / 2); }
 
-// Lanes of which fewer than m - n of their group come before them in (key, column).
+// The lanes that are pruned: the m - n smallest of each group, ordered by (key, column).
 template <int M>
 struct LowestOfGroup {
-  Simd::Int num_pruned, later[M];  // later[b]: 1 in the lanes that bit b makes the higher column of a pair
+  Simd::Int num_pruned, later[M];  // later[b]: 1 in the lanes whose index has bit b set
 
   explicit LowestOfGroup(int n) : num_pruned(Simd::broadcast(M - n)) {
     for (int bit = 1; bit < M; bit *= 2) {
@@ -36,7 +36,8 @@ struct LowestOfGroup {
     return Simd::less(rank, num_pruned);
   }
 
-  // Whether the key of lane ^ R does; one more makes an equal key of a lower column come first.
+  // Whether the key of lane ^ R is ordered before this one. In the pair's later lane equal keys count too, which adding
+  // 1 to its key achieves.
   template <int R>
   Simd::Mask comes_before(Simd::Int key) const {
     return Simd::less(Simd::template exchange<R>(key), Simd::add(key, later[highest_bit(R)]));
@@ -62,8 +63,8 @@ void prune_in_vectors(const Selection& s, int n, int64_t begin, int64_t end, uin
   }
 }
 
-// Batcher's merge exchange for any m (Knuth, volume 3, 5.2.2 M), without the comparisons that the wanted position does
-// not hang on: 157 of 191 stay for 16:32.
+// Batcher's merge exchange for any m (Knuth, volume 3, algorithm 5.2.2 M), without the comparisons that do not affect
+// the wanted position: 157 of 191 remain for 16:32.
 struct Network {
   uint8_t first[200], second[200];
   int size = 0;
@@ -85,14 +86,14 @@ struct Network {
         r = p;
       }
     }
-    keep_what_reaches(wanted);
+    keep_comparisons_for(wanted);
   }
 
  private:
-  void keep_what_reaches(int wanted) {
+  void keep_comparisons_for(int wanted) {
     bool needed[wanda::cpu::kMaxGroup] = {};
     needed[wanted] = true;
-    int kept = size;  // from here on, to the end
+    int kept = size;  // kept comparisons are moved to [kept, size)
     for (int i = size - 1; i >= 0; --i) {
       if (!needed[first[i]] && !needed[second[i]]) continue;
       needed[first[i]] = needed[second[i]] = true;
@@ -106,7 +107,7 @@ struct Network {
   }
 };
 
-// Column j of kWidth groups of m, one a lane.
+// columns[j] = key j of kWidth groups of m keys, one group per lane.
 inline void load_groups(const int32_t* keys, int m, Simd::Int* columns) {
   if (m % kWidth == 0) {
     for (int j = 0; j < m; j += kWidth) {
@@ -123,7 +124,7 @@ inline void load_groups(const int32_t* keys, int m, Simd::Int* columns) {
   for (int j = 0; j < m; ++j) columns[j] = Simd::gather(keys + j, first);
 }
 
-// One word a lane: bit j = column j of that lane's group is pruned.
+// One word per lane: bit j is set if key j of the lane's group is pruned.
 inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& network) {
   Simd::Int key[wanda::cpu::kMaxGroup], sorted[wanda::cpu::kMaxGroup];
   load_groups(keys, m, key);
@@ -133,7 +134,7 @@ inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& n
     sorted[network.first[i]] = Simd::min(a, b);
     sorted[network.second[i]] = Simd::max(a, b);
   }
-  // Those below the threshold go, then the first of those equal to it until m - n are gone.
+  // Prune every key below the threshold, then the first keys equal to it until m - n are pruned.
   const Simd::Int threshold = sorted[m - n - 1], num_pruned = Simd::broadcast(m - n);
   Simd::Int gone = Simd::broadcast(0), pruned = gone;
   for (int j = 0; j < m; ++j) gone = Simd::increment_where(Simd::less(key[j], threshold), gone);
@@ -146,10 +147,10 @@ inline Simd::Int mark_groups(const int32_t* keys, int n, int m, const Network& n
   return pruned;
 }
 
-// The network finds the key at sorted position m - n - 1.
+// Marks the pruned columns of a row. The network finds the key at sorted position m - n - 1.
 inline void mark_by_network(const int32_t* keys, int64_t n_groups, int n, int m, const Network& network,
                             uint8_t* pruned) {
-  uint64_t pending = 0;  // bits of the row not yet written
+  uint64_t pending = 0;  // bits that are not written yet
   int n_pending = 0;
   for (int64_t group = 0; group < n_groups; group += kWidth) {
     int32_t words[kWidth];
@@ -173,7 +174,7 @@ inline void prune_nm(const Selection& s, int n, int m, int64_t begin, int64_t en
   if constexpr (kWidth == 16) {
     if (m == 16) return prune_in_vectors<16>(s, n, begin, end, scratch.pruned);
   }
-  const int64_t padded = round_up(n_cols, kWidth * m);  // whole vectors of groups
+  const int64_t padded = round_up(n_cols, kWidth * m);
   const Network network(m, m - n - 1);
   for (int64_t row = begin; row < end; ++row) {
     row_keys(s, row, padded, scratch.keys);

@@ -1,29 +1,32 @@
-// The num_pruned lowest of each row: exact, by counting the keys below a pivot until just num_pruned are.
+// Zero the num_pruned smallest scores of each row; ties prune the lower column first. The threshold is exact: a pivot
+// is moved until exactly num_pruned keys are below it.
 //
-// A row's keys stay in L1 or L2; a pass compares kWidth of them a cycle. The first pivot is the last row's threshold, the
-// next ones go by how many keys lie there: 7 to 11 passes, where bisection takes 11 to 14.
+// A row's keys stay in L1 or L2, and a pass compares kWidth of them per cycle. The first pivot is the last row's
+// threshold. The next ones are extrapolated from the density of keys around it: 7 to 11 passes, where bisection takes
+// 11 to 14.
 #pragma once
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-// Prune every key below `key`, and the first `ties` of those equal to it.
+// Every key below `key` is pruned, and the first `ties` of those equal to it.
 struct Threshold {
   int32_t key;
   int64_t ties;
 };
 
-// What the last row's search ended with: rows resemble each other. A wrong guess costs passes, no more.
+// The end of the last row's search. Rows resemble each other, and a wrong guess only costs passes.
 struct Guess {
   float score = 0;
-  float keys_per_score = 0;  // around it
+  float keys_per_score = 0;  // density of keys around `score`
 };
 
-// The lowest and the highest of the keys in [low, high), of which there is one at least.
+// The smallest and the largest of the keys in [low, high). There must be at least one.
 inline Range keys_between(const int32_t* keys, int64_t padded, int32_t low, int32_t high) {
   const Simd::Int first = Simd::broadcast(low), last = Simd::broadcast(high - 1);
-  const Simd::Int unsign = Simd::broadcast(0x7fffffff);  // what lies outside becomes larger than all distances inside
+  // Without its sign bit, the distance of a key outside is larger than all distances inside.
+  const Simd::Int unsign = Simd::broadcast(0x7fffffff);
   Simd::Int above = unsign, below = unsign;
   for (int64_t col = 0; col < padded; col += kWidth) {
     const Simd::Int key = Simd::load(keys + col);
@@ -33,7 +36,7 @@ inline Range keys_between(const int32_t* keys, int64_t padded, int32_t low, int3
   return {low + Simd::lowest(above), high - 1 - Simd::lowest(below)};
 }
 
-// The middle between two keys, as many of them away as are missing below `score`.
+// The pivot that has `missing` more keys below it than `score` if their density is keys_per_score.
 inline int32_t next_pivot(float score, float keys_per_score, int64_t missing) {
   const float distance = static_cast<float>(missing) + (missing < 0 ? -0.5f : 0.5f);
   return bits_of(score + distance / keys_per_score);
@@ -43,7 +46,7 @@ inline Threshold find_threshold(const int32_t* keys, int64_t n_cols, int64_t pad
                                 Guess& guess) {
   if (num_pruned == 0) return {0, 0};
   if (num_pruned == n_cols) return {wanda::kPaddingKey, 0};
-  constexpr int64_t kFarApart = 32;  // keys between two pivots: fewer say little of how many there are
+  constexpr int64_t kFarApart = 32;  // fewer keys between two pivots say little about the density
   int32_t low = range.low, high = range.high + 1;
   int64_t below_low = 0, below_high = n_cols;  // below_low <= num_pruned < below_high
   int64_t last_below = num_pruned;
@@ -70,7 +73,8 @@ inline Threshold find_threshold(const int32_t* keys, int64_t n_cols, int64_t pad
       high = pivot;
       below_high = below;
     }
-    if (none_between) {  // a gap, or all that is left between are ties
+    // The pivot hit a gap, or only ties are left. Shrink the bounds to the keys between them.
+    if (none_between) {
       const Range left = keys_between(keys, padded, low, high);
       low = left.low;
       high = left.high + 1;
@@ -86,7 +90,7 @@ inline uint32_t lowest_bits(uint32_t bits, int64_t count) {
   return bits ^ kept;
 }
 
-// Zero the row's weights below the threshold, by their keys.
+// Zeroes the row's weights whose keys are below the threshold, and the first `ties` equal to it.
 inline void prune_below(const Selection& s, int64_t row, const int32_t* keys, Threshold threshold, uint8_t* pruned) {
   const Simd::Int bound = Simd::broadcast(threshold.key);
   const bool wants_mask = s.mask != nullptr;

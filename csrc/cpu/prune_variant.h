@@ -1,21 +1,22 @@
-// The Wanda variant without a sort. A key is pruned where the mass of all lower keys plus its own is within
-// alpha * the row's mass. That sum never falls as the key grows, so the largest such key is found by bisection.
-// Masses are the reference's fixed-point integers: their sums are exact in any order.
+// The thresholds of Wanda's variant for one alpha, without a sort. A key is pruned if the mass of all lower keys plus
+// its own is at most alpha * the row's mass. That sum grows with the key, so bisection finds the largest such key.
+// Masses are the reference's fixed-point integers, whose sums are exact in any order.
 #pragma once
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-constexpr int32_t kLargestFinite = 0x7f7fffff;  // an overflowed score weighs as much as the largest finite one
+// The mass of a score that overflowed is that of the largest finite score.
+constexpr int32_t kLargestFinite = 0x7f7fffff;
 
 inline int fraction_bits(int64_t n_cols) {
-  int length = 1;  // of n_cols - 1 in bits
+  int length = 1;  // bits of n_cols - 1
   while ((n_cols - 1) >> length) ++length;
   return smaller(36, 53 - length);
 }
 
-// floor(score * 2^(bits - E)), 2^(E-1) <= the row's largest score < 2^E, E >= -125.
+// mass = floor(score * 2^(bits - E)), where 2^(E-1) <= the row's largest score < 2^E and E >= -125.
 struct FixedPoint {
   double power_of_two;
 

@@ -1,10 +1,10 @@
-// From a row's weights to their keys, and from prune bits, one a column, back to weights. What a selection makes of int32
-// keys is in the kernels' files and knows no dtype.
+// The steps that all selections share: a row's weights to int32 keys, and one prune bit per column back to the weights.
+// Only this file knows the weights' dtype; the selections see keys.
 #pragma once
 
 #include <type_traits>
 
-#include "kernels_cpu.h"
+#include "kernels.h"
 
 namespace WANDA_ISA {
 
@@ -16,9 +16,9 @@ constexpr int kWidth = Simd::kWidth;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The scratch of one thread, cut up for rows of n_cols.
+// One thread's scratch for rows of n_cols.
 struct Scratch {
-  int32_t* keys;  // room for a whole vector of groups past the row
+  int32_t* keys;  // has room for a whole vector of groups past the row
   int64_t* masses;
   uint8_t* pruned;
 
@@ -49,7 +49,7 @@ struct SquareOver {
   }
 };
 
-// The sign goes after the product, which leaves its magnitude the same.
+// The key of a score. The product of a weight and a root has the weight's sign, which is dropped here.
 inline Simd::Int key_of(Simd::Float score) {
   const Simd::Int magnitude = Simd::bit_and(Simd::bits(score), Simd::broadcast(0x7fffffff));
   return Simd::min(magnitude, Simd::broadcast(wanda::kNaNKey));
@@ -75,8 +75,8 @@ void visit_vectors(T* w, int64_t n, int64_t first, const float* root, const floa
   }
 }
 
-// body(w, scale, n, first): n weights from column `first` on, whole vectors of them. What is left of a row comes as a
-// padded copy, so that nothing is read past it; what body writes there goes back unless T is const.
+// body(w, scale, n, first) for n weights from column `first` on, n a multiple of kWidth. The rest of the row is passed
+// as a padded copy, so that nothing is read past the row. The copy is written back unless T is const.
 template <typename T, typename Body>
 void visit_scored(T* w, int64_t n_cols, const float* root, const float* scale, const float* divisor,
                   const Body& body) {
@@ -86,8 +86,8 @@ void visit_scored(T* w, int64_t n_cols, const float* root, const float* scale, c
   std::remove_const_t<T> w_tail[kWidth] = {};
   float root_tail[kWidth] = {}, scale_tail[kWidth] = {}, divisor_tail[kWidth] = {};
   memcpy(w_tail, w + whole, left * sizeof(T));
-  visit_vectors<T>(w_tail, kWidth, whole, tail_of(root, whole, left, root_tail), tail_of(scale, whole, left, scale_tail),
-                   tail_of(divisor, whole, left, divisor_tail), body);
+  visit_vectors<T>(w_tail, kWidth, whole, tail_of(root, whole, left, root_tail),
+                   tail_of(scale, whole, left, scale_tail), tail_of(divisor, whole, left, divisor_tail), body);
   if constexpr (!std::is_const_v<T>) memcpy(w + whole, w_tail, left * sizeof(T));
 }
 
@@ -100,7 +100,7 @@ inline const float* scale_of(const Selection& s, int64_t row) {
   return s.scale == nullptr ? nullptr : s.scale + row * s.scale_stride;
 }
 
-// body(T*): the row's weights in their own type.
+// body(w) with w a pointer to the row's weights in their own type.
 template <typename Body>
 void with_row(const Matrix& matrix, int64_t row, const Body& body) {
   switch (matrix.dtype) {
@@ -114,8 +114,7 @@ struct Range {
   int32_t low, high;
 };
 
-// Keys of a row, padded to `padded` columns with keys that no selection prunes. Returns the highest, and what none is
-// below.
+// Writes the keys of a row, and kPaddingKey up to `padded` columns. Returns a lower bound on all keys and the largest.
 inline Range row_keys(const Selection& s, int64_t row, int64_t padded, int32_t* keys) {
   const int64_t n_cols = s.weight.n_cols;
   Simd::Int low = Simd::broadcast(wanda::kPaddingKey), high = Simd::broadcast(0);
@@ -153,7 +152,7 @@ inline void store_bits(uint8_t* pruned, int64_t col, uint32_t bits) {
   }
 }
 
-// body(w, col): each vector of a row; the last, where it is not whole, is a padded copy that goes back.
+// body(w, col) for each vector of a row. A last partial vector is a padded copy, which is written back.
 template <typename T, typename Body>
 void each_vector(T* w, int64_t n_cols, const Body& body) {
   const int64_t whole = n_cols / kWidth * kWidth, left = n_cols - whole;
@@ -165,7 +164,7 @@ void each_vector(T* w, int64_t n_cols, const Body& body) {
   memcpy(w + whole, tail, left * sizeof(T));
 }
 
-// The packed mask of a row, if one is asked for.
+// Writes the packed mask of a row, if the caller wants one.
 inline void emit_mask(const Selection& s, int64_t row, const uint8_t* pruned) {
   if (s.mask == nullptr) return;
   const int64_t n_cols = s.weight.n_cols, n_bytes = round_up(n_cols, 8) / 8;
@@ -174,7 +173,7 @@ inline void emit_mask(const Selection& s, int64_t row, const uint8_t* pruned) {
   if (n_cols % 8) mask[n_bytes - 1] &= static_cast<uint8_t>((1 << n_cols % 8) - 1);
 }
 
-// Write +0.0 where a bit of `pruned` is set.
+// Writes +0.0 where a bit of `pruned` is set.
 inline void apply_row(const Selection& s, int64_t row, const uint8_t* pruned) {
   with_row(s.weight, row, [&](auto* w) {
     each_vector(w, s.weight.n_cols, [&](auto* w, int64_t col) { Simd::zero_where(load_bits(pruned, col), w); });
@@ -182,7 +181,7 @@ inline void apply_row(const Selection& s, int64_t row, const uint8_t* pruned) {
   emit_mask(s, row, pruned);
 }
 
-// How many of the keys are below the pivot; four sums hide the latency. `padded` is a multiple of kWidth.
+// The number of keys below the pivot. Four sums hide the latency of an addition. `padded` is a multiple of kWidth.
 inline int64_t count_below(const int32_t* keys, int64_t padded, int32_t pivot) {
   const Simd::Int bound = Simd::broadcast(pivot);
   Simd::Int count[4] = {Simd::broadcast(0), Simd::broadcast(0), Simd::broadcast(0), Simd::broadcast(0)};

@@ -19,7 +19,8 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static void store(BFloat* p, Float v) {  // rounded to nearest, ties to even; a NaN stays one
+  // Rounded to nearest, ties to even. A NaN stays a NaN.
+  static void store(BFloat* p, Float v) {
     const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits(v), 16), broadcast(1));
     const Int nearest = add(bits(v), add(odd, broadcast(0x7fff)));
     const Int quiet = _mm256_or_si256(bits(v), broadcast(0x400000));
@@ -39,7 +40,7 @@ struct Simd {
   static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float nearest_integer(Float a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a * 2^n; n is whole, and 2^n a normal number.
+  // a * 2^n, for integral n such that 2^n is a normal number.
   static Float times_two_to(Float n, Float a) {
     return multiply(a, as_float(_mm256_slli_epi32(add(_mm256_cvtps_epi32(n), broadcast(127)), 23)));
   }
@@ -126,7 +127,7 @@ struct Simd {
       pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
       pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
     }
-    // fours[4 i + j]: of rows 4 i to 4 i + 3, the columns j and j + 4, a half each.
+    // fours[4 i + j]: columns j and j + 4 of rows 4 i to 4 i + 3, each in one half.
     for (int i = 0; i < kWidth; i += 4) {
       fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
       fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
@@ -139,7 +140,7 @@ struct Simd {
     }
   }
 
-  // p[lane] = 0 where the mask or the lane's bit is set; the others keep their bits.
+  // p[lane] = 0 if the lane is set in the mask or in `bits`. Other lanes keep their bits.
   static void zero_where(Mask mask, float* p) {
     _mm256_storeu_ps(p, _mm256_andnot_ps(_mm256_castsi256_ps(mask), _mm256_loadu_ps(p)));
   }

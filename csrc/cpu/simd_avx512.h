@@ -30,7 +30,7 @@ struct Simd {
   static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float nearest_integer(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-  // a * 2^n; n is whole.
+  // a * 2^n, for integral n.
   static Float times_two_to(Float n, Float a) { return _mm512_scalef_ps(a, n); }
   static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
@@ -87,7 +87,7 @@ struct Simd {
       pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
       pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
     }
-    // fours[4 i + j]: of rows 4 i to 4 i + 3, the columns j, j + 4, j + 8 and j + 12, a quarter each.
+    // fours[4 i + j]: columns j, j + 4, j + 8 and j + 12 of rows 4 i to 4 i + 3, each in one quarter.
     for (int i = 0; i < kWidth; i += 4) {
       fours[i] = unpack_low(pairs[i], pairs[i + 2]);
       fours[i + 1] = unpack_high(pairs[i], pairs[i + 2]);
@@ -106,7 +106,7 @@ struct Simd {
     }
   }
 
-  // p[lane] = 0 where the lane's bit is set, which is what a mask is; the others keep their bits.
+  // p[lane] = 0 if the lane's bit is set; a Mask is such bits. Other lanes keep their bits.
   static void zero_where(uint32_t bits, float* p) { _mm512_mask_storeu_ps(p, (__mmask16)bits, _mm512_setzero_ps()); }
   template <typename T>  // Half, BFloat
   static void zero_where(uint32_t bits, T* p) {

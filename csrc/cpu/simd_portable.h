@@ -1,5 +1,5 @@
-// 8 lanes in the vector language of GCC and Clang, as two halves of 16 bytes: SSE2, NEON and the like have those, and
-// wider ones would be taken apart lane by lane.
+// 8 lanes in the vector extension of GCC and Clang, as two halves of 16 bytes. SSE2 and NEON have vectors of that size;
+// compilers split wider ones lane by lane.
 #pragma once
 
 #include "types.h"
@@ -106,7 +106,7 @@ struct Simd {
     for (int i = 0; i < kWidth; ++i) v[i] = load(turned[i]);
   }
 
-  // p[lane] = 0 where the mask or the lane's bit is set; the others keep their bits.
+  // p[lane] = 0 if the lane is set in the mask or in `bits`. Other lanes keep their bits.
   template <typename T>
   static void zero_where(Mask mask, T* p) {
     zero_where(to_bits(mask), p);

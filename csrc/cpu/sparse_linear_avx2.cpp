@@ -1,10 +1,10 @@
-// out = x weight^T + bias with AVX2 for a pruned weight: tokens in the lanes.
+// out = x weight^T + bias with AVX2 for a pruned weight. Each lane holds one token.
 //
-// A tile of 96 tokens is transposed and widened to fp32, column by column; a chunk of 48 columns (18 KiB) stays in L1
-// while the rows of the weight meet it. What a row keeps of a chunk is a list of values and places. Each is broadcast
-// and multiplied with 96 tokens into 12 registers: one load a multiply-add, of which the cores have two each a cycle.
-// Zeros cost nothing wherever they stand, so that any pattern will do. bf16 products are exact in fp32; the sums are
-// rounded once, in the end.
+// A tile of 96 tokens is transposed and widened to fp32. A chunk of 48 columns of it (18 KiB) stays in L1 while it is
+// multiplied with all rows of a group. Of a row, each chunk keeps a list of the non-zero values and their columns. A
+// value is broadcast and multiplied with 96 tokens into 12 registers: one load per multiply-add, and the cores do two
+// of each per cycle. Zeros cost nothing wherever they are, so every pattern profits. bf16 products are exact in fp32;
+// sums are rounded once, at the end.
 #if defined(__x86_64__)
 #define WANDA_ISA wanda_avx2_linear
 #include "simd_avx2.h"
@@ -23,12 +23,12 @@ using WANDA_ISA::Simd;
 constexpr int kWidth = Simd::kWidth;
 constexpr int64_t kVectors = 12, kTokens = kVectors * kWidth;
 constexpr int64_t kChunk = 48;
-constexpr int64_t kRows = 96;       // a group; its sums are 36 KiB
-constexpr double kMostKept = 0.75;  // of a group's weights: beyond it a dense product is faster
+constexpr int64_t kRows = 96;       // rows of a group; its sums are 36 KiB
+constexpr double kMostKept = 0.75;  // share of a group's weights; above it a dense product is faster
 
 constexpr int64_t chunks_of(int64_t n_cols) { return (n_cols + kChunk - 1) / kChunk; }
 
-// tile[n_cols, kTokens] = x[token, ...]; past the end: the last token again.
+// tile[n_cols, kTokens] = kTokens rows of x from `token` on, transposed. Past the end, the last token is repeated.
 template <typename T>
 void transpose_tokens(const Matrix& x, int64_t token, int64_t end, float* tile) {
   for (int64_t first = 0; first < kTokens; first += kWidth) {
@@ -58,7 +58,7 @@ void begin_sums(const void* bias, int64_t row, int64_t n_rows, float* sums) {
   }
 }
 
-// out[n_tokens, n_rows] = sums, transposed; 16 rows are a whole line of fp32.
+// out[n_tokens, n_rows] = sums, transposed 16 rows at a time: 16 fp32 are one cache line.
 template <typename T>
 void store_sums(const float* sums, int64_t n_rows, int64_t n_tokens, T* out, int64_t stride) {
   for (int64_t token = 0; token < n_tokens; token += kWidth) {
@@ -87,10 +87,10 @@ void store_sums(const float* sums, int64_t n_rows, int64_t n_tokens, T* out, int
 
 struct Entry {
   float value;
-  uint32_t offset;  // of its column in the chunk of x, in floats
+  uint32_t offset;  // floats from the start of the chunk of x to the value's column
 };
 
-// A group: where each row's list of each chunk ends, [chunks, kRows], then the lists in that order.
+// A prepared group: the end of every list, [chunks, kRows], followed by the lists in the same order.
 struct Lists {
   Lists(void* group, int64_t n_cols)
       : ends(static_cast<uint32_t*>(group)), entries(reinterpret_cast<Entry*>(ends + chunks_of(n_cols) * kRows)) {}
@@ -106,11 +106,11 @@ int64_t list_capacity(int64_t n_rows, int64_t n_cols) {
 
 size_t group_bytes(const Matrix& weight) {
   const size_t ends = chunks_of(weight.n_cols) * kRows * sizeof(uint32_t);
-  // A vector is stored whole where fewer of its lanes count.
+  // append() always stores a whole vector of entries.
   return rounded_up(ends + (list_capacity(kRows, weight.n_cols) + kWidth) * sizeof(Entry));
 }
 
-// For each of 256 masks: the lanes whose bits are set, moved together.
+// lanes[mask]: the lanes whose bits are set in the mask, packed to the front.
 struct Compressions {
   alignas(32) int32_t lanes[256][kWidth];
   constexpr Compressions() : lanes() {
@@ -124,7 +124,7 @@ struct Compressions {
 };
 constexpr Compressions kCompressions;
 
-// Adds the non-zero lanes of v, the first of which is column `col` of its chunk.
+// Appends the non-zero lanes of v. Lane 0 is column `col` of its chunk.
 inline Entry* append(__m256 v, int64_t col, Entry* entry) {
   // -0.0 is zero, NaN is not.
   const uint32_t kept = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
@@ -171,7 +171,8 @@ bool prepare(const Matrix& weight, int64_t row, void* group) {
 
 inline void add_list(const Entry* entry, const Entry* end, const float* chunk, float* sums) {
   __m256 sum[kVectors];
-#pragma GCC unroll 12  // early, or GCC keeps a copy in memory
+// Unrolled early: GCC would otherwise keep a copy of the sums in memory.
+#pragma GCC unroll 12
   for (int i = 0; i < kVectors; ++i) sum[i] = _mm256_load_ps(sums + i * kWidth);
   for (; entry < end; ++entry) {
     const __m256 value = _mm256_broadcast_ss(&entry->value);
@@ -215,8 +216,14 @@ void multiply(const Linear& s, void* groups, int64_t first_row, int64_t end_row,
 
 }  // namespace
 
-// 16 MiB: the groups are read once a tile, in order, and need not lie near.
-extern const LinearKernels kSparseAvx2 = {kRows, kTokens, 1 << 24, group_bytes, prepare, multiply};
+extern const LinearKernels kSparseAvx2 = {
+    .rows = kRows,
+    .tokens = kTokens,
+    .cache_bytes = 1 << 24,  // 16 MiB: groups are read in order, once per tile, so they need not be in a near cache
+    .group_bytes = group_bytes,
+    .prepare = prepare,
+    .multiply = multiply,
+};
 
 }  // namespace wanda::cpu
 #endif

@@ -1,21 +1,21 @@
-// The pieces of acc += a^T b over tokens, with fp32 sums, by instruction set and operands; see token_product_isa.h.
-// Operands lie in panels of as many columns as a vector has lanes, a word of 32 bits for each column and unit of
-// tokens: one token's fp32, or two tokens' bf16.
+// acc += a^T b over tokens, with fp32 sums: the kernels of each instruction set and operand type (token_product_isa.h).
+// Operands are packed into panels of as many columns as a vector has lanes. A panel has one 32-bit word for each column
+// and unit of tokens. A unit is one token in fp32, or two tokens in bf16.
 #pragma once
 
-#include "../kernels.h"
+#include "../kernel_arguments.h"
 
 namespace wanda::cpu {
 
 struct TokenProduct {
-  int64_t panel;           // columns
-  int64_t tokens;          // of a unit
-  int64_t panels_at_once;  // of a, at most, that add_panels is best given
-  // Columns [panel * i, panel * i + panel) of x, fp32 [n_tokens, n_cols], as units_of(n_tokens) * panel words, zeros
-  // past the last token and column.
+  int64_t panel;           // columns of a panel
+  int64_t tokens;          // tokens of a unit
+  int64_t panels_at_once;  // the most panels of a that one call of add_panels should get
+  // Packs columns [panel * i, panel * i + panel) of x, fp32 [n_tokens, n_cols], into units_of(n_tokens) * panel words.
+  // Words past the last token or column become zeros.
   void (*pack_panel)(const Matrix& x, int64_t i, uint32_t* words);
-  // acc[n_rows, n_cols] += a^T b; a and b are panels_of(n_rows) and panels_of(n_cols) panels. With `upper`, what lies
-  // below the diagonal may be left out. A sum's order depends on n_units alone.
+  // acc[n_rows, n_cols] += a^T b, where a has panels_of(n_rows) panels and b has panels_of(n_cols). With `upper`,
+  // elements below the diagonal may be skipped. A sum's order depends on n_units alone.
   void (*add_panels)(const uint32_t* a, const uint32_t* b, int64_t n_units, float* acc, int64_t stride,
                      int64_t n_rows, int64_t n_cols, bool upper);
 
@@ -24,8 +24,8 @@ struct TokenProduct {
 };
 
 #if defined(__x86_64__)
-extern const TokenProduct kProductAvx512, kBrainProductAvx512;  // empty where the compiler knows no AVX-512-BF16
-extern const TokenProduct kProductAvx2;
+extern const TokenProduct kFp32ProductAvx512, kBf16ProductAvx512;  // empty if the compiler lacks AVX-512-BF16
+extern const TokenProduct kFp32ProductAvx2;
 #endif
 
 }  // namespace wanda::cpu

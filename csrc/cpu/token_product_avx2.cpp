@@ -3,10 +3,10 @@
 
 #define WANDA_ISA wanda_token_product_avx2
 #include "simd_avx2.h"
-// After its vectors.
+// Needs the vectors above.
 #include "token_product_isa.h"
 
 namespace wanda::cpu {
-extern const TokenProduct kProductAvx2 = WANDA_ISA::token_product<WANDA_ISA::Single>();
+extern const TokenProduct kFp32ProductAvx2 = WANDA_ISA::token_product<WANDA_ISA::Fp32>();
 }
 #endif

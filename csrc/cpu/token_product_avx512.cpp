@@ -1,16 +1,16 @@
-// bf16 operands have one instruction that multiplies and adds 32 pairs: twice the rate of fp32.
+// VDPBF16PS multiplies and adds 32 bf16 pairs in one instruction, twice the rate of fp32.
 #if defined(__x86_64__)
 #include "token_product.h"
 
 #if defined(__AVX512BF16__)
 #define WANDA_ISA wanda_token_product_avx512
 #include "simd_avx512.h"
-// After its vectors.
+// Needs the vectors above.
 #include "token_product_isa.h"
 
 namespace WANDA_ISA {
 
-struct Brain {
+struct Bf16 {
   static constexpr int kTokens = 2;
   static Simd::Int pack(const float* even, const float* odd, Simd::Mask inside) {
     const __m256i low = (__m256i)_mm512_cvtneps_pbh(Simd::load_where(inside, even));
@@ -26,13 +26,13 @@ struct Brain {
 }  // namespace WANDA_ISA
 
 namespace wanda::cpu {
-extern const TokenProduct kProductAvx512 = WANDA_ISA::token_product<WANDA_ISA::Single>();
-extern const TokenProduct kBrainProductAvx512 = WANDA_ISA::token_product<WANDA_ISA::Brain>();
+extern const TokenProduct kFp32ProductAvx512 = WANDA_ISA::token_product<WANDA_ISA::Fp32>();
+extern const TokenProduct kBf16ProductAvx512 = WANDA_ISA::token_product<WANDA_ISA::Bf16>();
 }  // namespace wanda::cpu
 #else
 namespace wanda::cpu {
-extern const TokenProduct kProductAvx512 = {};
-extern const TokenProduct kBrainProductAvx512 = {};
+extern const TokenProduct kFp32ProductAvx512 = {};
+extern const TokenProduct kBf16ProductAvx512 = {};
 }  // namespace wanda::cpu
 #endif
 #endif

@@ -1,5 +1,5 @@
-// acc += a^T b over tokens, sums in fp32. Included by one file for each instruction set, after its simd_*.h; operands
-// are fp32, or what the file adds.
+// acc += a^T b over tokens, with fp32 sums. Each token_product_*.cpp includes its simd_*.h and then this file.
+// Operands are fp32, or a type that the including file adds.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,14 @@ namespace WANDA_ISA {
 using wanda::Matrix;
 
 constexpr int64_t kPanel = Simd::kWidth;
-constexpr int kRows = 4, kVectors = kPanel == 16 ? 6 : 3;  // of a tile: its sums take three quarters of the registers
-constexpr int64_t kPanelsAtOnce = kPanel == 16 ? 1 : 8;  // of a; with AVX-512 not measured
-// Summed before they join acc: a strip of b that stays in the first cache, in chains of fp32 that lose little.
+// A tile of sums is kRows x kVectors vectors, which takes three quarters of the registers.
+constexpr int kRows = 4, kVectors = kPanel == 16 ? 6 : 3;
+// Panels of a per call. Measured with AVX2 only.
+constexpr int64_t kPanelsAtOnce = kPanel == 16 ? 1 : 8;
+// Units that are summed before they are added to acc: a strip of b stays in L1, and short fp32 sums lose little.
 constexpr int64_t kUnits = kPanel == 16 ? 128 : 256;
 
-struct Single {
+struct Fp32 {
   static constexpr int kTokens = 1;
   static Simd::Int pack(const float* token, const float*, Simd::Mask inside) {
     return Simd::bits(Simd::load_where(inside, token));
@@ -29,7 +31,8 @@ struct Single {
 
 inline Simd::Int load_words(const uint32_t* p) { return Simd::load(reinterpret_cast<const int32_t*>(p)); }
 
-// acc[kRows, kPanel * kCount] += over the units; a: one panel at its row, b: neighbouring panels of b_units each.
+// acc[kRows, kPanel * kCount] += the sum over n_units. a points at a row of one panel, b at kCount panels of b_units
+// each.
 template <typename T, int kCount>
 void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, int64_t b_units, float* acc, int64_t stride,
               int64_t n_rows, int64_t n_cols) {
@@ -47,13 +50,15 @@ void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, int64_t b_u
       }
     }
   }
-#pragma GCC unroll 4  // keeps the sums in registers
+// Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
     if (row >= n_rows) break;
     for (int each = 0; each < kCount; ++each) {
       const int64_t left = n_cols - each * kPanel;
       float* target = acc + row * stride + each * kPanel;
-      if (left >= kPanel) {  // masked stores take AMD's cores a dozen cycles and more
+      // Masked stores take a dozen cycles or more on AMD's cores.
+      if (left >= kPanel) {
         Simd::store(target, Simd::add(Simd::load(target), sums[row][each]));
       } else {
         const Simd::Mask inside = Simd::first(left);
@@ -65,7 +70,7 @@ void add_tile(const uint32_t* a, const uint32_t* b, int64_t n_units, int64_t b_u
 
 using AddTile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, int64_t, int64_t);
 
-// Tiles of 1 to kVectors vectors.
+// The kernel for a tile of n_vectors, from 1 to kVectors.
 template <typename T, int... kBefore>
 AddTile tile_of(int64_t n_vectors, std::integer_sequence<int, kBefore...>) {
   constexpr AddTile tiles[] = {add_tile<T, kBefore + 1>...};
@@ -84,8 +89,7 @@ void pack_panel(const Matrix& x, int64_t panel, uint32_t* words) {
   }
 }
 
-// A vertical strip of b meets all of a before the next: a strip's units of one chain stay in the first cache, a in
-// the second.
+// All of a is multiplied with one vertical strip of b before the next strip: kUnits of a strip stay in L1, a in L2.
 template <typename T>
 void add_panels(const uint32_t* a, const uint32_t* b, int64_t n_units, float* acc, int64_t stride, int64_t n_rows,
                 int64_t n_cols, bool upper) {
@@ -102,10 +106,16 @@ void add_panels(const uint32_t* a, const uint32_t* b, int64_t n_units, float* ac
   }
 }
 
-// T: how tokens are packed and multiplied.
+// T packs and multiplies tokens.
 template <typename T>
 constexpr wanda::cpu::TokenProduct token_product() {
-  return {kPanel, T::kTokens, kPanelsAtOnce, pack_panel<T>, add_panels<T>};
+  return {
+      .panel = kPanel,
+      .tokens = T::kTokens,
+      .panels_at_once = kPanelsAtOnce,
+      .pack_panel = pack_panel<T>,
+      .add_panels = add_panels<T>,
+  };
 }
 
 }  // namespace WANDA_ISA

@@ -1,5 +1,5 @@
-// The element types as the kernels see them. Everything compiled once per instruction set lives in a namespace of
-// that name: an inline function shared between such files could be linked in its AVX-512 form into the portable path.
+// The element types of the kernels. Code that is compiled once per instruction set is in a namespace of that name,
+// since the linker could otherwise put the AVX-512 form of an inline function into the portable path.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ inline float to_float(Half value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00) return float_of(static_cast<int32_t>(sign | 0x7f800000 | magnitude << 13));
-  // Read as fp32, the exponent is 112 too small; the product is exact, for subnormals too.
+  // Read as fp32, the exponent is 112 too small. The product is exact, also for subnormals.
   const float scaled = float_of(static_cast<int32_t>(magnitude << 13)) * 0x1p112f;
   return float_of(static_cast<int32_t>(sign | static_cast<uint32_t>(bits_of(scaled))));
 }

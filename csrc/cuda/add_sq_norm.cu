@@ -1,18 +1,20 @@
-// add_sq_norm_ on the GPU: acc[j] += sum_t x[t, j]^2 in two stages, no atomics, the same bits on every run.
-//
-// Stage 1 reads x once: a lane owns 8 neighbouring columns, the 8 warps of a block take turns at the tokens of a slab,
-// and shared memory joins them. Stage 2 adds a column's slabs in a fixed order, in fp64. Slabs depend on the shape alone.
+// add_sq_norm_ on the GPU: acc[j] += sum_t x[t, j]^2 in two stages, without atomics, so every run gives the same bits.
+//   1. Sum slabs of tokens in fp32. x is read once: a lane owns 8 neighbouring columns, the 8 warps of a block take
+//      turns at the slab's tokens, and their sums are added in shared memory.
+//   2. Add a column's slabs in a fixed order, in fp64.
+// The slabs depend on the shape alone.
 #include "block.cuh"
 
 namespace wanda {
 namespace {
 
-constexpr int kVector = 8, kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTileColumns = kVector * kWarp;
-constexpr int kAtOnce = 4;           // 16-byte loads a thread has under way
+constexpr int kAtOnce = 4;  // loads that a thread has in flight
 constexpr int64_t kBlocks = 528, kMaxSlabs = 256;  // 4 blocks for each of an H100's 132 multiprocessors
 
-// By shape alone. A slab takes every n_slabs-th lot of tokens, so that none has much more than another.
+// A lot is the tokens that a block loads at once. Slab i takes lots i, i + n_slabs, ..., so that slabs differ by at
+// most one lot.
 int64_t n_slabs(const Matrix& x) {
   const int64_t lots = (x.n_rows + kWarps * kAtOnce - 1) / (kWarps * kAtOnce);
   const int64_t tiles = (x.n_cols + kTileColumns - 1) / kTileColumns;
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) sum_slab_kernel(Matrix x, float* par
   }
 }
 
-// A warp takes 32 columns' every eighth slab.
+// Each warp adds every kWarps-th slab of 32 columns.
 __global__ void __launch_bounds__(kThreads) add_slabs_kernel(const float* partial, int64_t slabs, int64_t n_cols,
                                                              float* acc) {
   __shared__ double of_warp[kWarps][kWarp];

@@ -1,4 +1,4 @@
-// Cooperation of one block: reductions, and the bin of a histogram that holds a sorted position.
+// Reductions and scans of one warp or block.
 #pragma once
 
 #include "device.cuh"
@@ -32,7 +32,7 @@ __device__ T exclusive_scan_of_block(T value) {
   return before;
 }
 
-// of_warp: shared, one for each warp.
+// of_warp: shared memory, one element per warp.
 __device__ inline uint32_t max_of_block(uint32_t* of_warp, uint32_t value) {
   const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
   value = __reduce_max_sync(kAllLanes, value);
@@ -41,29 +41,11 @@ __device__ inline uint32_t max_of_block(uint32_t* of_warp, uint32_t value) {
   return __reduce_max_sync(kAllLanes, lane < n_warps ? of_warp[lane] : 0);
 }
 
-// A sorted position inside a histogram: its bin, the position within the bin, the bin's count.
+// The bin of a histogram that holds a sorted position: its index, the position within the bin, and the bin's count.
 template <typename Count>
-struct Place {
+struct BinOfRank {
   int bin;
-  Count rest, count;
+  Count rank, count;
 };
-
-template <typename Count>
-__device__ Place<Count> find_place(const Count* bins, int n_bins, Count position) {
-  __shared__ Place<Count> place;
-  const int each = n_bins / blockDim.x, first = threadIdx.x * each;
-  Count sum = 0;
-  for (int bin = first; bin < first + each; ++bin) sum += bins[bin];
-  Count before = exclusive_scan_of_block(sum);
-  if (before <= position && position < before + sum) {  // true of one thread
-    int bin = first;
-    for (; position >= before + bins[bin]; ++bin) before += bins[bin];
-    place = {bin, position - before, bins[bin]};
-  }
-  __syncthreads();
-  const Place<Count> found = place;
-  __syncthreads();  // before the next call writes it
-  return found;
-}
 
 }  // namespace wanda

@@ -1,5 +1,5 @@
-// What every kernel shares: element types, keys, launches. tests/wanda_kernels/cuda_on_cpu.h stands in for the CUDA
-// runtime where there is none, so that the kernels' logic is tested on any machine.
+// Element types, keys and launches, for every kernel. tests/wanda_kernels/cuda_on_cpu.h replaces the CUDA runtime in
+// tests of the kernels' logic, which then run on every machine.
 #pragma once
 
 #ifdef __CUDACC__
@@ -14,12 +14,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "../launch.h"
+#include "../api.h"
 
 namespace wanda {
 
-constexpr int kVector = 8;  // columns a thread takes at once: 16 bytes of fp16, one byte of mask
-constexpr size_t kMostStaticBytes = 9 << 10;  // of any kernel's shared memory: test_native_cuda_build.py sees to it
+constexpr int kVector = 8;  // columns that a thread processes at once: 16 bytes of fp16, one byte of mask
+// The most static shared memory of any kernel; test_native_cuda_build.py checks it.
+constexpr size_t kMostStaticBytes = 9 << 10;
 
 struct Half {
   uint16_t bits;
@@ -32,7 +33,7 @@ __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(BFloat value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 __device__ inline float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 
-// The key of kernels.h for the weight at (row, col).
+// The key (kernel_arguments.h) of the weight at (row, col).
 template <typename T>
 __device__ uint32_t key_of(const Selection& s, T w, int64_t row, int64_t col) {
   float score = to_float(w);
@@ -51,8 +52,8 @@ __device__ inline uint8_t* mask_row(const Selection& s, int64_t row) {
   return s.mask + row * ((s.weight.n_cols + 7) / 8);
 }
 
-// kCount neighbours at once: whole 16-byte accesses where the row allows it (`aligned`), else one by one; those at
-// and past `n_cols` read as zero and are not written.
+// kCount neighbouring elements. If `aligned`, whole packs are accessed in 16-byte chunks, otherwise one by one.
+// Elements from `n_cols` on read as zero and are not written.
 template <typename T, int kCount>
 struct Pack {
   T values[kCount];
@@ -94,7 +95,7 @@ bool is_aligned(const Matrix& matrix) {
   return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride * sizeof(T) % 16 == 0;
 }
 
-// call(T{}) for the matrix's element type.
+// call(T{}) with the matrix's element type.
 template <typename Call>
 void for_dtype(DType dtype, const Call& call) {
   switch (dtype) {
@@ -140,7 +141,8 @@ __device__ inline unsigned char* dynamic_shared() {
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int n_threads, size_t shared_bytes, void* stream, Args... args) {
-  // The 48 KiB that need no leave hold the kernel's static memory too.
+  // 48 KiB need no permission, but they include the kernel's static shared memory. So every launch with dynamic shared
+  // memory asks for permission.
   if (shared_bytes > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   start(kernel, grid, n_threads, shared_bytes, stream, args...);
 }

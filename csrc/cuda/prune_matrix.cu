@@ -1,8 +1,11 @@
-// prune_matrix_ on the GPU: the exact order statistic of the whole matrix, without a sort and without the host.
-//
-// 16-bit weights without a scale have 2^15 magnitudes: one read into one histogram decides. Else the key's high 15 bits
-// are counted first, then the low 16 of the few keys that share them. A last pass prunes.
-// A block's counters are 16 bits wide, so that 2^15 of them take 64 KB (sm_89 has 99); they go to the global ones
+// prune_matrix_ on the GPU: finds the exact order statistic of the whole matrix, without a sort and without waiting
+// for the host, and prunes up to it.
+//   1. Count the high 15 bits of every key. 16-bit weights without a scale have 15-bit keys: skip steps 3 and 4.
+//   2. Find the bin that holds sorted position `rank`.
+//   3. Count the low 16 bits of the keys in that bin.
+//   4. Find the bin that holds the rest of `rank`: the threshold is complete.
+//   5. Prune every key up to the threshold.
+// A block counts in 16-bit counters, so that 2^15 of them take 64 KB (sm_89 has 99). They are added to the global ones
 // before they can overflow.
 #include "block.cuh"
 #include "prune_at_most.cuh"
@@ -13,26 +16,26 @@ namespace {
 using Count = unsigned long long;
 
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16, kLowBits = 16;
-constexpr int kThreads = 512;  // 1024 left ptxas 32 registers, and it spilled
-// Blocks whose 64 KB of counters fit on a multiprocessor.
+constexpr int kThreads = 512;  // with 1024, ptxas had 32 registers and spilled
+// Blocks per multiprocessor whose 64 KB of counters fit.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kBlocksAtOnce = 3;
 #else
 constexpr int kBlocksAtOnce = 2;
 #endif
 constexpr int64_t kPieceColumns = 8192;
-constexpr int64_t kMaxCount = 65535;  // of a counter
-constexpr int kMaxBlocks = 396;  // 3 for each of an H100's 132 multiprocessors: all that fit at once
-constexpr int kAtOnce = 2;       // pieces that a thread has loads under way from
+constexpr int64_t kMaxCount = 65535;  // of a 16-bit counter
+constexpr int kMaxBlocks = 396;       // 3 for each of an H100's 132 multiprocessors: all that are resident at once
+constexpr int kAtOnce = 2;            // pieces from which a thread has loads in flight
 
 struct Scratch {
-  Count high[kHighBins], low[kLowBins];  // low: not cleared for narrow keys
-  Count rest;          // the position within the high bin
-  uint32_t high_bin;   // narrow keys: this is the threshold
-  uint32_t threshold;  // for prune_at_most
+  Count high[kHighBins], low[kLowBins];  // `low` is neither cleared nor used for narrow keys
+  Count rank_in_bin;                     // the position within the high bin
+  uint32_t high_bin;                     // narrow keys: this is the threshold
+  uint32_t threshold;                    // for prune_at_most
 };
 
-// A block's share of the matrix comes in pieces of rows, so that no index is divided weight by weight.
+// The matrix is divided into pieces of rows, so that a row index is computed once per piece and not once per weight.
 struct Pieces {
   int64_t per_row, total;
 
@@ -40,7 +43,7 @@ struct Pieces {
       : per_row((matrix.n_cols + kPieceColumns - 1) / kPieceColumns), total(per_row * matrix.n_rows) {}
 };
 
-// body(key) for each weight of a block's next kAtOnce pieces, the first of which is `piece`.
+// body(key) for each weight of a block's next kAtOnce pieces, beginning with `piece`.
 template <typename T, bool kNarrow, typename Body>
 __device__ void for_keys(const Selection& s, const Pieces& pieces, int64_t piece, bool aligned, const Body& body) {
   const T* weights[kAtOnce];
@@ -49,7 +52,8 @@ __device__ void for_keys(const Selection& s, const Pieces& pieces, int64_t piece
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i) {
     const int64_t each = piece + i * static_cast<int64_t>(gridDim.x);
-    const bool is_row = pieces.per_row == 1;  // as a rule: a 64-bit division costs as much as a dozen weights
+    // The usual case. A 64-bit division costs as much as a dozen weights.
+    const bool is_row = pieces.per_row == 1;
     row[i] = is_row ? each : each / pieces.per_row;
     const int64_t first = is_row ? 0 : each % pieces.per_row * kPieceColumns, left = s.weight.n_cols - first;
     begin[i] = static_cast<int>(first);
@@ -74,6 +78,7 @@ __device__ void for_keys(const Selection& s, const Pieces& pieces, int64_t piece
   }
 }
 
+// Adds the block's counters to the global ones and clears them.
 __device__ inline void flush(uint32_t* bins, Count* total) {
   __syncthreads();
   for (int word = threadIdx.x; word < kHighBins / 2; word += kThreads) {
@@ -86,8 +91,9 @@ __device__ inline void flush(uint32_t* bins, Count* total) {
 }
 
 template <typename T, bool kNarrow>
-__global__ void __launch_bounds__(kThreads, kNarrow ? kBlocksAtOnce : 2) count_high_kernel(Selection s, Scratch* scratch, bool aligned) {
-  uint32_t* bins = reinterpret_cast<uint32_t*>(dynamic_shared());  // two counters a word
+__global__ void __launch_bounds__(kThreads, kNarrow ? kBlocksAtOnce : 2)
+    count_high_kernel(Selection s, Scratch* scratch, bool aligned) {
+  uint32_t* bins = reinterpret_cast<uint32_t*>(dynamic_shared());  // two counters per word
   for (int word = threadIdx.x; word < kHighBins / 2; word += kThreads) bins[word] = 0;
   __syncthreads();
   const Pieces pieces(s.weight);
@@ -120,12 +126,16 @@ __global__ void __launch_bounds__(kThreads) count_low_kernel(Selection s, Scratc
   }
 }
 
-// As find_place, for counters in global memory: neighbouring lanes read neighbouring bins, a thread's share at a time.
+// The bin that holds a sorted position, for counters in global memory.
+//   1. Sum each thread's share of the bins. A warp reads one share at a time, so that neighbouring lanes read
+//      neighbouring bins.
+//   2. Find the share that holds the position.
+//   3. One warp finds the bin within it.
 template <int kBins>
-__device__ Place<Count> find_global_place(const Count* bins, Count position) {
+__device__ BinOfRank<Count> find_bin(const Count* bins, Count position) {
   constexpr int kEach = kBins / kThreads, kPerLane = kEach / kWarp;
   __shared__ Count of_share[kThreads];
-  __shared__ Place<Count> place;
+  __shared__ BinOfRank<Count> found;
   __shared__ int share;
   __shared__ Count before_share;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -150,26 +160,26 @@ __device__ Place<Count> find_global_place(const Count* bins, Count position) {
     for (int j = 0; j < kPerLane; ++j) {
       const int bin = share * kEach + j * kWarp + lane;
       const Count count = bins[bin], inclusive = counted + inclusive_scan_of_warp(count);
-      if (inclusive - count <= position && position < inclusive) place = {bin, position - (inclusive - count), count};
+      if (inclusive - count <= position && position < inclusive) found = {bin, position - (inclusive - count), count};
       counted = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
     }
   }
   __syncthreads();
-  return place;
+  return found;
 }
 
 __global__ void __launch_bounds__(kThreads) find_high_kernel(Scratch* scratch, Count rank, uint32_t nan) {
-  const Place<Count> place = find_global_place<kHighBins>(scratch->high, rank);
+  const BinOfRank<Count> found = find_bin<kHighBins>(scratch->high, rank);
   if (threadIdx.x != 0) return;
-  scratch->high_bin = static_cast<uint32_t>(place.bin);
-  scratch->rest = place.rest;
+  scratch->high_bin = static_cast<uint32_t>(found.bin);
+  scratch->rank_in_bin = found.rank;
   scratch->threshold = scratch->high_bin == nan ? kNone : scratch->high_bin;
 }
 
 __global__ void __launch_bounds__(kThreads) find_low_kernel(Scratch* scratch, uint32_t nan) {
-  const Place<Count> place = find_global_place<kLowBins>(scratch->low, scratch->rest);
+  const BinOfRank<Count> found = find_bin<kLowBins>(scratch->low, scratch->rank_in_bin);
   if (threadIdx.x != 0) return;
-  const uint32_t key = scratch->high_bin << kLowBits | static_cast<uint32_t>(place.bin);
+  const uint32_t key = scratch->high_bin << kLowBits | static_cast<uint32_t>(found.bin);
   scratch->threshold = key == nan ? kNone : key;  // no score is <= NaN
 }
 

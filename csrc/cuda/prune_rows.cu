@@ -1,6 +1,6 @@
-// prune_rows_ on the GPU: one block a row, which is read once and written once: weights and keys stay in registers.
-// Rows that are too long, or not made of whole 16-byte vectors, keep keys in shared memory or, where those do not fit,
-// compute them anew from L2 in each pass.
+// prune_rows_ on the GPU. One block prunes one row, which is read once and written once: weights and keys stay in
+// registers. If a row is too long for that, or does not consist of whole 16-byte vectors, its keys are in shared
+// memory. If they do not fit there, each pass computes them again from L2.
 #include "row_keys.cuh"
 
 namespace wanda {
@@ -8,11 +8,11 @@ namespace {
 
 constexpr int kFewThreads = 512, kManyThreads = 1024, kMostVectors = 4;
 
-// Blocks of so many threads that a multiprocessor must have room for: two where keys and weights leave it.
+// Ask for two resident blocks per multiprocessor if registers allow it, else for one.
 template <typename T, int kVectors, int kThreads>
 constexpr int blocks_for = kThreads == kFewThreads && kVectors * (kVector + Words<T>::kChunks * 4) <= 36 ? 2 : 1;
 
-// Rows of whole vectors.
+// For rows of whole vectors.
 template <typename T, int kVectors, Scale kScale, int kThreads>
 __global__ void __launch_bounds__(kThreads, blocks_for<T, kVectors, kThreads>)
     prune_rows_kernel(Selection s, uint32_t num_pruned) {
@@ -20,24 +20,27 @@ __global__ void __launch_bounds__(kThreads, blocks_for<T, kVectors, kThreads>)
   const int64_t row = blockIdx.x;
   const uint32_t n_cols = static_cast<uint32_t>(s.weight.n_cols);
   T* weights = row_of<T>(s.weight, row);
-  constexpr bool kHoldsWeights = kThreads == kFewThreads;  // else they are read again, from L2
+  constexpr bool kHoldsWeights = kThreads == kFewThreads;  // otherwise weights are read again from L2
   RegisterKeys<T, kVectors, kScale, kHoldsWeights> keys;
   if constexpr (kHoldsWeights) keys.load(weights, n_cols);
-  clear_bins(search);  // while the weights come
+  clear_bins(search);  // overlaps with the loads of the weights
   const float* factors = kScale == Scale::kMatrix ? s.scale + row * s.scale_stride : s.root;
   const uint32_t highest = keys.compute(weights, factors, n_cols);
-  const Cut cut = find_cut(search, keys, highest, n_cols, num_pruned);
+  const Threshold threshold = find_threshold(search, keys, highest, n_cols, num_pruned);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const uint32_t col = keys.column(v);
     if (col >= n_cols) continue;
     unsigned pruned = 0;
-    if (cut.column == 0) {  // no ties astride it
+    // Without ties at the threshold, keys alone decide.
+    if (threshold.column == 0) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) pruned |= static_cast<unsigned>(keys.keys[v][i] < cut.bound) << i;
+      for (int i = 0; i < kVector; ++i) pruned |= static_cast<unsigned>(keys.keys[v][i] < threshold.key) << i;
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) pruned |= static_cast<unsigned>(cut.prunes(keys.keys[v][i], col + i)) << i;
+      for (int i = 0; i < kVector; ++i) {
+        pruned |= static_cast<unsigned>(threshold.prunes(keys.keys[v][i], col + i)) << i;
+      }
     }
     if constexpr (!kHoldsWeights) keys.weights[v].load(weights + col);
 #pragma unroll
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kManyThreads) prune_long_rows_kernel(Selection
   const int64_t row = blockIdx.x, n_cols = s.weight.n_cols;
   LongKeys<T, kShared> keys = {s, row, kShared ? reinterpret_cast<uint32_t*>(dynamic_shared()) : nullptr};
   clear_bins(search);
-  const Cut cut = find_cut(search, keys, keys.compute(), static_cast<uint32_t>(n_cols), num_pruned);
+  const Threshold threshold = find_threshold(search, keys, keys.compute(), static_cast<uint32_t>(n_cols), num_pruned);
   T* weights = row_of<T>(s.weight, row);
 #pragma unroll 1
   for (int64_t byte = threadIdx.x; byte < (n_cols + 7) / 8; byte += blockDim.x) {
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(kManyThreads) prune_long_rows_kernel(Selection
 #pragma unroll 1
     for (int i = 0; i < 8 && byte * 8 + i < n_cols; ++i) {
       const uint32_t col = static_cast<uint32_t>(byte * 8 + i);
-      const bool prunes = cut.prunes(keys.key(col), col);
+      const bool prunes = threshold.prunes(keys.key(col), col);
       if (prunes) weights[col] = T{};
       kept |= static_cast<unsigned>(!prunes) << i;
     }
@@ -97,7 +100,7 @@ void prune_long(const Context& context, const Selection& s, uint32_t num_pruned)
          num_pruned);
 }
 
-// Every vector of the row, and of what scales it, is whole and on a boundary of 16 bytes.
+// Whether every vector of a row, and of its root or scale, is whole and aligned to 16 bytes.
 template <typename T>
 bool is_whole(const Selection& s) {
   const auto is_aligned_row = [](const float* row) { return reinterpret_cast<uintptr_t>(row) % 16 == 0; };

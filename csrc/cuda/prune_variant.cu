@@ -1,10 +1,12 @@
-// prune_variant_ on the GPU: what of a row lies within alpha of its mass, alpha bisected until the matrix has its ratio.
-//
-// A row's keys are put in the order of 512 bins, 32 an octave, once; beside each bin stands the mass of what lies below
-// it. After that an alpha is cheap: a warp finds the bin that its limit falls into, and looks at the keys of that bin.
-// There is no word from the host: each of the eleven launches leaves the matrix's pruned count, from which the next one
-// replays the bisection. Once alpha has settled they return at once.
-// Mass is the fixed point of reference.py, whose sums are exact in any order.
+// prune_variant_ on the GPU: per row, prune the smallest scores while their sum stays within alpha of the row's sum.
+// Alpha is bisected until the matrix has the wanted ratio.
+//   1. Sort each row's keys into 512 bins, 32 per octave, and store the mass of the keys below each bin.
+//   2. For each alpha, a warp finds the bin that a row's limit falls into, and then the threshold among that bin's
+//      keys.
+//   3. Prune every key up to its row's threshold.
+// The host does not wait for results. Each of the eleven launches of step 2 stores the number of pruned weights, and
+// the next launch replays the bisection from these counts. When alpha has settled, later launches return at once.
+// Masses are the reference's fixed-point integers, whose sums are exact in any order.
 #include "block.cuh"
 #include "prune_at_most.cuh"
 
@@ -13,18 +15,19 @@ namespace {
 
 using Count = unsigned long long;
 
-constexpr int kBins = 512, kWindowShift = 18;  // 32 bins an octave, of the 16 below the row's highest key
+constexpr int kBins = 512, kWindowShift = 18;  // 32 bins per octave, for 16 octaves below the row's largest key
 constexpr uint32_t kWindow = (uint32_t{kBins} << kWindowShift) - 1;
-constexpr int kOrderThreads = kBins, kCutThreads = 256, kRowsPerBlock = kCutThreads / kWarp;
-constexpr int kRounds = 11;  // alphas at most: 0.8 / 2^10 is the first interval below 0.001
-constexpr uint32_t kLargestFinite = 0x7f7fffff;  // an overflowed score weighs as much as the largest finite one
+constexpr int kOrderThreads = kBins, kFindThreads = 256, kRowsPerBlock = kFindThreads / kWarp;
+constexpr int kRounds = 11;  // the most alphas: 0.8 / 2^10 is the first interval below 0.001
+// The mass of a score that overflowed is that of the largest finite score.
+constexpr uint32_t kLargestFinite = 0x7f7fffff;
 
 struct Bin {
   int64_t mass_before;  // of all keys of the row in lower bins
   uint32_t n_before;
 };
 
-// A row's bins begin where its window of octaves does; what is below that is in the first one.
+// A row's bins begin at `low`. Keys below that are in the first bin.
 struct Row {
   int64_t mass;
   uint32_t low, highest;
@@ -40,8 +43,8 @@ struct Scratch {
   Count* counts;         // [kRounds]: pruned at that round's alpha
   Row* rows;             // [n_rows]
   Bin* bins;             // [n_rows, kBins]
-  uint32_t* keys;        // [n_rows, n_cols]: in the order of bins
-  uint32_t* thresholds;  // [n_rows]: keys up to it are pruned
+  uint32_t* keys;        // [n_rows, n_cols], sorted by bin
+  uint32_t* thresholds;  // [n_rows]: keys up to them are pruned
 
   static size_t bytes(const Matrix& weight) {
     const int64_t of_row = sizeof(Row) + kBins * sizeof(Bin) + (weight.n_cols + 1) * sizeof(uint32_t);
@@ -57,7 +60,7 @@ struct Scratch {
   static constexpr size_t kCountBytes = 128;
 };
 
-// floor(score * 2^(fraction_bits - E)), 2^(E-1) <= the row's highest score < 2^E, E >= -125.
+// mass = floor(score * 2^(fraction_bits - E)), where 2^(E-1) <= the row's largest score < 2^E and E >= -125.
 struct FixedPoint {
   int shift_of_zero;
 
@@ -72,12 +75,12 @@ struct FixedPoint {
 };
 
 int fraction_bits(int64_t n_cols) {
-  int length = 1;  // of n_cols - 1 in bits
+  int length = 1;  // bits of n_cols - 1
   while ((n_cols - 1) >> length) ++length;
   return length > 17 ? 53 - length : 36;
 }
 
-// kShared: keys are put in order in shared memory, else where they are to stay.
+// Keys are sorted in shared memory if kShared, otherwise in scratch.keys.
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kOrderThreads) order_keys_kernel(Selection s, Scratch scratch, int fraction_bits) {
   __shared__ uint32_t next[kBins], of_warp[kWarp];
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_keys_kernel(Selection s, 
   __syncthreads();
 
   const FixedPoint fixed_point(highest, fraction_bits);
-  int64_t mass = 0;  // of a thread's bin
+  int64_t mass = 0;  // of this thread's bin
   for (uint32_t i = begin; i < begin + count; ++i) mass += fixed_point.mass(keys[i]);
   const int64_t before = exclusive_scan_of_block(mass);
   scratch.bins[row * kBins + threadIdx.x] = {before, begin};
@@ -117,7 +120,7 @@ struct Bisection {
   bool has_settled;
 };
 
-// Where n_rounds of counts lead, exactly as in reference.py.
+// The state of the bisection after n_rounds, with the same steps as the reference.
 __device__ inline Bisection replay(const Count* counts, int n_rounds, double numel, double ratio) {
   double low = 0, alpha = 0.4, high = 0.8;
   for (int i = 0; i < n_rounds; ++i) {
@@ -134,25 +137,25 @@ __device__ inline int64_t sum_of_warp(int64_t value) {
   return value;
 }
 
-// Whether the mass of what is below `key`, and its own, are within the limit: true up to some key, then false.
-struct Reach {
+// Whether the mass of all lower keys plus the key's own is within the limit: true up to some key, then false.
+struct MassLimit {
   const FixedPoint& fixed_point;
   int64_t limit;
   __device__ bool holds(uint32_t key, int64_t mass_below) const { return mass_below + fixed_point.mass(key) <= limit; }
 };
 
-// The last bin whose first key is within reach. One warp.
-__device__ inline int bin_within(const Row& about, const Bin* bins, const Reach& reach) {
+// The last bin whose first key is within the limit. Called by one warp.
+__device__ inline int bin_within(const Row& about, const Bin* bins, const MassLimit& limit) {
   constexpr int kCoarse = kBins / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const auto is_within = [&](int bin) { return reach.holds(about.first_key(bin), bins[bin].mass_before); };
+  const auto is_within = [&](int bin) { return limit.holds(about.first_key(bin), bins[bin].mass_before); };
   const int group = __popc(__ballot_sync(kAllLanes, is_within(lane * kCoarse))) - 1;
   return group * kCoarse + __popc(__ballot_sync(kAllLanes, lane < kCoarse && is_within(group * kCoarse + lane))) - 1;
 }
 
-// A warp takes a row.
-__global__ void __launch_bounds__(kCutThreads)
-    cut_rows_kernel(Matrix weight, Scratch scratch, int fraction_bits, int this_round, double ratio) {
+// One warp finds the threshold of one row.
+__global__ void __launch_bounds__(kFindThreads)
+    find_thresholds_kernel(Matrix weight, Scratch scratch, int fraction_bits, int this_round, double ratio) {
   __shared__ Bisection bisection;
   __shared__ uint32_t pruned_of_warp[kRowsPerBlock];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -168,12 +171,12 @@ __global__ void __launch_bounds__(kCutThreads)
     const Bin* bins = scratch.bins + row * kBins;
     const uint32_t* keys = scratch.keys + row * weight.n_cols;
     const FixedPoint fixed_point(about.highest, fraction_bits);
-    const Reach reach = {fixed_point, static_cast<int64_t>(static_cast<double>(about.mass) * bisection.alpha)};
-    const int bin = bin_within(about, bins, reach);
+    const MassLimit limit = {fixed_point, static_cast<int64_t>(static_cast<double>(about.mass) * bisection.alpha)};
+    const int bin = bin_within(about, bins, limit);
     const uint32_t begin = bins[bin].n_before;
     const uint32_t end = bin + 1 < kBins ? bins[bin + 1].n_before : static_cast<uint32_t>(weight.n_cols);
     uint32_t low = about.first_key(bin), high = bin + 1 < kBins ? about.first_key(bin + 1) : about.highest + 1;
-    uint32_t n_low = begin, n_high = end;  // keys up to low, keys below high
+    uint32_t n_low = begin, n_high = end;  // number of keys up to `low`, and of keys below `high`
     for (uint32_t i = begin; i < end; i += kWarp) {
       n_low += __popc(__ballot_sync(kAllLanes, i + lane < end && keys[i + lane] <= low));
     }
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(kCutThreads)
         n_below += key < middle, n_equal += key == middle;
       }
       n_below = begin + __reduce_add_sync(kAllLanes, n_below);
-      if (reach.holds(middle, bins[bin].mass_before + sum_of_warp(mass))) {
+      if (limit.holds(middle, bins[bin].mass_before + sum_of_warp(mass))) {
         low = middle, n_low = n_below + __reduce_add_sync(kAllLanes, n_equal);
       } else {
         high = middle, n_high = n_below;
@@ -220,8 +223,8 @@ void prune_variant_of(const Context& context, const Selection& s, double ratio, 
   launch(order_keys, dim3(static_cast<unsigned>(s.weight.n_rows)), kOrderThreads, fits ? key_bytes : 0, context.stream,
          s, scratch, bits);
   for (int round = 0; round < kRounds; ++round) {
-    launch(cut_rows_kernel, dim3(static_cast<unsigned>(n_blocks)), kCutThreads, 0, context.stream, s.weight, scratch,
-           bits, round, ratio);
+    launch(find_thresholds_kernel, dim3(static_cast<unsigned>(n_blocks)), kFindThreads, 0, context.stream, s.weight,
+           scratch, bits, round, ratio);
   }
   launch(write_alpha_kernel, dim3(1), 1, 0, context.stream, scratch,
          static_cast<double>(s.weight.n_rows * s.weight.n_cols), ratio, alpha);

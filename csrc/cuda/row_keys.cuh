@@ -1,4 +1,4 @@
-// The keys of a row: in registers, with the weights, or in shared memory, or computed anew in each pass.
+// The keys of a row: in registers, in shared memory, or computed again in each pass.
 #pragma once
 
 #include <type_traits>
@@ -7,14 +7,15 @@
 
 namespace wanda {
 
-// Keeps the compiler from computing before a loop, and holding in registers, what follows from `value`.
+// Hides the value from the compiler, which would otherwise compute what depends on it before a loop and keep the
+// results in registers.
 __device__ inline void opaque(uint32_t& value) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(value));
 #endif
 }
 
-// Whole vectors of 16-bit or 32-bit weights, in as many words as they take.
+// kVector weights of 16 or 32 bits, as 32-bit words.
 template <typename T>
 struct Words {
   static constexpr int kChunks = kVector * sizeof(T) / sizeof(uint4);
@@ -23,7 +24,8 @@ struct Words {
   __device__ void load(const T* at) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(at) + i);  // the L1 is for what all rows share
+      // A streaming load: the L1 keeps the roots, which all rows share.
+      const uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(at) + i);
       words[4 * i] = chunk.x, words[4 * i + 1] = chunk.y, words[4 * i + 2] = chunk.z, words[4 * i + 3] = chunk.w;
     }
   }
@@ -57,6 +59,7 @@ __device__ inline uint32_t key_of_score(float score) {
 
 enum class Scale { kNone, kVector, kMatrix };
 
+// kVectors vectors per thread, in registers.
 template <typename T, int kVectors, Scale kScale, bool kHoldsWeights>
 struct RegisterKeys {
   Words<T> weights[kVectors];
@@ -71,7 +74,7 @@ struct RegisterKeys {
       if (column(v) < n_cols) weights[v].load(row + column(v));
     }
   }
-  // Returns the thread's highest. `factors`: roots, or a scale matrix's row.
+  // Returns the thread's largest key. `factors` are the roots, or the row of the scale matrix.
   __device__ __forceinline__ uint32_t compute(const T* row, const float* factors, uint32_t n_cols) {
     uint32_t highest = 0;
 #pragma unroll
@@ -91,7 +94,7 @@ struct RegisterKeys {
         }
       } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) keys[v][i] = kNowhere;
+        for (int i = 0; i < kVector; ++i) keys[v][i] = kIgnored;
       }
     }
     return highest;
@@ -104,11 +107,11 @@ struct RegisterKeys {
       for (int i = 0; i < kVector; ++i) body(keys[v][i]);
     }
   }
-  // Appends the few with keys in [low, high].
+  // Appends the keys in [low, high], which are few, to the candidates.
   __device__ __forceinline__ void collect(Search& search, uint32_t low, uint32_t high) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      uint32_t nearest = kNowhere;
+      uint32_t nearest = kIgnored;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) nearest = min(nearest, keys[v][i] - low);
       if (nearest > high - low) continue;
@@ -142,6 +145,7 @@ struct RegisterKeys {
   }
 };
 
+// Keys of a row of any length: in shared memory if kShared, otherwise computed on every access.
 template <typename T, bool kShared>
 struct LongKeys {
   const Selection& s;
@@ -155,7 +159,7 @@ struct LongKeys {
     const uint32_t key = kShared ? shared[col] : computed(col);
     return are_columns ? tie_key(key, bound, col) : key;
   }
-  // Returns the thread's highest.
+  // Returns the thread's largest key.
   __device__ uint32_t compute() const {
     uint32_t highest = 0;
     for_columns([&](uint32_t col) {

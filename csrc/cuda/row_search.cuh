@@ -1,8 +1,9 @@
-// Where a row is cut: all keys below go, and of those equal to it the lower columns.
-//
-// Keys are logarithms of scores, so 2048 bins over the 16 octaves below the highest tell the keys around the cut apart: of
-// the bin that holds it, a dozen keys are left, and ranking those as (key, column) decides. Otherwise that bin is divided
-// again, and equal keys by column.
+// The threshold of a row: every key below it is pruned, and the lower columns of the keys equal to it.
+//   1. Count keys in 2048 bins over the 16 octaves below the largest one. A key's bits grow with the logarithm of its
+//      score, so bins are of equal relative width.
+//   2. Find the bin that holds the threshold.
+//   3. If it holds few keys, usually a dozen, rank them by (key, column). That gives the threshold.
+//   4. Otherwise divide that bin again. If all its keys are equal, divide their columns.
 #pragma once
 
 #include "block.cuh"
@@ -13,29 +14,30 @@ constexpr int kBins = 2048, kBinBits = 11;
 constexpr int kWindowShift = 16;  // 128 bins an octave, 16 octaves
 constexpr uint32_t kWindow = (uint32_t{kBins} << kWindowShift) - 1;
 constexpr uint32_t kMostCandidates = 128;
-constexpr uint32_t kNowhere = 0xffffffffu;  // a value that takes no part
+constexpr uint32_t kIgnored = 0xffffffffu;  // a value that is never counted or collected
 
-// (key, column) below (bound, column).
-struct Cut {
-  uint32_t bound, column;
-  __device__ bool prunes(uint32_t key, uint32_t col) const { return key < bound || (key == bound && col < column); }
+// Prunes every (key, column) below this one.
+struct Threshold {
+  uint32_t key, column;
+  __device__ bool prunes(uint32_t other, uint32_t col) const { return other < key || (other == key && col < column); }
 };
 
 // Shared memory of a block.
 struct alignas(16) Search {
   union {
-    uint32_t bins[kBins + 4];              // one more for kNowhere
-    uint64_t candidates[kMostCandidates];  // once the bin is known
+    uint32_t bins[kBins + 4];              // bin kBins collects kIgnored
+    uint64_t candidates[kMostCandidates];  // (key, column), when the bin is known
   };
   uint32_t of_warp[kWarp];
-  Place<uint32_t> place;
+  BinOfRank<uint32_t> found;
   uint32_t n_candidates;
-  Cut cut;
+  Threshold threshold;
 };
 
-// What decides among equal keys that stand astride the cut: the column; lower keys stay below, higher ones above.
+// Used when the threshold is among keys equal to `bound`, which the column then decides. An equal key becomes its
+// column + 1, a lower key 0, and a higher key is ignored.
 __device__ inline uint32_t tie_key(uint32_t key, uint32_t bound, uint32_t col) {
-  return key == bound ? col + 1 : key < bound ? 0 : kNowhere;
+  return key == bound ? col + 1 : key < bound ? 0 : kIgnored;
 }
 
 __device__ inline void clear_bins(Search& search) {
@@ -45,11 +47,11 @@ __device__ inline void clear_bins(Search& search) {
   }
 }
 
-// The bin that holds a sorted position. The block meets at its begin and its end.
-__device__ inline Place<uint32_t> find_bin(Search& search, uint32_t position) {
+// The bin that holds a sorted position. The block synchronises before and after the search.
+__device__ inline BinOfRank<uint32_t> find_bin(Search& search, uint32_t position) {
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int each_bits = max(0, kBinBits - 2 - (31 - __clz(static_cast<int>(blockDim.x))));
-  const unsigned each = 1u << each_bits, first = threadIdx.x * each;  // fours of bins
+  const unsigned each = 1u << each_bits, first = threadIdx.x * each;  // in groups of 4 bins
   __syncthreads();
   uint32_t sum = 0;
 #pragma unroll 2
@@ -67,15 +69,15 @@ __device__ inline Place<uint32_t> find_bin(Search& search, uint32_t position) {
       unsigned bin = 4 * first;
 #pragma unroll 1
       for (; position >= before + search.bins[bin]; ++bin) before += search.bins[bin];
-      search.place = {static_cast<int>(bin), position - before, search.bins[bin]};
+      search.found = {static_cast<int>(bin), position - before, search.bins[bin]};
       search.n_candidates = 0;
     }
   }
   __syncthreads();
-  return search.place;
+  return search.found;
 }
 
-// The cut behind the candidate of rank `position`: every warp ranks some.
+// Sets the threshold just above the candidate of rank `position`. Each warp ranks some of the candidates.
 __device__ inline void rank_candidates(Search& search, uint32_t n, uint32_t position) {
   const unsigned lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
 #pragma unroll 1
@@ -90,7 +92,7 @@ __device__ inline void rank_candidates(Search& search, uint32_t n, uint32_t posi
     }
     if (lane == 0 && n_lower == position) {
       const uint32_t value = static_cast<uint32_t>(mine >> 32), col = static_cast<uint32_t>(mine);
-      search.cut = n_later_equals == 0 ? Cut{value + 1, 0} : Cut{value, col + 1};
+      search.threshold = n_later_equals == 0 ? Threshold{value + 1, 0} : Threshold{value, col + 1};
     }
   }
 }
@@ -99,33 +101,34 @@ __device__ inline int shift_for(uint32_t width, int bits) {
   return max(0, 32 - __clz(static_cast<int>(width)) - bits);
 }
 
-// `highest` is the thread's. Bins are clear.
+// `highest` is the thread's largest key. The bins must be clear.
 template <typename Keys>
-__device__ __forceinline__ Cut find_cut(Search& search, Keys& keys, uint32_t highest, uint32_t n_cols,
-                                        uint32_t num_pruned) {
+__device__ __forceinline__ Threshold find_threshold(Search& search, Keys& keys, uint32_t highest, uint32_t n_cols,
+                                                    uint32_t num_pruned) {
   uint32_t high = max_of_block(search.of_warp, highest);
   if (num_pruned == 0) return {0, 0};
   uint32_t low = high > kWindow ? high - kWindow : 0;
   int shift = kWindowShift;
 #pragma unroll 1
   while (true) {
-    keys.for_each([&](uint32_t key) {  // what is below `low` is the first bin's too
+    // Keys below `low` go to the first bin.
+    keys.for_each([&](uint32_t key) {
       atomicAdd(&search.bins[min((max(key, low) - low) >> shift, uint32_t{kBins})], 1u);
     });
-    const Place<uint32_t> place = find_bin(search, num_pruned - 1);
-    const uint32_t first = place.bin == 0 ? 0 : low + (static_cast<uint32_t>(place.bin) << shift);
-    high = min(high, low + (static_cast<uint32_t>(place.bin + 1) << shift) - 1);
-    if (place.rest + 1 == place.count) return {high + 1, 0};
-    if (place.count <= kMostCandidates) {
+    const BinOfRank<uint32_t> found = find_bin(search, num_pruned - 1);
+    const uint32_t first = found.bin == 0 ? 0 : low + (static_cast<uint32_t>(found.bin) << shift);
+    high = min(high, low + (static_cast<uint32_t>(found.bin + 1) << shift) - 1);
+    if (found.rank + 1 == found.count) return {high + 1, 0};
+    if (found.count <= kMostCandidates) {
       keys.collect(search, first, high);
       __syncthreads();
-      rank_candidates(search, place.count, place.rest);
+      rank_candidates(search, found.count, found.rank);
       __syncthreads();
-      return search.cut;
+      return search.threshold;
     }
     if (first < high) {
       shift = shift_for(high - first, kBinBits - 1);
-      low = first - min(first, uint32_t{1} << shift);  // what is below has a bin of its own
+      low = first - min(first, uint32_t{1} << shift);  // keys below `first` get a bin of their own
     } else {
       keys.turn_into_columns(first);
       low = 0, high = n_cols, shift = shift_for(n_cols, kBinBits);

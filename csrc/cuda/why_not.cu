@@ -1,4 +1,4 @@
-// Whether a GPU can run this library: it holds machine code for some architectures, and PTX for what came after them.
+// Whether a GPU can run this library, which holds machine code for some architectures and PTX for later ones.
 #include "device.cuh"
 
 namespace wanda {
@@ -9,7 +9,7 @@ __global__ void nothing_kernel() {}
 }  // namespace
 }  // namespace wanda
 
-// CUDA's own words on why that GPU cannot run a kernel of this library; empty where it can.
+// CUDA's message on why that GPU cannot run a kernel of this library, or an empty string.
 extern "C" __attribute__((visibility("default"))) const char* wanda_cuda_why_not(int device) {
   int current = 0;
   cudaFuncAttributes attributes;
@@ -17,6 +17,7 @@ extern "C" __attribute__((visibility("default"))) const char* wanda_cuda_why_not
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, wanda::nothing_kernel);
   cudaSetDevice(current);
-  cudaGetLastError();  // forget it: a later launch would report it as its own
+  // Clears the error, which a later launch would otherwise report as its own.
+  cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }

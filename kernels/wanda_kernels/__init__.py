@@ -1,36 +1,40 @@
-"""Operations for one-shot pruning: activation statistics and in-place selection.
+"""Operations for one-shot pruning: statistics of activations, and selections that zero weights in place.
 
-A leaf: it knows tensors, not models.
+The package knows tensors, not models. The names below are its interface; `wanda_kernels.forward` is a second
+one, with kernels for a block's forward. `help(wanda_kernels.prune_nm_)` documents an operation completely.
 """
 
-from wanda_kernels.dispatch.backends import BackendError
-from wanda_kernels.dispatch.checks import first_not_finite, require_finite
-from wanda_kernels.dispatch.zeros import count_zeros
+from wanda_kernels.dispatch.backends import OPERATIONS, BackendError, choose_backend
+from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require_finite
+from wanda_kernels.doctor import diagnose
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
-from wanda_kernels.operations import (
+from wanda_kernels.host_hessian import add_hessian_on_host_, host_hessian_bytes
+from wanda_kernels.mask_bits import pack_bits, unpack_bits
+from wanda_kernels.operations.selection import prune_matrix_, prune_nm_, prune_rows_, prune_variant_
+from wanda_kernels.operations.sparsegpt import sparsegpt_
+from wanda_kernels.operations.statistics import (
     add_coactivation_,
     add_gated_coactivation_,
     add_hessian_,
     add_sq_norm_,
-    prune_matrix_,
-    prune_nm_,
-    prune_rows_,
-    prune_variant_,
-    sparsegpt_,
 )
-from wanda_kernels.reference.ops import pack_bits, unpack_bits
 
 __all__ = [
+    "OPERATIONS",
     "BackendError",
     "Factor",
     "NotPositiveDefiniteError",
     "add_coactivation_",
-    "add_hessian_",
     "add_gated_coactivation_",
+    "add_hessian_",
+    "add_hessian_on_host_",
     "add_sq_norm_",
+    "choose_backend",
     "count_zeros",
+    "diagnose",
     "factor_hessian",
     "first_not_finite",
+    "host_hessian_bytes",
     "pack_bits",
     "prune_matrix_",
     "prune_nm_",

@@ -1,4 +1,4 @@
-"""The facts behind `wanda-fast doctor`: what this machine has, what loaded, which backend serves what."""
+"""The facts behind `wanda-fast doctor`: versions, devices, libraries, and the backend of every operation."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from wanda_kernels.dispatch import backends
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library
 
 Fact = tuple[str, str, str]  # section, name, value
 
@@ -21,8 +21,14 @@ VARIABLES = (
 )
 
 
-def report() -> list[Fact]:
-    """(section, name, value) of every fact, in the order to print them."""
+def diagnose() -> list[tuple[str, str, str]]:
+    """Find out what this machine has and which backend serves which operation, and why not another.
+
+    Loads the compiled libraries; runs no kernel.
+
+    Returns: (section, name, value) of every fact, in the order to print them. Sections are "versions", "cpu",
+        "gpu", "libraries", "operations" and "environment".
+    """
     return [*_versions(), *_cpu(), *_gpus(), *_libraries(), *_operations(), *_environment()]
 
 
@@ -53,10 +59,10 @@ def _cpu() -> list[Fact]:
         ("cpu", "cores", f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"),
         ("cpu", "torch's instruction set", torch.backends.cpu.get_cpu_capability()),
     ]
-    if not native.why_not("cpu"):
-        in_use = native.cpu_isa() or "WANDA_KERNELS_CPU_ISA names none that can run"
+    if not library.why_not("cpu"):
+        in_use = library.cpu_isa() or "WANDA_KERNELS_CPU_ISA names none that can run"
         facts.append(
-            ("cpu", "kernels' instruction sets", f"{', '.join(native.cpu_isas())}; in use: {in_use}")
+            ("cpu", "kernels' instruction sets", f"{', '.join(library.cpu_isas())}; in use: {in_use}")
         )
     return facts
 
@@ -75,8 +81,8 @@ def _gpus() -> list[Fact]:
 
 def _libraries() -> list[Fact]:
     return [
-        ("libraries", name, native.why_not(backend) or f"loaded from {native.library_path(backend)}")
-        for backend, name in native.LIBRARIES.items()
+        ("libraries", name, library.why_not(backend) or f"loaded from {library.library_path(backend)}")
+        for backend, name in library.LIBRARIES.items()
     ]
 
 
@@ -85,23 +91,23 @@ def _operations() -> list[Fact]:
     return [
         ("operations", f"{operation} on {device}", _chosen(operation, device))
         for device in devices
-        for operation in backends.TABLE
+        for operation in backends.OPERATIONS
     ]
 
 
 def _chosen(operation: str, device: str) -> str:
-    """The backend, and why not those that would have come before it."""
+    """The chosen backend, and why no backend before it serves, or has no such operation."""
     try:
-        chosen = backends.choose(operation, device)
+        chosen = backends.choose_backend(operation, device)
     except backends.BackendError as error:
         return str(error)
     if os.environ.get("WANDA_KERNELS_BACKEND"):
         return f"{chosen} (WANDA_KERNELS_BACKEND)"
     order = backends.order(operation, device)
-    passed_over = [
-        f"{each}: {backends.why_not(operation, device, each)}" for each in order[: order.index(chosen)]
-    ]
-    return f"{chosen} ({'; '.join(passed_over)})" if passed_over else chosen
+    without = [each for each, kind in backends.DEVICE_OF.items() if kind == device and each not in order]
+    passed_over = [*without, *order[: order.index(chosen)]]
+    reasons = "; ".join(f"{each}: {backends.why_not(operation, device, each)}" for each in passed_over)
+    return f"{chosen} ({reasons})" if reasons else chosen
 
 
 def _environment() -> list[Fact]:

@@ -1,8 +1,8 @@
-"""The factor of the inverse Hessian that SparseGPT works with: U upper triangular, (H + damp I)^-1 = U^T U.
+"""The factor of the inverse Hessian that SparseGPT uses: U upper triangular, (H + damp I)^-1 = U^T U.
 
-Published: Cholesky, inverse, Cholesky again. Here one Cholesky of the flipped matrix and one triangular
-inverse, n^3 / 3 and 2 n^3 / 3 FLOP: with J the exchange matrix, J H J = L L^T gives H = R R^T for the upper
-R = J L J, and U = R^-1 = J L^-1 J.
+The published code computes a Cholesky factor, an inverse, and another Cholesky factor. This code computes one
+Cholesky factor of the flipped matrix and one triangular inverse, n^3 / 3 and 2 n^3 / 3 FLOP: with J the
+exchange matrix, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and U = R^-1 = J L^-1 J.
 Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.3.
 """
 
@@ -14,21 +14,22 @@ from torch import Tensor
 from wanda_kernels.dispatch import checks
 from wanda_kernels.dispatch.precision import in_full_precision
 
-LEAF_COLUMNS = 128  # of a triangular matrix that is inverted by substitution; larger ones by matmuls
-ATTEMPTS = 4  # the dampening asked for, then ten times more, up to a thousand times
+LEAF_COLUMNS = 128  # triangular matrices up to this size are inverted by substitution, larger ones by matmuls
+ATTEMPTS = 4  # the given dampening, then 10, 100 and 1000 times it
 
 
 class NotPositiveDefiniteError(ValueError):
-    """A Hessian that stays indefinite (or whose factor overflows) at every dampening tried."""
+    """The Hessian is not positive definite, or its factor overflows, at every dampening tried."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What `sparsegpt_` needs of a Hessian.
+    """The factor of a damped inverse Hessian, (H + damp I)^-1 = U^T U, as `sparsegpt_` takes it.
 
-    upper: fp32 `[in, in]`, contiguous, upper triangular.
-    dead: bool `[in]`, inputs that were always zero: their weights go.
-    dampening: the share of the mean diagonal that was added, larger than asked for where that failed.
+    Attributes:
+        upper: U, fp32 `[in, in]`, contiguous, upper triangular.
+        dead: bool `[in]`, True for inputs that were zero in every token; `sparsegpt_` prunes their weights.
+        dampening: the share of the mean diagonal that was added; more than requested if that did not suffice.
     """
 
     upper: Tensor
@@ -42,13 +43,16 @@ def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
     """Factor the inverse of hessian + dampening * mean(diagonal) * I.
 
     Args:
-        hessian: fp32 `[in, in]`, symmetric, from `add_hessian_`; not changed. At most two more matrices of
-            its size are alive at a time. A dead input (0 on the diagonal) gets 1 there, as published.
-        dampening: 0.01 as published; ten times more up to three times where the matrix is not positive
-            definite, and `Factor.dampening` says which.
+        hessian: fp32 `[in, in]`, symmetric, finite, from `add_hessian_`, on any device; not changed. At most
+            two more matrices of its size are alive at a time. A dead input (0 on the diagonal) gets 1 there,
+            as published.
+        dampening: share of the mean diagonal to add, positive; 0.01 as published. While the matrix is not
+            positive definite, it is raised tenfold, at most three times.
 
-    Raises: `ValueError` on a Hessian that is not square fp32 or not finite, `NotPositiveDefiniteError` where
-        no dampening helped.
+    Returns: the factor, on the Hessian's device; `Factor.dampening` is the one that served.
+    Raises: `ValueError` if the Hessian is not square fp32 or not finite, or dampening is not positive;
+        `NotPositiveDefiniteError` if no dampening tried served.
+    Source: SparseGPT, arXiv 2301.00774, section 3.3 and its published code.
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or hessian.dtype != torch.float32:
         raise ValueError(f"hessian must be float32 [in, in], got {hessian.dtype} {list(hessian.shape)}")
@@ -70,16 +74,18 @@ def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
 
 
 def _factor(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor | None:
-    """U at this dampening; None where the matrix is not positive definite or U overflows."""
+    """U at this dampening; None if the matrix is not positive definite or U overflows."""
     flipped = hessian.flip(0, 1)
     diagonal = flipped.diagonal()
     diagonal.masked_fill_(dead.flip(0), 1.0)
-    diagonal += (dampening * diagonal.double().mean()).float()  # an fp32 sum could overflow
+    # an fp32 sum could overflow
+    diagonal += (dampening * diagonal.double().mean()).float()
     transposed, info = torch.linalg.cholesky_ex(flipped, upper=True)
     del flipped, diagonal
     if info.item():
         return None
-    lower = transposed.mT  # LAPACK's factors have contiguous columns: these are rows
+    # LAPACK's factors have contiguous columns, so the transpose has contiguous rows
+    lower = transposed.mT
     _invert_lower_(lower, torch.eye(LEAF_COLUMNS, dtype=torch.float32, device=lower.device))
     upper = lower.flip(0, 1).contiguous()
     del lower, transposed
@@ -89,7 +95,7 @@ def _factor(hessian: Tensor, dead: Tensor, dampening: float) -> Tensor | None:
 
 
 def _invert_lower_(lower: Tensor, identity: Tensor) -> None:
-    """Invert a lower triangular matrix in its place: [[A, 0], [B, C]] -> [[A', 0], [-C' B A', C']]."""
+    """Invert a lower triangular matrix in place: [[A, 0], [B, C]] -> [[A', 0], [-C' B A', C']]."""
     n = len(lower)
     if n <= LEAF_COLUMNS:
         lower.copy_(torch.linalg.solve_triangular(lower, identity[:n, :n], upper=False))

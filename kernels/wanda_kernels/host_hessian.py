@@ -1,7 +1,7 @@
-"""A Hessian too wide for the GPU: kept in host memory, its sums computed where the tokens are.
+"""A Hessian that is too wide for the GPU: it stays in host memory, and the GPU computes its sums.
 
-Rows of it visit the GPU, BAND bytes at once. A GPU takes less time for the sums than the bands for their way,
-and hundreds of times less than the host would.
+Bands of its rows, BAND bytes each, visit the GPU. Copying a band takes the GPU longer than its sums; the host
+would take hundreds of times longer for the sums.
 """
 
 from torch import Tensor
@@ -15,10 +15,18 @@ BAND = 2**28
 
 @in_full_precision
 def add_hessian_on_host_(acc: Tensor, x: Tensor) -> None:
-    """As `add_hessian_`, but for acc `[in, in]` on the host, pinned where x is on a GPU.
+    """acc[i, j] += sum over tokens of x[t, i] * x[t, j], for an acc in host memory.
 
-    The bands are on their way back when it returns: what x's device was given must be done before the host
-    reads acc.
+    The copies back to the host are asynchronous: synchronise x's device before the host reads acc.
+
+    Args:
+        acc: fp32 `[in, in]`, contiguous, symmetric, on the CPU, in pinned memory if x is on a GPU; added
+            to in place. Both triangles are filled.
+        x: fp32, fp16 or bf16 `[..., in]`, on the device that computes; products are exact and sums fp32. The
+            device needs `host_hessian_bytes(in)` bytes for the rows of acc that it holds.
+
+    Raises: torch's own errors; the operands are not checked.
+    Source: SparseGPT, arXiv 2301.00774, section 3.
     """
     x = as_rows(x)
     if not addmm_adds_to_fp32(x.device.type):
@@ -32,7 +40,7 @@ def add_hessian_on_host_(acc: Tensor, x: Tensor) -> None:
         band.copy_(here, non_blocking=True)
 
 
-def band_bytes(in_features: int) -> int:
-    """What it takes of the GPU."""
+def host_hessian_bytes(in_features: int) -> int:
+    """Bytes of GPU memory that `add_hessian_on_host_` takes for rows of a Hessian of in_features^2."""
     square = 4 * in_features**2
     return min(square, max(BAND, 4 * in_features))

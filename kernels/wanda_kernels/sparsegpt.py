@@ -1,16 +1,18 @@
 """SparseGPT's walk over blocks of columns, the same for every backend.
 
-A backend supplies two functions on one block, `w` fp32 `[out, width]` with rows `w.stride(0)` apart and `u`
-fp32 `[width, width]`, a view of U with rows `u.stride(0)` apart; `pruned` is bool `[out, width]`, a view too:
+Each backend supplies two functions that work on one block. `w` is fp32 `[out, width]`, a view with rows
+`w.stride(0)` apart; `u` is fp32 `[width, width]`, a view of U with rows `u.stride(0)` apart; `pruned` is
+bool `[out, width]`, a view too; `root` is the square root of the scale, fp32 `[width]`, or None.
 
     mark_lowest(w, u, pruned, selector, root, rank)
-        pruned = scores <= the score at sorted position `rank` of the whole block; ties go too, as published.
-    prune_and_update_block(w, u, pruned, selector, root, n, m, errors)
-        columns from left to right: where m is not 0, choose `pruned` in each group of m as it is reached;
-        zero the pruned weights, spread their errors over the columns to the right, write `errors`,
-        contiguous fp32 `[out, width]`.
+        Set pruned = (score <= the score at sorted position `rank` of the block). All ties are pruned, as
+        published.
+    sparsegpt_block(w, u, pruned, selector, root, n, m, errors)
+        Go through the columns from left to right. If m is not 0, choose `pruned` for each group of m columns
+        at its first column. Zero the pruned weights, subtract their errors from the columns to the right, and
+        write `errors`, contiguous fp32 `[out, width]`.
 
-`reference_sparsegpt.py` says what is right, to the bit.
+`reference/sparsegpt_block.py` defines the right result, to the bit.
 """
 
 from collections.abc import Callable
@@ -18,20 +20,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wanda_kernels.reference.ops import pack_bits
+from wanda_kernels.mask_bits import pack_bits
 
 SELECTORS = ("obs", "wanda", "magnitude")
 BLOCK_WIDTH = 128  # as published
 
 
 def block_width(m: int) -> int:
-    """Columns of a block: 128, or as many whole groups of m as fit, so that none lies across two blocks."""
+    """Columns of a block: 128, or as many whole groups of m as fit into 128."""
     return BLOCK_WIDTH // m * m if m else BLOCK_WIDTH
 
 
 def prune_in_blocks_(
-    mark_lowest: Callable,
-    prune_and_update_block: Callable,
+    mark_lowest: Callable[..., None],
+    sparsegpt_block: Callable[..., None],
     weight: Tensor,
     upper: Tensor,
     dead: Tensor,
@@ -43,12 +45,12 @@ def prune_in_blocks_(
     pruned: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """weight is changed in place: pruned, and what is kept updated for what went.
+    """Prune `weight` in place and update the kept weights to the right of every pruned one.
 
-    Which weights go is said by one of `pruned`, `ratio` and n:m (0:0 where another does).
+    One of three arguments chooses what to prune: `pruned`, `ratio`, or n:m (0:0 if another one chooses).
     """
     n_rows, n_cols = weight.shape
-    w = weight.float()  # fp32 weights are worked on where they are
+    w = weight.float()  # the weight itself where it is fp32
     w.masked_fill_(dead, 0.0)
     root = None if scale is None else scale.sqrt()
     if pruned is None:
@@ -64,7 +66,7 @@ def prune_in_blocks_(
             rank = int(operands[0].numel() * ratio)
             mark_lowest(*operands, selector, block_root, rank)
         errors = workspace[: n_rows * (end - first)].view(n_rows, end - first)
-        prune_and_update_block(*operands, selector, block_root, n, m, errors)
+        sparsegpt_block(*operands, selector, block_root, n, m, errors)
         w[:, end:].addmm_(errors, upper[block, end:], alpha=-1)
     weight.copy_(w)
     if mask is not None:

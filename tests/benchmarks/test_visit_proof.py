@@ -20,8 +20,8 @@ from benchmarks.visit import (
     truth,
 )
 from benchmarks.visit.commands import Command, Ended
+from wanda_kernels import reference
 from wanda_kernels.dispatch.backends import TABLE
-from wanda_kernels.reference import ops as reference
 
 
 def ended(log, code=0, timed_out=False, name="x"):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_of_the_tables_compiles_without_a_spill():
-    """For sm_80 and sm_90, in a process where Triton is not interpreted; 75 s on two cores, cold."""
+    """For sm_80 and sm_90, in a process without TRITON_INTERPRET; 75 s on two cores with an empty cache."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tools.compile_report"]

@@ -1,16 +1,16 @@
-"""Shapes, edges and comparisons that the tests of all selections share.
+"""Shapes, edge cases and comparisons that the tests of all selections share.
 
-Interpreted Triton takes about 10 ms a pass over a row whatever its length, so matrices are a few odd rows.
+Interpreted Triton takes about 10 ms for a pass over a row of any length, so matrices have few rows.
 """
 
 import torch
 
 import wanda_kernels
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ("none", "vector", "matrix")
-SHAPES = ((1, 1), (3, 37), (2, 129))  # nothing divides; below, at and beyond a warp's 128 columns
+SHAPES = ((1, 1), (3, 37), (2, 129))  # odd sizes, below and above a warp's 128 columns
 POISON = 0xA5
 
 
@@ -25,7 +25,7 @@ def random_weight(n_rows: int, n_cols: int, dtype: torch.dtype, seed: int = 0) -
 
 
 def edge_weight(n_cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows that break a careless selection: equal, zero of both signs, few values, outliers, subnormals."""
+    """Rows that break a careless selection: all equal, both zeros, few values, outliers, subnormals."""
     column = torch.arange(n_cols)
     rows = [
         torch.full((n_cols,), -1.5),
@@ -39,7 +39,7 @@ def edge_weight(n_cols: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def make_scale(kind: str, n_rows: int, n_cols: int, seed: int = 2) -> torch.Tensor | None:
-    """A statistic with dead columns, repeated values, a subnormal, and one whose products overflow."""
+    """A statistic with dead columns, repeated values, subnormals, and values whose products overflow."""
     if kind == "none":
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def make_scale(kind: str, n_rows: int, n_cols: int, seed: int = 2) -> torch.Tens
 
 
 def assert_same_selection(operation: str, backend: str, device: str, weight, scale, *rule):
-    """`operation` on `backend` leaves the very bits, mask and return value that the reference leaves."""
+    """`operation` on `backend` gives the reference's bits, mask and return value."""
     n_rows, n_cols = weight.shape
     expected, expected_mask = weight.clone(), poisoned_mask(n_rows, n_cols, "cpu")
     returned = getattr(reference, operation)(expected, scale, *rule, expected_mask)
@@ -72,7 +72,7 @@ def poisoned_mask(n_rows: int, n_cols: int, device: str) -> torch.Tensor:
 
 
 def assert_only_view_changes(operation: str, backend: str, device: str, dtype, *rule, n_cols: int = 36):
-    """On a slice of a larger matrix the slice is pruned and what surrounds it stays."""
+    """A slice of a larger matrix is pruned; the elements around it do not change."""
     whole = random_weight(5, n_cols + 12, dtype)
     expected = whole.clone()
     inner = expected[1:4, 5 : 5 + n_cols].clone()
@@ -86,7 +86,7 @@ def assert_only_view_changes(operation: str, backend: str, device: str, dtype, *
 
 
 def assert_refuses_nonfinite(operation: str, backend: str, device: str, *rule):
-    """NaN and infinities in weight or scale, and a negative scale, raise and leave the weight's bits."""
+    """NaN, infinities and negative scales raise an error; the weight's bits do not change."""
     run = getattr(wanda_kernels, operation)
     for operand, value in (
         ("weight", "nan"),
@@ -102,7 +102,8 @@ def assert_refuses_nonfinite(operation: str, backend: str, device: str, *rule):
         try:
             run(weight, scale, *rule, backend=backend)
         except ValueError as error:
-            assert f"{operand} holds {float(value)} at [1, 7]" in str(error), error
+            sentence = f"{operand} holds {float(value)} at [1, 7]; this weight was not changed"
+            assert str(error) == sentence
         else:
             raise AssertionError(f"{operation} took {value} in {operand}")
         torch.testing.assert_close(bits(weight), bits(before), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The `backend` fixture: every backend that serves the operation which a test module names in OPERATION."""
+"""The `backend` fixture: every backend here that serves the OPERATION which a test module names."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 // The CUDA operations as C functions on host memory, for test_native_cuda_logic.py. See cuda_on_cpu.h.
 #include "cuda_on_cpu.h"
 
-#include "launch.h"
+#include "api.h"
 
 namespace {
 
@@ -36,10 +36,6 @@ void set_up(bool reverse, int64_t shared_limit) {
 }
 
 void prune_rows(const Operands* o, int64_t num_pruned) { wanda::prune_rows({}, selection_of(*o), num_pruned); }
-
-void prune_nm(const Operands* o, int64_t n, int64_t m) {
-  wanda::prune_nm({}, selection_of(*o), static_cast<int>(n), static_cast<int>(m));
-}
 
 void prune_matrix(const Operands* o, int64_t rank) {
   std::vector<char> memory;

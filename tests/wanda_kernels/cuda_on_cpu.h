@@ -1,6 +1,6 @@
-// Just enough CUDA for csrc/cuda/*.cu to run on one CPU thread: the threads of a block are fibers that run until they
-// meet at a barrier or a shuffle. `reverse` runs them last to first: code that lacks a barrier then gives other results
-// than in the usual order. It proves the kernels' logic; races and memory on real hardware need compute-sanitizer.
+// The parts of CUDA that csrc/cuda/*.cu need to run on one CPU thread. The threads of a block are fibers that run until
+// a barrier or a shuffle. With `reverse` they run last to first, so code that lacks a barrier gives different results than
+// in the usual order. This tests the kernels' logic. Data races and memory errors on a GPU need compute-sanitizer.
 #pragma once
 
 #include <setjmp.h>
@@ -47,7 +47,7 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t start;  // its first entry; from then on it is resumed by longjmp, which needs no system call
+  ucontext_t start;  // the first entry; later ones use longjmp, which needs no system call
   jmp_buf resume;
   std::vector<char> stack;
   bool started = false, done = true;
@@ -63,8 +63,10 @@ inline std::vector<Barrier> warps;
 inline std::vector<uint64_t> exchange;
 inline bool reverse = false;
 inline size_t shared_limit = 96 << 10;
-constexpr size_t kFreeSharedBytes = 48 << 10;  // static and dynamic together, of a kernel that was allowed no more
-constexpr size_t kMostStaticBytes = 9 << 10;  // of any kernel's shared memory: test_native_cuda_build.py sees to it
+// Static and dynamic shared memory that a kernel may use without cudaFuncSetAttribute.
+constexpr size_t kFreeSharedBytes = 48 << 10;
+// The most static shared memory of any kernel; test_native_cuda_build.py checks it.
+constexpr size_t kMostStaticBytes = 9 << 10;
 inline std::map<const void*, size_t> allowed_bytes;
 alignas(16) inline unsigned char shared_memory[256 << 10];
 
@@ -87,7 +89,7 @@ inline void run_fiber() {
   _longjmp(scheduler_resume, 1);
 }
 
-// Until the fiber waits or ends.
+// Returns when the fiber waits or ends.
 inline void run(Fiber& fiber) {
   if (_setjmp(scheduler_resume) != 0) return;
   if (fiber.started) _longjmp(fiber.resume, 1);
@@ -188,11 +190,6 @@ template <typename T>
 T atomicAdd(T* target, T value) {
   const T before = *target;
   *target += value;
-  return before;
-}
-inline uint32_t atomicOr(uint32_t* target, uint32_t value) {
-  const uint32_t before = *target;
-  *target |= value;
   return before;
 }
 

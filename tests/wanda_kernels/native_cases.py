@@ -1,23 +1,26 @@
-"""Inputs on which a selection can go wrong, and the comparison with the reference, bit for bit."""
+"""Inputs on which a selection can go wrong, and a bit-for-bit comparison with the reference."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from wanda_kernels import reference
+from wanda_kernels.native import library
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# One column, below a vector, odd, whole vectors, a vector and one more, a real row.
+# One column, less than a vector, odd, whole vectors, whole vectors and one column, a real row.
 SHAPES = ((1, 1), (3, 7), (37, 129), (4, 96), (2, 257), (2, 4096))
 RECIPES = ("normal", "ties", "zeros", "dead", "outliers", "overflow", "subnormal", "signed zeros", "equal")
 SCALES = ("vector", "matrix", None)
 
-needs_cpu = pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu"))
+needs_cpu = pytest.mark.skipif(bool(library.why_not("cpu")), reason=library.why_not("cpu"))
+# The instruction sets that this machine can run.
+ISAS = () if library.why_not("cpu") else library.cpu_isas()
 
 
 def make(recipe: str, shape: tuple[int, int], dtype: torch.dtype, scale: str | None, seed: int = 0):
-    """(weight, scale) of a recipe; all finite."""
+    """(weight, scale) of a recipe. All values are finite."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     statistic = torch.rand(shape if scale == "matrix" else shape[1:], generator=generator) + 0.01
@@ -46,12 +49,12 @@ def make(recipe: str, shape: tuple[int, int], dtype: torch.dtype, scale: str | N
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: equal means bit for bit, and NaN equals NaN."""
+    """The same memory as integers, which compare bit for bit, NaN included."""
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 def assert_same(operation: str, weight: Tensor, scale: Tensor | None, *args) -> None:
-    """Native and reference agree in weights, mask and result, and nothing beside the weight is written."""
+    """Native and reference give the same weights, mask and result. No memory around the weight is written."""
     expected, expected_mask = weight.clone(), empty_mask(weight)
     returned = getattr(reference, operation)(expected, scale, *args, expected_mask)
     padded = torch.full((weight.shape[0] + 2, weight.shape[1] + 3), 7.0, dtype=weight.dtype)

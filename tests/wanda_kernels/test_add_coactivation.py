@@ -46,7 +46,7 @@ def test_adds_the_sum_of_products(backend, device, dtype, activation, power):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_shapes_and_what_lies_beyond_them(backend, device, dtype):
+def test_odd_shapes_and_untouched_surroundings(backend, device, dtype):
     for n_tokens, n_out, n_in in ((1, 1, 1), (33, 64, 65), (5, 129, 3), (70, 200, 140)):
         gate, x = operands(n_tokens, n_out, n_in, dtype)
         around = torch.full((n_out * n_in + 8,), -7.0, device=device)

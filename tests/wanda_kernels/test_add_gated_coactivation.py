@@ -73,7 +73,7 @@ def test_adds_both_sums_of_products(backend, device, dtype, activation):
     torch.testing.assert_close(norm.cpu(), expected_norm, rtol=2e-6, atol=0)
 
 
-def test_odd_shapes_and_what_lies_beyond_them(backend, device):
+def test_odd_shapes_and_untouched_surroundings(backend, device):
     for n_tokens, n_out, n_in in ((1, 1, 1), (33, 64, 65), (5, 129, 3)):
         tensors = operands(n_tokens, n_out, n_in, torch.bfloat16)
         around = torch.full((2 * n_out * n_in + 8,), -7.0, device=device)
@@ -84,7 +84,7 @@ def test_odd_shapes_and_what_lies_beyond_them(backend, device):
 
 
 def test_halves_of_a_fused_projection(backend, device):
-    """gate and up side by side in one tensor of three dimensions, x a slice; the sums one above the other."""
+    """gate and up are halves of one 3D tensor, x is a slice, and the sums are halves of one matrix."""
     both, x = random_weight(24, 80, torch.float16).view(2, 12, 80) * 40, operands(24, 1, 60, torch.float16)[2]
     gate, up = both[:, 1:9].chunk(2, dim=-1)
     x = x.view(2, 12, 60)[:, 1:9, 8:30]
@@ -93,7 +93,7 @@ def test_halves_of_a_fused_projection(backend, device):
     assert_sums(acc.chunk(2), exact(gate, up, x), torch.float16)
 
 
-def test_what_the_caller_has_activated_itself(backend, device):
+def test_operands_that_the_caller_has_activated(backend, device):
     gate, up, x = operands(20, 12, 30, torch.float32)
     value, slope = ACTIVATIONS["silu"](gate.double())
     accs = torch.zeros(2, 12, 30, device=device)
@@ -110,7 +110,7 @@ def test_squares_beyond_fp16(backend, device):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gates_far_out(backend, device, activation):
+def test_gates_far_from_zero(backend, device, activation):
     """The slope is 1 far above zero and 0 far below it."""
     gate = torch.tensor([[-1e15, -1e4, -88.0, 88.0, 1e4, 1e15]])
     accs = torch.zeros(2, 6, 1, device=device)
@@ -120,7 +120,7 @@ def test_gates_far_out(backend, device, activation):
 
 
 def test_zeros(backend, device):
-    """No effect where up is zero, none of a dead input, and none of a ReLU at or below zero."""
+    """Sums are zero where up is zero, for a dead input, and for a ReLU at or below zero."""
     gate, up, x = operands(9, 6, 8, torch.float32)
     up[:, 2], x[:, 5], gate[:, 3], gate[:, 4] = 0, 0, 0, -gate[:, 4].abs()
     accs = torch.zeros(2, 6, 8, device=device)
@@ -158,14 +158,14 @@ def test_every_run_gives_the_same_bits_and_split_tokens_add_up(backend, device):
     [
         (dict(up=torch.ones(5, 4)), r"gate and up must match, got torch.float32 \[5, 3\] and .* \[5, 4\]"),
         (dict(up=torch.ones(5, 3).half()), "gate and up must match, got torch.float32 .* torch.float16"),
-        (dict(x=torch.ones(4, 16)), r"gate and x must match but for features, .* \[4, 16\]"),
+        (dict(x=torch.ones(4, 16)), r"gate and x must have the same tokens and dtype, got .* \[4, 16\]"),
         (dict(acc_up=torch.ones(4, 16)), r"acc_up must be contiguous float32 \[3, 16\], got .* \[4, 16\]"),
         (dict(acc_gate=torch.ones(3, 32)[:, ::2]), r"acc_gate must be contiguous float32 \[3, 16\]"),
         (dict(sq_norm=torch.ones(3)), r"sq_norm must be contiguous float32 \[16\]"),
         (dict(activation="mish"), "unknown activation 'mish': choose None, silu"),
     ],
 )
-def test_what_does_not_fit_is_said(change, sentence):
+def test_refuses_wrong_operands(change, sentence):
     arguments = dict(acc_gate=torch.zeros(3, 16), acc_up=torch.zeros(3, 16), x=torch.ones(5, 16))
     arguments |= dict(gate=torch.ones(5, 3), up=torch.ones(5, 3)) | change
     with pytest.raises(ValueError, match=sentence):

@@ -5,7 +5,7 @@ import wanda_kernels
 from tests.wanda_kernels.cases import DTYPES, random_weight
 
 OPERATION = "add_hessian_"
-# products of the operands as given, in fp32 sums of up to 1,300 terms of both signs: relative to the largest
+# fp32 sums of up to 1,300 exact products of both signs, relative to the largest sum
 TOLERANCE = 1e-6
 
 
@@ -43,7 +43,7 @@ def test_strides_and_leading_dimensions(backend, device, dtype):
 
 
 def test_sixteen_bit_products_are_not_rounded(backend, device):
-    """1 + 2^-7 squared needs 15 bits: bf16 sums would lose them."""
+    """The square of 1 + 2^-7 needs 15 bits, which bf16 sums would lose."""
     x = torch.full((1, 3), 1 + 2**-7, dtype=torch.bfloat16)
     acc = torch.zeros(3, 3, device=device)
     wanda_kernels.add_hessian_(acc, x.to(device), backend=backend)
@@ -75,7 +75,7 @@ def test_an_infinite_activation_shows(backend, device):
     assert (acc[:66, :66] == 4).all()
 
 
-def test_refuses_what_does_not_fit(backend, device):
+def test_refuses_wrong_operands(backend, device):
     x = torch.ones(4, 6, device=device)
     with pytest.raises(ValueError, match=r"contiguous float32 \[6, 6\], got torch.float32 \[6, 5\]"):
         wanda_kernels.add_hessian_(torch.zeros(6, 5, device=device), x, backend=backend)
@@ -84,7 +84,7 @@ def test_refuses_what_does_not_fit(backend, device):
 
 
 def test_more_columns_and_tokens_than_one_block():
-    """The way that auto takes here; interpreted Triton would need a minute."""
+    """With the backend that auto chooses here; interpreted Triton would need a minute."""
     x = random_weight(1300, 600, torch.bfloat16) * 40
     acc = torch.zeros(600, 600)
     wanda_kernels.add_hessian_(acc, x)

@@ -8,7 +8,7 @@ from tests.wanda_kernels.cases import DTYPES, random_weight
 from tests.wanda_kernels.conftest import device_of
 
 OPERATION = "add_sq_norm_"
-# sums of positive fp32 terms in another order: 2^-24 for each addition on the longest way to the total
+# sums of positive fp32 terms in another order: 2^-24 for each addition on the longest path to the total
 RTOL = 2e-6
 SHAPES = (
     (1, 1),

@@ -1,17 +1,16 @@
-"""Causal attention in C++ against softmax in fp64; what it does not take, it refuses."""
+"""Causal attention in C++ against a softmax in fp64, and the operands that it must refuse."""
 
 import pytest
 import torch
 
-from tests.wanda_kernels.native_cases import needs_cpu
+from tests.wanda_kernels.native_cases import ISAS, needs_cpu
 from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as native
 
 pytestmark = needs_cpu
-# the result is rounded to its dtype; bf16 numerators of the softmax are too, as in torch's own kernel
+# The result is rounded to its dtype. In bf16 the softmax's numerators are too, as in torch's own kernel.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-ISAS = () if native.why_not("cpu") else native.cpu_isas()
-SHAPES = [  # batch, heads, shared heads, tokens, head_dim: blocks of 64 or 48 queries, chunks of 512 keys
+# batch, heads, heads of key and value, tokens, head_dim. Blocks have 64 or 48 queries, chunks 512 keys.
+SHAPES = [
     (1, 1, 1, 1, 32),
     (2, 4, 2, 7, 64),
     (1, 3, 1, 64, 96),
@@ -36,7 +35,7 @@ def operands(shape, dtype, size=1.0):
         for n in (heads, shared, shared)
     ]
     if not native_forward.attends(*made):
-        pytest.skip("none: portable, and bf16 with AVX-512 but without AVX-512-BF16 or with AMX")
+        pytest.skip("no kernel: portable, or bf16 with AVX-512 but without AVX-512-BF16 or with AMX")
     return made
 
 
@@ -107,7 +106,7 @@ def test_the_portable_kernels_have_none(monkeypatch):
     query = torch.randn(1, 1, 8, 64)
     monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", "portable")
     assert not native_forward.attends(query, query, query)
-    if "avx2" in native.cpu_isas():
+    if "avx2" in ISAS:
         monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", "avx2")
         assert native_forward.attends(query, query, query)
         assert native_forward.attends(*3 * [query.bfloat16()])

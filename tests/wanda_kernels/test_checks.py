@@ -1,4 +1,4 @@
-"""Every operand is asked where it lies before any of them is touched."""
+"""Operands on a wrong device or with bad values are refused before any operand is changed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import wanda_kernels
 from tests.wanda_kernels.cases import poisoned_mask, random_weight
 from wanda_kernels import Factor
 
-# operation -> its operands by name, the first of which says where it runs; then what is no tensor
+# operation -> the names of its tensors, the first of which decides the device; its other arguments
 OPERATIONS = {
     "add_sq_norm_": (("acc", "x"), {}),
     "add_coactivation_": (("acc", "gate", "x", "sq_norm"), {}),
@@ -61,3 +61,28 @@ def test_an_operand_on_another_device_is_named(operation, name):
         run(operation, tensors)
     for each in set(tensors) - {name}:
         assert torch.equal(tensors[each], before[each])
+
+
+LABELS = ("weight", "scale", "input statistics, as a scale", "not a scale at all")
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # on the CPU by the library, and by torch
+def test_the_call_and_not_the_label_says_what_must_not_be_negative(label, dtype):
+    negative = torch.tensor([[1.0, 2.0, -3.0]], dtype=dtype)
+    wanda_kernels.require_finite({label: negative})
+    assert wanda_kernels.first_not_finite({label: negative}) is None
+    with pytest.raises(ValueError) as refusal:
+        wanda_kernels.require_finite({label: negative}, non_negative={label: negative})
+    assert str(refusal.value) == f"{label} holds -3.0 at [0, 2]"
+    assert wanda_kernels.first_not_finite({}, {label: negative}) == label
+    with pytest.raises(ValueError, match=f"{label} holds inf at .0, 1."):
+        wanda_kernels.require_finite({}, {label: torch.tensor([[1.0, torch.inf]], dtype=dtype)})
+
+
+def test_the_first_bad_tensor_is_named():
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan])
+    assert wanda_kernels.first_not_finite({"a": good, "b": None, "c": bad}, {"d": bad}) == "c"
+    assert wanda_kernels.first_not_finite({"a": good, "b": torch.empty(0)}, {"d": -good}) == "d"
+    assert wanda_kernels.first_not_finite({}) is None
+    wanda_kernels.require_finite({"a": good, "b": None}, {"c": torch.zeros(2)})

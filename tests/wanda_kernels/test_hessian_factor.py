@@ -1,4 +1,4 @@
-"""`factor_hessian` against an fp64 inverse, and on Hessians that nobody should be given."""
+"""`factor_hessian` against an fp64 inverse, and on unusual and broken Hessians."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def damped(hessian: torch.Tensor, dampening: float) -> torch.Tensor:
 
 
 def assert_factors(factor: Factor, hessian: torch.Tensor) -> None:
-    """U as the second Cholesky of the published three gives it, in fp64."""
+    """U in fp64 by the three published steps: Cholesky, inverse, Cholesky."""
     upper = factor.upper
     assert upper.dtype == torch.float32 and upper.is_contiguous() and torch.equal(upper, upper.triu())
     exact = damped(hessian, factor.dampening)
@@ -67,7 +67,7 @@ def test_all_zero_is_all_dead():
 
 @pytest.mark.parametrize("shift, dampening", ((0.05, 0.1), (0.5, 1.0), (5.0, 10.0)))
 def test_dampening_grows_tenfold_until_it_helps(shift, dampening):
-    """Eigenvalues -shift of the mean diagonal, 1 but for that."""
+    """The lowest eigenvalue is -shift times the mean diagonal."""
     hessian = torch.eye(80, device=GPU)
     coupling = 1 + shift
     hessian[0, 1] = hessian[1, 0] = coupling
@@ -97,13 +97,13 @@ def test_one_infinite_activation_is_refused_with_its_place():
 
 
 def test_at_the_end_of_fp32():
-    factor = factor_hessian(torch.eye(4, device=GPU) * 3e38)  # their sum is infinite in fp32
+    factor = factor_hessian(torch.eye(4, device=GPU) * 3e38)  # the diagonal's sum overflows fp32
     assert_factors(factor, torch.eye(4, device=GPU) * 3e38)
-    with pytest.raises(NotPositiveDefiniteError):  # and here the dampened diagonal is
+    with pytest.raises(NotPositiveDefiniteError):  # the dampened diagonal overflows fp32
         factor_hessian(torch.eye(4, device=GPU) * 3.4e38)
 
 
-def test_refuses_what_does_not_fit():
+def test_refuses_wrong_operands():
     for wrong in (torch.zeros(3, 4), torch.zeros(9), torch.zeros(3, 3, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"hessian must be float32 \[in, in\]"):
             factor_hessian(wrong)

@@ -1,4 +1,4 @@
-"""The ways that `add_hessian_` takes on a GPU: which, and what is particular to the Triton matmul."""
+"""The two paths of `add_hessian_` on a GPU: the choice between them, and the Triton matmul's own cases."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_tiles_above_the_diagonal_are_mirrored(dtype):
-    """More than one tile either way, none of them full, and what lies before and after acc."""
+    """Several tiles in both directions, the last ones partial; memory around acc must not change."""
     n_cols = BLOCK_N + BLOCK_M + 5
     x = random_weight(BLOCK_K + 3, n_cols, dtype) * 20
     around = torch.full((n_cols * n_cols + 8,), -7.0, device=GPU)
@@ -56,11 +56,11 @@ def test_few_columns_and_old_chips_have_a_path():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("n_cols", (4096, 4104, 11008))
-def test_both_ways_agree(n_cols, dtype):
+def test_both_paths_agree(n_cols, dtype):
     x = torch.randn(16_384, n_cols, device="cuda").to(dtype)
     sums = torch.zeros(2, n_cols, n_cols, device="cuda")
     add_hessian.add_symmetric_(sums[0], x)
     add_hessian.mirror_(sums[0])
     add_hessian.add_addmm_(sums[1], x)
-    # both cut their sums off: 2^-24 * 1024 of the terms' magnitudes, 16,384 * 2 / pi in the mean
+    # both truncate their sums: 2^-24 * 1024 of the terms' magnitudes, 16,384 * 2 / pi on average
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1.0)

@@ -1,6 +1,6 @@
-"""Every .cu compiles offline and the library links against this torch's headers; no kernel spills.
+"""Every .cu compiles, the library links against this torch's headers, and no kernel spills registers.
 
-Needs nvcc, not a GPU. sm_80 and sm_90 alone, to save minutes; releases add sm_89.
+This needs nvcc but no GPU. It builds for sm_80 and sm_90 only, to save minutes; releases add sm_89.
 """
 
 import os
@@ -14,21 +14,19 @@ import pytest
 
 BUILD = Path(__file__).resolve().parents[2] / "csrc" / "build.py"
 KERNELS = (
-    "Li512EEEvNS_9SelectionEj",  # prune_rows_kernel of up to 512 threads
-    "Li1024EEEvNS_9SelectionEj",  # and of up to 1024
+    "Li512EEEvNS_9SelectionEj",  # prune_rows_kernel with up to 512 threads
+    "Li1024EEEvNS_9SelectionEj",  # prune_rows_kernel with up to 1024 threads
     "prune_long_rows_kernel",
-    "prune_nm_kernel",
-    "prune_any_nm_kernel",
     "order_keys_kernel",
-    "cut_rows_kernel",
+    "find_thresholds_kernel",
     "count_high_kernel",
     "count_low_kernel",
     "prune_at_most_kernel",
     "sum_slab_kernel",
     "add_slabs_kernel",
 )
-MOST_STATIC_BYTES = 9 << 10  # of shared memory: what cuda_on_cpu.h and prune_rows.cu count on
-MOST_REGISTERS = 65_536  # of a multiprocessor
+MOST_STATIC_BYTES = 9 << 10  # shared memory; kMostStaticBytes in device.cuh and cuda_on_cpu.h
+MOST_REGISTERS = 65_536  # registers of a multiprocessor
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 
@@ -68,7 +66,9 @@ def test_library_links(report):
 
 
 def test_library_says_why_a_gpu_cannot_run_it(report):
-    """There is no such GPU; loaded lazily, since a CPU torch lacks a function that the library calls."""
+    """Asks about a GPU that does not exist.
+
+    The library is loaded lazily, since a CPU torch lacks a function that it calls."""
     probe = (
         "import ctypes, os, sys, torch\n"
         "why_not = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY).wanda_cuda_why_not\n"
@@ -99,6 +99,6 @@ def test_rows_leave_room_for_all_threads(report, kernel, threads, sm):
     assert max(registers for registers, *_ in report[1][kernel, sm]) * threads <= MOST_REGISTERS
 
 
-def test_static_shared_memory_is_within_what_is_counted_on(report):
+def test_static_shared_memory_is_within_its_bound(report):
     most = {kernel: max(shared for *_, shared in variants) for kernel, variants in report[1].items()}
     assert 8 << 10 < max(most.values()) <= MOST_STATIC_BYTES, most

@@ -1,6 +1,6 @@
-"""The CUDA kernels' logic without a GPU: csrc/cuda compiled for the CPU, a block's threads as fibers.
+"""The CUDA kernels' logic without a GPU: csrc/cuda is compiled for the CPU, and a block's threads are fibers.
 
-Selections equal the reference bit for bit, whichever order the threads run in.
+Selections equal the reference bit for bit, in whatever order the threads run.
 """
 
 import ctypes
@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ROOMY, CRAMPED = 96 << 10, 70 << 10  # bytes of shared memory: sm_89, and too little for the long rows here
+# Bytes of shared memory: that of sm_89, and too little for the long rows below.
+ROOMY, CRAMPED = 96 << 10, 70 << 10
 COMPILER = os.environ.get("CXX", "c++").split()
 
 pytestmark = pytest.mark.skipif(not shutil.which(COMPILER[0]), reason="no C++ compiler")
@@ -61,13 +62,13 @@ def emulator(tmp_path_factory):
 
 @pytest.fixture(params=["forward", "reverse"])
 def blocks(request, emulator):
-    """The emulated library; threads run first to last, or last to first."""
+    """The emulated library. Threads run first to last, or last to first."""
     emulator.set_up(request.param == "reverse", ctypes.c_int64(ROOMY))
     return emulator
 
 
 def operands(weight, scale=None, mask=None):
-    """Operands, and the root that must outlive them."""
+    """Operands, and the root whose memory they refer to."""
     root = scale.sqrt() if scale is not None and scale.dim() == 1 else None
     matrix = scale if scale is not None and scale.dim() == 2 else None
     root_at, scale_at, mask_at = (each if each is None else each.data_ptr() for each in (root, matrix, mask))
@@ -120,7 +121,7 @@ def test_long_rows(blocks, recipe, shared_bytes):
     assert_same(blocks, "prune_rows_", weight, scale, 8500)
 
 
-# each (vectors a thread) x (threads) of the launcher, and of whole vectors
+# Rows of whole vectors, one for each number of vectors and threads that the launcher chooses.
 @pytest.mark.parametrize("n_cols", [8, 264, 1536, 8448, 12296])
 def test_rows_in_registers(blocks, n_cols):
     for recipe, dtype, scale in (
@@ -139,8 +140,8 @@ def test_rows_in_registers_of_1024_threads(blocks, recipe):
 
 
 @pytest.mark.parametrize("num_pruned", [1, 700, 1400, 2047, 2048])
-def test_a_cut_among_more_ties_than_are_ranked(blocks, num_pruned):
-    """Low, equal and high keys in thirds; and the same with the equal ones a last bit or some apart."""
+def test_a_threshold_among_more_ties_than_are_ranked(blocks, num_pruned):
+    """One row has keys of three values, a third each. In the other the middle keys differ by a few bits."""
     column = torch.arange(2048)
     equal = torch.tensor([2.0**-20, 1.0, 1e4])[column % 3]
     close = torch.where(column % 3 == 1, equal * (1 + column % 300 * 2.0**-23), equal)
@@ -148,32 +149,16 @@ def test_a_cut_among_more_ties_than_are_ranked(blocks, num_pruned):
 
 
 def test_keys_far_below_the_highest(blocks):
-    """The window of the first histogram leaves out more than half the row."""
+    """More than half of the row is below the first histogram's window."""
     weight = torch.logspace(-38, 0, 2048, dtype=torch.float64).float()[torch.randperm(2048)][None]
     for num_pruned in (1, 1000, 1800):
         assert_same(blocks, "prune_rows_", weight, None, num_pruned)
 
 
 def test_rows_that_fit_48_kib_but_for_static_memory(blocks):
-    """Keys of 43 KiB beside 8.4 KiB of static memory: the driver wants to be asked before the launch."""
+    """Keys of 43 KiB and 8.4 KiB of static memory together need cudaFuncSetAttribute before the launch."""
     weight, scale = make("normal", (1, 11_007), torch.bfloat16, "vector")
     assert_same(blocks, "prune_rows_", weight, scale, 5503)
-
-
-@pytest.mark.parametrize("m", range(2, 33))
-def test_every_m(blocks, m):
-    for recipe, dtype, scale in (("ties", torch.bfloat16, "vector"), ("normal", torch.float32, "matrix")):
-        weight, statistic = make(recipe, (2, 35 * m), dtype, scale)
-        for n in {1, m // 2, m - 1}:
-            assert_same(blocks, "prune_nm_", weight, statistic, n, m)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_nm(blocks, recipe, dtype):
-    for n, m in ((2, 4), (3, 5), (16, 32)):
-        weight, statistic = make(recipe, (2, 7 * m), dtype, "vector")
-        assert_same(blocks, "prune_nm_", weight, statistic, n, m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,7 +172,7 @@ def test_matrix(blocks, recipe, dtype):
 
 def test_matrix_flushes_before_counters_overflow(blocks):
     blocks.set_up(False, ctypes.c_int64(ROOMY))
-    weight = torch.ones(513 * 5, 16_385, dtype=torch.bfloat16)[:5]  # one bin, in pieces and remainders
+    weight = torch.ones(513 * 5, 16_385, dtype=torch.bfloat16)[:5]  # one bin, and rows of more than one piece
     assert_same(blocks, "prune_matrix_", weight.contiguous(), None, 5 * 16_385 - 1)
 
 
@@ -211,7 +196,7 @@ def test_variant_of_long_rows(blocks, shared_bytes):
 
 
 def test_variant_of_keys_far_below_the_highest(blocks):
-    """The bins leave out more than half of a row: the first holds all of that."""
+    """More than half of a row is below the bins' window and falls into the first bin."""
     spread = torch.logspace(-38, 0, 700, dtype=torch.float64).float()[torch.randperm(700)]
     weight = torch.stack([spread, torch.where(torch.arange(700) == 3, 1.0, spread * 1e-30)])
     for ratio in (0.1, 0.5, 0.9):

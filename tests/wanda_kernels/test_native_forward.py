@@ -1,31 +1,32 @@
-"""RMSNorm, the gated product, the rotary embedding and products with a weight in C++, against
-formulas in fp64 or torch's own operations; what they do not take, they refuse."""
+"""RMSNorm, the gated product, the rotary embedding and products with a weight in C++.
+
+They are compared with formulas in fp64 or with torch's own operations. Operands that they do not take must be
+refused."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from tests.wanda_kernels.native_cases import needs_cpu
+from tests.wanda_kernels.native_cases import ISAS, needs_cpu
+from wanda_kernels import reference
 from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
 
 pytestmark = needs_cpu
 DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of bf16: two roundings of 2^-9
-SUM_TOLERANCE = 2e-4  # of fp32 sums of a thousand products that cancel
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: two roundings of 2^-9
+SUM_TOLERANCE = 2e-4  # absolute, for fp32 sums of a thousand products that cancel
 SHAPES = ((1, 1), (3, 7), (2, 64), (5, 65), (2, 3, 576))
 
 
-@pytest.fixture(params=native.cpu_isas() if not native.why_not("cpu") else [])
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", request.param)
     return request.param
 
 
 def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
-    """The `kept` largest of every `group` neighbours in a row stay; a rest that fills no group is zero."""
+    """Keep the `kept` largest of every `group` columns. Columns that fill no group become zero."""
     whole = weight.shape[1] // group * group
     groups = weight[:, :whole].reshape(len(weight), -1, group)
     groups.scatter_(2, groups.abs().topk(group - kept, 2, largest=False).indices, 0)
@@ -34,12 +35,12 @@ def pruned(weight: torch.Tensor, kept: int, group: int) -> torch.Tensor:
 
 def require_sparse(x, weight, bias=None):
     if not native_forward.multiplies(x, weight, bias, sparse=True):
-        pytest.skip("with AVX-512 it needs an AMD with BF16 and VBMI2; the portable kernels have none")
+        pytest.skip("no sparse product: portable, or AVX-512 without an AMD processor, BF16 and VBMI2")
 
 
 def require_dense(x, weight, bias=None):
     if not native_forward.multiplies(x, weight, bias, sparse=False):
-        pytest.skip("AVX2 on AMD alone has a dense product")
+        pytest.skip("only AVX2 on AMD has a dense product")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +51,8 @@ def test_rms_norm(isa, shape, dtype):
     found = native_forward.rms_norm(x, norm.weight.data, norm.variance_epsilon)
     wanted = norm(x).detach()
     torch.testing.assert_close(found, wanted, rtol=TOLERANCE[dtype], atol=0)
-    if dtype == torch.bfloat16:  # the last bit of an fp32 sum, not a rounding more or less
+    # fp32 sums may differ in their last bit, which few bf16 results show. A missing rounding shows in many.
+    if dtype == torch.bfloat16:
         assert (found != wanted).float().mean() < 0.1
 
 
@@ -96,7 +98,7 @@ def heads(batch, n_heads, n_tokens, head_dim):
     "shape", [(1, 1, 1, 2), (2, 3, 5, 6), (2, 1, 70, 40), (3, 9, 33, 64), (2, 2, 7, 128)]
 )
 def test_rotary_is_torchs_bit_for_bit(isa, shape, turns, dtype):
-    """With an infinity and a NaN, laid out as projections are and as heads."""
+    """With infinity and NaN; x has the strides of a projection, or is contiguous."""
     batch, _, n_tokens, head_dim = shape
     cos, sin = torch.randn(2, 1 if turns == "shared" else batch, n_tokens, 2 * head_dim).to(dtype)
     width = slice(head_dim, None) if turns == "of a wider tensor" else slice(head_dim)
@@ -116,7 +118,7 @@ def test_rotary_is_torchs_bit_for_bit(isa, shape, turns, dtype):
 def test_rotary_of_another_kind_is_left_alone():
     x, cos = heads(2, 3, 5, 6), torch.randn(1, 5, 6)
     assert native_forward.rotates(x, cos, cos)
-    assert not native_forward.rotates(x, cos[..., :4], cos[..., :4])  # of a part of the head
+    assert not native_forward.rotates(x, cos[..., :4], cos[..., :4])  # rotates part of a head
     assert not native_forward.rotates(x, cos[0], cos[0]) and not native_forward.rotates(x[0], cos, cos)
     assert not native_forward.rotates(x.half(), cos.half(), cos.half())
     assert not native_forward.rotates(x.bfloat16(), cos, cos) and not native_forward.rotates(
@@ -151,7 +153,7 @@ def test_sparse_linear(isa, shape, pattern, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse_linear_of_panels_of_rows(isa, dtype):
-    """More rows than are prepared at once: 16 MiB with AVX2, 4 MiB with AVX-512."""
+    """The weight is larger than what is prepared at once: 16 MiB with AVX2, 4 MiB with AVX-512."""
     x, weight = torch.randn(2, 33, 1024).to(dtype), pruned(torch.randn(2900, 1024), 2, 4).to(dtype)
     require_sparse(x, weight)
     found = native_forward.sparse_linear(x, weight)
@@ -167,7 +169,8 @@ def test_sparse_linear_of_an_unstructured_weight(isa, ratio, dtype):
     require_sparse(x, weight)
     found = native_forward.sparse_linear(x, weight)
     if found is None:
-        assert isa == "avx512" and ratio < 1  # more than half of some 64 bytes
+        # More than half of the elements in some 64 bytes are not zero.
+        assert isa == "avx512" and ratio < 1
         return
     torch.testing.assert_close(
         found.double(), x.double() @ weight.double().t(), rtol=TOLERANCE[dtype], atol=SUM_TOLERANCE
@@ -177,7 +180,7 @@ def test_sparse_linear_of_an_unstructured_weight(isa, ratio, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [40, 136])
 def test_one_weight_too_many_is_left_to_torch(isa, n_rows, dtype):
-    kept = {"avx2": 3, "avx512": 2}.get(isa, 0)  # of 4
+    kept = {"avx2": 3, "avx512": 2}.get(isa, 0)  # out of 4
     x, weight = torch.randn(64, 128).to(dtype), pruned(torch.randn(n_rows, 128), kept, 4).to(dtype)
     require_sparse(x, weight)
     assert native_forward.sparse_linear(x, weight) is not None
@@ -211,7 +214,7 @@ def test_dense_linear(isa, shape, dtype):
 
 
 def test_dense_linear_of_panels_of_rows(isa):
-    """More rows than are prepared at once: 8 MiB."""
+    """The weight is larger than what is prepared at once: 8 MiB."""
     x, weight = torch.randn(2, 33, 1024), torch.randn(2100, 1024)
     require_dense(x, weight)
     wanted = x.double() @ weight.double().t()
@@ -244,7 +247,7 @@ def test_threads_and_batches_change_no_bit_of_a_product(isa, kind, dtype):
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_what_no_product_takes():
+def test_operands_that_no_product_takes():
     x, weight = torch.randn(64, 32), torch.zeros(4, 32)
     refused = (
         (x.half(), weight.half()),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.wanda_kernels.native_cases import (
     DTYPES,
+    ISAS,
     RECIPES,
     SCALES,
     SHAPES,
@@ -15,12 +16,11 @@ from tests.wanda_kernels.native_cases import (
     make,
     needs_cpu,
 )
-from wanda_kernels import operations
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
+from wanda_kernels.operations import selection as operations
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
-ISAS = () if native.why_not("cpu") else native.cpu_isas()
 
 
 @pytest.fixture(params=ISAS)
@@ -42,12 +42,12 @@ def test_rows(isa, recipe, dtype):
 
 @pytest.mark.parametrize("n_cols", [41, 1000])
 def test_rows_unlike_their_neighbours(isa, n_cols):
-    """A search begins where the last row's ended: that must cost time only."""
+    """A search begins at the last row's threshold. A bad start may cost time only."""
     weight = torch.randn(24, n_cols) * torch.logspace(-30, 30, 24)[torch.randperm(24), None]
     weight[3], weight[8] = 0.5, torch.where(torch.rand(n_cols) < 0.7, 0.0, 2.0)
     weight[11, 7], weight[12], weight[13] = 3e38, weight[12].sign(), weight[13].bfloat16()
-    weight[17] = torch.where(torch.rand(n_cols) < 0.5, 1e-38, 1e38)  # a gap, and ties on both sides
-    weight[18] = torch.arange(n_cols).flip(0) * 2.0**-149  # subnormal, each key one above another's
+    weight[17] = torch.where(torch.rand(n_cols) < 0.5, 1e-38, 1e38)  # a gap with ties on both sides
+    weight[18] = torch.arange(n_cols).flip(0) * 2.0**-149  # subnormal, consecutive keys
     for num_pruned in {1, n_cols // 10, n_cols // 2, n_cols - 1}:
         assert_same("prune_rows_", weight, None, num_pruned)
         assert_same("prune_rows_", weight, torch.rand(n_cols), num_pruned)
@@ -102,7 +102,7 @@ def test_nan_sorts_last(isa):
         assert_same("prune_matrix_", weight, scale, rank)
 
 
-def test_threads_cut_rows_anywhere(isa):
+def test_any_number_of_threads_gives_the_same_bits(isa):
     weight, scale = make("ties", (301, 515), torch.bfloat16, "vector")
     for n_threads in (1, 2, 5):
         torch.set_num_threads(n_threads)

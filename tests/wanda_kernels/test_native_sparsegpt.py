@@ -1,14 +1,13 @@
-"""The CPU library's block of SparseGPT equals the reference's bit for bit, on each instruction set here."""
+"""The CPU library's `sparsegpt_block` and `mark_lowest` equal the reference, on each instruction set."""
 
 import pytest
 import torch
 
-from tests.wanda_kernels.native_cases import bits, needs_cpu
+from tests.wanda_kernels.native_cases import ISAS, bits, needs_cpu
 from wanda_kernels.native import ops as native
 from wanda_kernels.reference import sparsegpt_block as reference_sparsegpt
 
 pytestmark = needs_cpu
-ISAS = () if native.why_not("cpu") else native.cpu_isas()
 SELECTORS = ("obs", "wanda", "magnitude")
 
 
@@ -19,7 +18,7 @@ def isa(request, monkeypatch):
 
 
 def make(n_rows: int, width: int, seed: int = 0):
-    """(w, u, pruned, root): views of larger matrices, with ties, zeros, and one column dead."""
+    """(w, u, pruned, root): views of larger matrices, with ties and zeros of both signs."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n_rows, width + 9, generator=generator)[:, 5 : width + 5]
     w[:, ::3] = w[:, ::3].round()
@@ -30,7 +29,7 @@ def make(n_rows: int, width: int, seed: int = 0):
 
 
 def copy(tensor: torch.Tensor) -> torch.Tensor:
-    """With the same strides: the slice of a copy of all that it was cut from."""
+    """A copy with the same strides, cut from a copy of the whole matrix."""
     return tensor._base.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -39,8 +38,8 @@ def assert_same_block(n_rows, width, selector, n, m, seed=0):
     root = root if selector == "wanda" else None
     expected, got = (copy(w), pruned.clone()), (copy(w), pruned.clone())
     errors = torch.full((2, n_rows, width), float("nan"))
-    reference_sparsegpt.prune_and_update_block(expected[0], u, expected[1], selector, root, n, m, errors[0])
-    native.prune_and_update_block(got[0], u, got[1], selector, root, n, m, errors[1])
+    reference_sparsegpt.sparsegpt_block(expected[0], u, expected[1], selector, root, n, m, errors[0])
+    native.sparsegpt_block(got[0], u, got[1], selector, root, n, m, errors[1])
     assert torch.equal(got[1], expected[1])
     assert torch.equal(bits(got[0].contiguous()), bits(expected[0].contiguous()))
     assert torch.equal(bits(errors[0]), bits(errors[1]))
@@ -74,7 +73,7 @@ def test_threshold_of_a_block(isa, selector):
             assert torch.equal(got, expected) and got.sum() > rank
 
 
-def test_threads_cut_rows_anywhere(isa):
+def test_any_number_of_threads_gives_the_same_bits(isa):
     threads = torch.get_num_threads()
     try:
         for n_threads in (1, 2, 5):
@@ -85,7 +84,7 @@ def test_threads_cut_rows_anywhere(isa):
 
 
 def test_scores_that_overflow(isa):
-    """Infinite scores are equal; what is not a number sorts last, and as a threshold prunes nothing."""
+    """Infinite scores are equal. NaN sorts last, and a NaN threshold prunes nothing."""
     w, u, pruned, _ = make(9, 32)
     w[:, ::2] *= 1e30
     w[3] = float("nan")
@@ -108,6 +107,6 @@ def test_memory_is_checked_below_the_face():
         ((w, u, pruned, "obs", None, 2, 4, errors[:3]), "errors must be contiguous with 64 elements"),
     ):
         with pytest.raises(RuntimeError, match=sentence):
-            native.prune_and_update_block(*arguments)
+            native.sparsegpt_block(*arguments)
     with pytest.raises(RuntimeError, match="rank out of range"):
         native.mark_lowest(w, u, pruned, "obs", None, 64)

@@ -1,15 +1,15 @@
-"""The CPU library's statistics against fp64, and its verdict on finiteness."""
+"""The CPU library's statistics against fp64, and its checks for NaN, infinity and zeros."""
 
 import pytest
 import torch
 
 import wanda_kernels
-from tests.wanda_kernels.native_cases import DTYPES, needs_cpu
+from tests.wanda_kernels.native_cases import DTYPES, ISAS, needs_cpu
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.reference import ops as reference
+from wanda_kernels.native.library import cpu_isa, native_op
 
 pytestmark = needs_cpu
-ISAS = () if native.why_not("cpu") else native.cpu_isas()
 SUM_TOLERANCE = 2e-5  # 256 fp32 additions of squares, each off by 2^-24 at most, then fp64
 PRODUCT_TOLERANCE = 2e-5  # fp32 matmul over tokens; the activations are good to 1e-6
 BF16_TOLERANCE = 2**-7  # two operands rounded to 8 bits
@@ -94,9 +94,9 @@ def test_gated_coactivation(isa, activation, dtype):
 
 
 def test_only_the_widest_instruction_set_multiplies_in_bf16(isa):
-    assert "bf16" not in native.squares() or native.cpu_isa() == "avx512"
-    assert not native.products() or native.cpu_isa() == "avx512"
-    assert not native.squares() or native.cpu_isa() != "portable"
+    assert "bf16" not in native.squares() or cpu_isa() == "avx512"
+    assert not native.products() or cpu_isa() == "avx512"
+    assert not native.squares() or cpu_isa() != "portable"
     assert set(native.products()) <= set(native.squares())
 
 
@@ -108,7 +108,7 @@ def require(operands, own):
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 16), (7, 5, 97), (33, 16, 96), (513, 37, 53)])
 def test_product_over_tokens(isa, shape, operands):
-    """Exact but for fp32 sums, on operands that bf16 rounds first, and for any number of threads."""
+    """Only the fp32 sums round (and bf16, its operands). The threads change no bit."""
     require(operands, native.products())
     n_tokens, n_out, n_in = shape
     a, b = torch.randn(n_tokens, 2 * n_out).square(), torch.randn(n_tokens, n_in + 3).square()[:, 1:-2]
@@ -117,13 +117,13 @@ def test_product_over_tokens(isa, shape, operands):
     before = torch.rand(n_out, n_in)
     rounded = (lambda x: x.bfloat16()) if operands == "bf16" else lambda x: x
     expected = before + rounded(a).double().t() @ rounded(b).double()
-    around = torch.full((2, n_out + 2, n_in + 8), -7.0)  # of sums that lie inside a larger matrix
+    around = torch.full((2, n_out + 2, n_in + 8), -7.0)  # acc is a view of a larger matrix
     threads = torch.get_num_threads()
     try:
         for n_threads, matrix in zip((1, 2), around, strict=True):
             torch.set_num_threads(n_threads)
             acc = matrix[1:-1, 4:-4].copy_(before)
-            native._op("native_add_product_")(acc, a, b, operands == "bf16")
+            native_op("native_add_product_")(acc, a, b, operands == "bf16")
             torch.testing.assert_close(acc.double(), expected, rtol=PRODUCT_TOLERANCE, atol=0)
     finally:
         torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def test_product_over_tokens_carries_infinity_and_nan(isa, operands):
     a, b = torch.ones(5, 20), torch.ones(5, 40)
     a[3, 18], b[4, 39] = float("inf"), float("nan")
     acc = torch.zeros(20, 40)
-    native._op("native_add_product_")(acc, a, b, operands == "bf16")
+    native_op("native_add_product_")(acc, a, b, operands == "bf16")
     assert (acc[18, :39] == float("inf")).all() and acc[:, 39].isnan().all()
     assert (acc[:18, :39] == 5).all() and (acc[19, :39] == 5).all()
 
@@ -148,12 +148,12 @@ def test_activations_far_out(isa, activation):
     x = torch.cat([torch.linspace(-90, 90, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])])[None]
     expected = reference.ACTIVATIONS[activation](x.double()).abs()
     got = native._activated(x, activation, 1).double()
-    # Absolute, too: below that the fp64 formulas of GELU cancel, and a term is lost in any sum.
+    # An absolute tolerance too: below it GELU's fp64 formulas cancel, and such terms vanish in every sum.
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_verdict_on_finiteness(isa, dtype):
+def test_finiteness(isa, dtype):
     for shape in ((1, 1), (37, 129), (300, 257)):
         x = torch.randn(shape).to(dtype)
         x[0, 0] = torch.finfo(dtype).max
@@ -182,11 +182,11 @@ def test_zeros_of_both_signs_are_counted(isa, dtype):
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 70, 257])
 def test_mirror(isa, n):
-    """Whatever is below the diagonal; what lies beside a view's columns stays."""
+    """The lower triangle is overwritten. Columns outside of the view stay as they are."""
     whole = torch.randn(n, n + 3, generator=torch.Generator().manual_seed(n))
     expected = whole[:, 2 : n + 2].triu() + whole[:, 2 : n + 2].triu(1).t()
     beside = whole[:, :2].clone(), whole[:, n + 2 :].clone()
-    native._op("native_mirror_")(whole[:, 2 : n + 2])
+    native_op("native_mirror_")(whole[:, 2 : n + 2])
     assert torch.equal(whole[:, 2 : n + 2], expected)
     assert torch.equal(whole[:, :2], beside[0]) and torch.equal(whole[:, n + 2 :], beside[1])
 
@@ -194,7 +194,7 @@ def test_mirror(isa, n):
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 16), (33, 17), (70, 130), (130, 333)])
 def test_square_over_tokens(isa, shape, operands):
-    """On and above the diagonal; any number of threads gives the same bits there."""
+    """Checks the upper triangle, whose bits must not depend on the number of threads."""
     require(operands, native.squares())
     x = torch.randn(shape)
     before, sums = torch.rand(shape[1], shape[1]), []
@@ -204,12 +204,12 @@ def test_square_over_tokens(isa, shape, operands):
         for n_threads in (1, 2, 7):
             torch.set_num_threads(n_threads)
             sums.append(before.clone())
-            native._op("native_add_square_")(sums[-1], x, operands == "bf16")
+            native_op("native_add_square_")(sums[-1], x, operands == "bf16")
     finally:
         torch.set_num_threads(threads)
     x = rounded.double()
     off = (sums[0].double() - (before + x.t() @ x)).abs()
-    # Each token rounds by 2^-24 of the sum at most, up or down: twice what a random walk of them comes to.
+    # Each token rounds by at most 2^-24 of the sum, up or down. The bound is twice such a random walk.
     bound = 2 * len(x) ** 0.5 * 2**-24 * (before + x.abs().t() @ x.abs())
     assert (off.triu() <= bound).all()
     assert torch.equal(sums[0].triu(), sums[1].triu()) and torch.equal(sums[0].triu(), sums[2].triu())
@@ -221,6 +221,6 @@ def test_square_over_tokens_carries_infinity_and_nan(isa, operands):
     x = torch.ones(5, 70)
     x[3, 60], x[4, 69] = float("inf"), float("nan")
     acc = torch.zeros(70, 70)
-    native._op("native_add_square_")(acc, x, operands == "bf16")
+    native_op("native_add_square_")(acc, x, operands == "bf16")
     assert (acc[:61, 60] == float("inf")).all() and acc[:, 69].isnan().all()
     assert (acc[:60, :60].triu() == torch.full((60, 60), 5.0).triu()).all()

@@ -1,4 +1,4 @@
-"""Inside an operation fp32 matmuls are fp32, and outside they are what the caller made them."""
+"""Inside an operation fp32 matmuls have full precision; outside they have the caller's."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from wanda_kernels.dispatch import backends
 
 @pytest.fixture(params=["high", "medium", "of a device"])
 def lower_precision(request):
-    """A way to read what the caller has set, which is not full precision."""
+    """Set less than full precision, and return a function that reads the setting."""
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     if request.param == "of a device":
         cuda.fp32_precision = "tf32"
@@ -24,7 +24,7 @@ def lower_precision(request):
 def test_operations_run_in_full_precision(lower_precision, monkeypatch):
     inside = []
     spy = lambda *operands: inside.append(torch.get_float32_matmul_precision())  # noqa: E731
-    monkeypatch.setattr(backends, "implementation", lambda *cell: spy)
+    monkeypatch.setitem(backends.TABLE, "add_hessian_", dict.fromkeys(backends.BACKENDS, spy))
     before = lower_precision()
     wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4))
     torch.ops.wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4), "auto")

@@ -18,7 +18,7 @@ from tests.wanda_kernels.cases import (
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 OPERATION = "prune_matrix_"
 
@@ -46,7 +46,7 @@ def test_more_than_one_tile(backend, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_slice_it_is_given(backend, device, dtype):
+def test_only_the_given_slice_changes(backend, device, dtype):
     assert_only_view_changes(OPERATION, backend, device, dtype, 50)
 
 
@@ -56,7 +56,7 @@ def test_nonfinite_operands_raise(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_threshold_prunes_nothing(backend, device, dtype):
-    """The finiteness check, which would refuse the weight, may be left out."""
+    """With check_finite=False, which takes weights that the check would refuse."""
     for scale in (None, torch.ones(40)):
         weight = random_weight(3, 40, dtype)
         weight[1] = float("nan")

@@ -18,7 +18,7 @@ from tests.wanda_kernels.cases import (
     random_weight,
 )
 from tests.wanda_kernels.conftest import device_of
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 OPERATION = "prune_rows_"
 
@@ -39,7 +39,7 @@ def test_ties_zeros_subnormals_and_overflow(backend, device, dtype, kind):
     assert_same_selection(OPERATION, backend, device, weight, make_scale(kind, *weight.shape), 31)
 
 
-# one for each row of the Triton table of segments, and two beyond it
+# one for each row of the Triton table of segments, and two longer ones
 LENGTHS = (
     250,
     500,
@@ -76,7 +76,7 @@ def test_long_rows_with_ties(backend, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_slice_it_is_given(backend, device, dtype):
+def test_only_the_given_slice_changes(backend, device, dtype):
     assert_only_view_changes(OPERATION, backend, device, dtype, 17)
 
 
@@ -91,7 +91,7 @@ def test_empty(backend, device):
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_prunes_the_lowest_and_the_leftmost_of_equals(backend, data):
-    """Count, order and ties from their definitions; a second run changes nothing."""
+    """Count, order and ties agree with their definitions; a second run changes nothing."""
     n_cols = data.draw(st.integers(1, 70), "n_cols")
     values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 3.0])
     weight = torch.tensor([data.draw(st.lists(values, min_size=n_cols, max_size=n_cols), "row")])
@@ -105,7 +105,7 @@ def test_prunes_the_lowest_and_the_leftmost_of_equals(backend, data):
         torch.empty(1, -(-n_cols // 8), dtype=torch.uint8, device=device),
     )
     wanda_kernels.prune_rows_(got, scale.to(device), num_pruned, mask=mask, backend=backend)
-    kept = reference.unpack_bits(mask.cpu(), n_cols)[0].tolist()
+    kept = wanda_kernels.unpack_bits(mask.cpu(), n_cols)[0].tolist()
     assert kept.count(False) == num_pruned
     scores = reference.score(weight, scale)[0].tolist()
     order = sorted(range(n_cols), key=lambda j: (scores[j], j))

@@ -45,7 +45,7 @@ def test_more_than_one_block_of_columns(backend, device):
 
 
 def test_settles_early(backend, device):
-    """A matrix whose sparsity is met by an alpha in the middle: later rounds must leave it alone."""
+    """A middle alpha reaches the sparsity: later rounds of the bisection must not change it."""
     weight = torch.linspace(0.1, 1.0, 1000).reshape(1, -1)
     assert_same_selection(OPERATION, backend, device, weight, None, 0.4)
 
@@ -54,7 +54,7 @@ def test_one_column(backend, device):
     assert_same_selection(OPERATION, backend, device, torch.tensor([[0.5], [0.0]]), None, 0.5)
 
 
-def test_only_the_slice_it_is_given(backend, device):
+def test_only_the_given_slice_changes(backend, device):
     assert_only_view_changes(OPERATION, backend, device, torch.bfloat16, 0.5)
 
 

@@ -1,11 +1,11 @@
-"""On a GPU: the linears of real models, each backend against the reference, and beyond 2^31 weights."""
+"""On a GPU: linears of real models, each backend against the reference, and more than 2^31 weights."""
 
 import pytest
 import torch
 
 import wanda_kernels
+from wanda_kernels import reference
 from wanda_kernels.dispatch import backends
-from wanda_kernels.reference import ops as reference
 
 pytestmark = pytest.mark.gpu
 SHAPES = (
@@ -91,7 +91,7 @@ def test_sums_of_a_gated_mlp(dtype, activation):
 
 @pytest.mark.parametrize("power", (1, 2))
 @pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh", "relu", None))
-def test_both_ways_to_the_coactivation_agree(activation, power):
+def test_both_paths_of_the_coactivation_agree(activation, power):
     from wanda_kernels.triton_ops import add_coactivation
 
     x, gate = (torch.randn(4096, n, device="cuda").bfloat16() for n in (2048, 3000))

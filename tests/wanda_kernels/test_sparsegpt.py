@@ -1,4 +1,4 @@
-"""`sparsegpt_` against a straight walk over the columns, and every backend against the reference's bits."""
+"""`sparsegpt_` against a plain loop over the columns, and every backend against the reference's bits."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from wanda_kernels import Factor, factor_hessian, unpack_bits
 
 OPERATION = "sparsegpt_"
 SELECTORS = ("obs", "wanda", "magnitude")
-# kept weights: hundreds of fp32 subtractions, here in another order and by another factor
+# kept weights: hundreds of fp32 subtractions, here in another order and with another factor
 WEIGHT_TOLERANCE = 1e-4
 
 
@@ -22,7 +22,7 @@ def correlated_hessian(width: int, n_tokens: int | None = None, dead: tuple[int,
 
 
 def edge_weight(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ties, zeros of both signs and a row of equal weights among ordinary ones."""
+    """Ties, zeros of both signs and a row of equal weights, among ordinary weights."""
     weight = random_weight(n_rows, width, torch.float32) * 20
     column = torch.arange(width)
     weight[:, column % 5 == 1] = weight[:, column % 5 == 1].round()
@@ -32,7 +32,7 @@ def edge_weight(n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def column_loop(weight, hessian, pattern, selector="obs", scale=None, given=None):
-    """The published algorithm in fp32, a column at a time over the whole width: (weight, pruned)."""
+    """(weight, pruned) by the published algorithm in fp32, one column at a time over the whole width."""
     kept, group = map(int, pattern.split(":")) if isinstance(pattern, str) else (0, 0)
     block_width = 128 // group * group if group else 128
     w, h = weight.clone().float(), hessian.clone()
@@ -118,7 +118,7 @@ def test_the_published_ablations(backend, device, pattern, selector):
     torch.testing.assert_close(got, expected, rtol=WEIGHT_TOLERANCE, atol=WEIGHT_TOLERANCE)
 
 
-def test_a_given_mask_is_kept_to(backend, device):
+def test_a_given_mask_is_pruned_exactly(backend, device):
     hessian, weight = correlated_hessian(150), random_weight(5, 150, torch.float32) * 20
     given = torch.rand(5, 150, generator=torch.Generator().manual_seed(3)) < 0.4
     expected, _ = column_loop(weight, hessian, None, given=given)
@@ -128,7 +128,7 @@ def test_a_given_mask_is_kept_to(backend, device):
     assert_same_bits(backend, device, weight.bfloat16(), factor_hessian(hessian), None, pruned=given)
 
 
-def test_the_ties_of_a_threshold_go_and_of_a_group_the_lower_columns(backend, device):
+def test_a_threshold_prunes_all_ties_and_a_group_the_lower_columns(backend, device):
     factor = Factor(torch.eye(8), torch.zeros(8, dtype=torch.bool), 0.01)
     weight = torch.tensor([[1.0, -1, 1, 1, 2, -2, 2, 2], [3, 3, -3, 3, 1, 1, 1, 1]])
     got, _ = run(backend, device, weight, factor, 0.25)  # sorted position 4 of 16 holds a 1, as do 8
@@ -163,7 +163,7 @@ def test_odd_patterns_bit_for_bit(backend, device, width, pattern):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_slice_it_is_given(backend, device, dtype):
+def test_only_the_given_slice_changes(backend, device, dtype):
     factor = factor_hessian(correlated_hessian(36))
     whole = random_weight(5, 48, dtype)
     expected = whole.clone()
@@ -176,7 +176,7 @@ def test_only_the_slice_it_is_given(backend, device, dtype):
 
 @pytest.mark.parametrize("pattern", (0.5, "2:4", "4:8"))
 def test_less_error_than_the_same_pattern_without_update(backend, device, pattern):
-    """||(W - W') X||^2 over the calibration inputs, against Wanda's choice with no weight moved."""
+    """||(W - W') X||^2 over the calibration inputs, compared with Wanda's choice and no update."""
     hessian, weight = correlated_hessian(160, 800), random_weight(16, 160, torch.float32)
     got, _ = run(backend, device, weight, factor_hessian(hessian), pattern)
     wanda = weight.clone()
@@ -188,7 +188,7 @@ def test_less_error_than_the_same_pattern_without_update(backend, device, patter
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_torchs_default_dtype_is_of_no_account(backend, device):
+def test_torchs_default_dtype_does_not_matter(backend, device):
     hessian, weight = correlated_hessian(24), edge_weight(5, 24, torch.float32)
     expected = run(backend, device, weight, factor_hessian(hessian), "2:4")
     torch.set_default_dtype(torch.bfloat16)
@@ -226,12 +226,15 @@ WRONG = (
         r"float32 \[8, 8\], got .*\[7, 7\]",
     ),
     ({"factor": Factor(torch.eye(8), torch.zeros(7, dtype=torch.bool), 0.01)}, r"bool \[8\], got .*\[7\]"),
-    ({"weight": torch.full((2, 8), float("nan"))}, r"weight holds nan at \[0, 0\]; nothing was pruned"),
+    (
+        {"weight": torch.full((2, 8), float("nan"))},
+        r"weight holds nan at \[0, 0\]; this weight was not changed",
+    ),
 )
 
 
 @pytest.mark.parametrize("wrong, sentence", WRONG)
-def test_refuses_what_does_not_fit(wrong, sentence):
+def test_refuses_wrong_operands(wrong, sentence):
     arguments = {
         "weight": torch.ones(2, 8),
         "factor": Factor(torch.eye(8), torch.zeros(8, dtype=torch.bool), 0.01),

@@ -1,4 +1,4 @@
-"""The Triton block against the reference's, bit for bit: the two functions that `sparsegpt.py` asks for.
+"""Triton's `mark_lowest` and `sparsegpt_block` against the reference's, bit for bit.
 
 Interpreted Triton takes about 3 ms a column of 16 rows, so most blocks here are narrow.
 """
@@ -13,11 +13,11 @@ from wanda_kernels.sparsegpt import SELECTORS
 from wanda_kernels.triton_ops import sparsegpt_block
 
 POISON = -7.0
-SHAPES = ((1, 24), (17, 24), (5, 72))  # rows: one, and one more than the 16 of an interpreted program
+SHAPES = ((1, 24), (17, 24), (5, 72))  # 17 rows are one more than an interpreted program takes
 
 
 def view_of(tensor: torch.Tensor, poison: float) -> torch.Tensor:
-    """A copy on the device whose rows lie apart, as a block's do, with `poison` all around."""
+    """A copy on the device with distance between its rows, as in a block, and `poison` all around."""
     n_rows, n_cols = tensor.shape
     around = torch.full((n_rows + 2, n_cols + 13), poison, device=GPU).to(tensor.dtype)
     around[1:-1, 5:-8] = tensor.to(GPU)
@@ -40,7 +40,7 @@ def weights(n_rows: int, width: int) -> torch.Tensor:
 
 
 def surroundings(view: torch.Tensor) -> torch.Tensor:
-    """All of the view's storage but the view, in order."""
+    """The view's storage without the view, in order."""
     whole = view._base.clone()
     whole[1:-1, 5:-8] = whole[0, 0]
     return whole
@@ -49,11 +49,11 @@ def surroundings(view: torch.Tensor) -> torch.Tensor:
 def assert_same_block(w, u, pruned, selector, root, n, m):
     errors = torch.empty_like(w)
     expected, expected_pruned = w.clone(), pruned.clone()
-    reference_sparsegpt.prune_and_update_block(expected, u, expected_pruned, selector, root, n, m, errors)
+    reference_sparsegpt.sparsegpt_block(expected, u, expected_pruned, selector, root, n, m, errors)
     got, chosen = view_of(w, POISON), view_of(pruned, True)
     got_errors = torch.full(w.shape, float("nan"), device=GPU)
     root = None if root is None else root.to(GPU)
-    sparsegpt_block.prune_and_update_block(got, view_of(u, POISON), chosen, selector, root, n, m, got_errors)
+    sparsegpt_block.sparsegpt_block(got, view_of(u, POISON), chosen, selector, root, n, m, got_errors)
     assert torch.equal(chosen.cpu(), expected_pruned)
     for found, right in ((got, expected), (got_errors, errors)):
         torch.testing.assert_close(bits(found.contiguous()), bits(right), rtol=0, atol=0)
@@ -64,7 +64,7 @@ def assert_same_block(w, u, pruned, selector, root, n, m):
 @pytest.mark.parametrize(
     "n_rows, width, n, m", ((1, 24, 2, 4), (17, 24, 1, 8), (5, 72, 12, 24), (3, 25, 3, 5))
 )
-def test_chooses_groups_as_it_reaches_them(n_rows, width, n, m, selector):
+def test_chooses_each_group_at_its_first_column(n_rows, width, n, m, selector):
     w, pruned = weights(n_rows, width), torch.ones(n_rows, width, dtype=torch.bool)
     root = torch.rand(width, generator=torch.Generator().manual_seed(4)).round(decimals=1)
     assert_same_block(w, upper(width), pruned, selector, root, n, m)
@@ -75,7 +75,7 @@ def test_the_widest_block():
 
 
 @pytest.mark.parametrize("n_rows, width", (*SHAPES, (2, 1), (33, 7)))
-def test_spreads_the_errors_of_a_given_choice(n_rows, width):
+def test_subtracts_the_errors_of_a_given_choice(n_rows, width):
     w = weights(n_rows, width)
     pruned = torch.rand(n_rows, width, generator=torch.Generator().manual_seed(5)) < 0.6
     pruned[0] = True

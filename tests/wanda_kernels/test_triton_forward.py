@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from tests.wanda_kernels.conftest import GPU
-from wanda_kernels.reference import ops as reference
+from wanda_kernels import reference
 
 pytest.importorskip("triton")
 from wanda_kernels import column_squares
@@ -55,7 +55,7 @@ def test_gated_product_of_the_halves_of_a_fused_projection():
 @pytest.mark.parametrize("own_turns", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 5, 6), (2, 1, 7, 80), (1, 40, 3, 128)])
 def test_rotary(shape, own_turns, dtype):
-    """fp32 bit for bit; 16 bits too where a GPU rounds (the interpreter cuts bf16 off)."""
+    """fp32 bit for bit; 16-bit dtypes too on a GPU (the interpreter truncates bf16)."""
     batch, n_heads, n_tokens, head_dim = shape
     cos, sin = draw(2, batch if own_turns else 1, n_tokens, head_dim, dtype=dtype)
     x = draw(batch, n_tokens, n_heads, head_dim, dtype=dtype).transpose(1, 2)
@@ -77,8 +77,8 @@ def test_what_lies_on_a_cpu_or_is_too_long_is_left_alone():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_tokens", [1, 31, 32, 70])
-def test_column_squares_left_with_an_output(n_tokens, dtype):
-    """Of the rounded values, every token once; the output itself is the same as without."""
+def test_column_squares_saved_with_an_output(n_tokens, dtype):
+    """They sum the rounded values, each token once; the output is the same with and without them."""
     x, weight = draw(n_tokens, 300, dtype=dtype), draw(300, dtype=dtype)
     gate, up = draw(n_tokens, 300, dtype=dtype), draw(n_tokens, 300, dtype=dtype)
     calls = [
@@ -87,13 +87,15 @@ def test_column_squares_left_with_an_output(n_tokens, dtype):
     ]
     for call in calls:
         alone = call()
-        with column_squares.squares_left():
+        with column_squares.saving_column_squares():
             found = call()
-        assert torch.equal(found, alone) and column_squares.left_with(alone) is None
+        assert torch.equal(found, alone) and column_squares.saved_column_squares(alone) is None
         wanted = found.double().square().sum(0)
-        torch.testing.assert_close(column_squares.left_with(found).sum(0).double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            column_squares.saved_column_squares(found).sum(0).double(), wanted, rtol=1e-6, atol=0
+        )
         found *= 2
-        assert column_squares.left_with(found) is None  # they are another tensor's by now
+        assert column_squares.saved_column_squares(found) is None  # it was changed since
 
 
 @pytest.mark.gpu
@@ -102,7 +104,7 @@ def test_column_squares_left_with_an_output(n_tokens, dtype):
     ("hidden", "inner", "n_heads"), [(4096, 11008, 32), (8192, 28672, 8), (576, 1536, 9)]
 )
 def test_real_shapes(hidden, inner, n_heads, dtype):
-    """Of Llama-2-7B, Llama-3-70B and SmolLM2: the same bits but for a sum's order and exp's last bit."""
+    """Llama-2-7B, Llama-3-70B and SmolLM2: the same bits except for a sum's order and exp's last bit."""
     x, norm = draw(2, 1024, hidden, dtype=dtype), LlamaRMSNorm(hidden).to("cuda", dtype)
     norm.weight.data.normal_()
     gate, up = draw(2, 1024, inner, dtype=dtype), draw(2, 1024, inner, dtype=dtype)

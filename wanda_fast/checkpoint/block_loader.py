@@ -13,7 +13,7 @@ from wanda_fast.checkpoint.shards import mapped_memory, pinned_memory
 from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.timer import Clock
-from wanda_kernels.native.reused_memory import empty
+from wanda_kernels.forward import empty
 
 
 @dataclass

@@ -29,8 +29,7 @@ from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
 from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.pruning.registry import load_plugin
-from wanda_kernels import doctor as examination
-from wanda_kernels.dispatch.backends import BackendError
+from wanda_kernels import BackendError, diagnose
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,7 +129,7 @@ def verify(
 @app.command()
 def doctor() -> None:
     """Show versions, GPU, CPU instruction sets, libraries, and which backend runs each operation and why."""
-    for table in doctor_tables(examination.report()):
+    for table in doctor_tables(diagnose()):
         console.print(table)
 
 

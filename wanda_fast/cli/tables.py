@@ -84,7 +84,7 @@ def inspection_tables(inspection: Inspection) -> list[Table]:
 
 
 def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
-    """One table per section of `wanda_kernels.doctor.report`."""
+    """One table per section of `wanda_kernels.diagnose`."""
     tables: dict[str, Table] = {}
     for section, name, value in facts:
         tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)

@@ -14,7 +14,7 @@ from wanda_fast.data.text import evaluation_text
 from wanda_fast.errors import CalibrationError, MissingDependencyError
 from wanda_fast.model.block_forward import faster_forward
 from wanda_fast.model.fused_modules import fused_modules
-from wanda_kernels.native.reused_memory import reused_memory
+from wanda_kernels.forward import reused_memory
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # Logits are [tokens, vocabulary]: with a vocabulary of 128 k, 4096 tokens take 2 GiB in fp32.

@@ -4,22 +4,17 @@ The choice of kernels depends on the machine and the dtype, never on timing, so 
 give the same bytes. With `WANDA_KERNELS_BACKEND=torch` everything runs by torch.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wanda_kernels.dispatch.backends import why_not
-from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as native
-from wanda_kernels.native import reused_memory
+from wanda_kernels import forward
 
 # Tokens per product when bf16 is multiplied in fp32, so that the fp32 copies stay small.
 WIDENED_TOKENS = 512
@@ -32,23 +27,7 @@ def faster_forward(device: torch.device):
 
 def replacements() -> dict[Callable, Callable]:
     """torch function -> its replacement on a CPU, which returns None for a call that torch must do."""
-    return _of_this_machine() if _may_replace("cpu") else {}
-
-
-def elementwise_kernels(device: torch.device) -> ModuleType | None:
-    """The module with kernels `rms_norm`, `gated_product` and `rotary` for tensors on `device`, or None."""
-    if device.type == "cpu" and _may_replace("cpu"):
-        return None if native.why_not("cpu") else native_forward
-    if device.type == "cuda" and _may_replace("triton") and not why_not("add_sq_norm_", device, "triton"):
-        # Imported here because triton may not be installed.
-        from wanda_kernels.triton_ops import forward as triton_forward
-
-        return triton_forward
-    return None
-
-
-def _may_replace(backend: str) -> bool:
-    return os.environ.get("WANDA_KERNELS_BACKEND", "") in ("", "auto", backend)
+    return _of_this_machine() if forward.allows("cpu") else {}
 
 
 def described(device: torch.device) -> list[str]:
@@ -56,7 +35,7 @@ def described(device: torch.device) -> list[str]:
 
     They decide the last bits of a forward, so a run is resumed only if they are the same.
     """
-    modules = [] if elementwise_kernels(device) is None else ["gated_product", "rms_norm", "rotary"]
+    modules = [] if forward.elementwise_kernels(device) is None else ["gated_product", "rms_norm", "rotary"]
     functions = replacements() if device.type == "cpu" else {}
     return sorted([*modules, *(function.__name__ for function in functions)])
 
@@ -73,7 +52,7 @@ class _Replacing(TorchFunctionMode):
 
 @cache
 def _of_this_machine() -> dict[Callable, Callable]:
-    attention = {} if native.why_not("cpu") else {F.scaled_dot_product_attention: _causal_attention}
+    attention = {F.scaled_dot_product_attention: _causal_attention} if forward.has_cpu_kernels() else {}
     return {F.linear: _linear} | attention
 
 
@@ -87,9 +66,9 @@ def _causal_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    if attn_mask is not None or not is_causal or dropout_p or not native_forward.attends(query, key, value):
+    if attn_mask is not None or not is_causal or dropout_p or not forward.attends(query, key, value):
         return None
-    return native_forward.causal_attention(query, key, value, scale)
+    return forward.causal_attention(query, key, value, scale)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -102,11 +81,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
     if not alike or wants_gradient or weight.dim() != 2 or not x.numel():
         return None
-    sparse = native_forward.multiplies(x, weight, bias, sparse=True)
-    if sparse and (output := native_forward.sparse_linear(x, weight, bias)) is not None:
+    sparse = forward.multiplies(x, weight, bias, sparse=True)
+    if sparse and (output := forward.sparse_linear(x, weight, bias)) is not None:
         return output
-    if native_forward.multiplies(x, weight, bias, sparse=False):
-        return native_forward.dense_linear(x, weight, bias)
+    if forward.multiplies(x, weight, bias, sparse=False):
+        return forward.dense_linear(x, weight, bias)
     if x.dtype == torch.bfloat16 and not multiplies_bf16():
         return _linear_in_fp32(x, weight, bias)
     if x.dtype == torch.float32 and _onednn_is_faster():
@@ -116,7 +95,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
 
 def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Bit for bit the result of `F.linear`, in reused memory."""
-    output = reused_memory.empty(len(rows), len(weight), dtype=rows.dtype)
+    output = forward.empty(len(rows), len(weight), dtype=rows.dtype)
     if bias is None:
         return torch.mm(rows, weight.t(), out=output)
     return torch.addmm(bias, rows, weight.t(), out=output)
@@ -124,7 +103,7 @@ def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    output = reused_memory.empty(len(rows), len(weight), dtype=x.dtype)
+    output = forward.empty(len(rows), len(weight), dtype=x.dtype)
     weight, bias = _widened(weight), None if bias is None else bias.float()
     for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
         target.copy_(_torchs_linear(_widened(part), weight, bias))
@@ -132,7 +111,7 @@ def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _widened(matrix: Tensor) -> Tensor:
-    return reused_memory.empty(*matrix.shape, dtype=torch.float32).copy_(matrix)
+    return forward.empty(*matrix.shape, dtype=torch.float32).copy_(matrix)
 
 
 @cache

@@ -14,8 +14,8 @@ from types import FunctionType
 from torch import Tensor, nn
 
 from wanda_fast.model.activation_names import kernel_activation
-from wanda_fast.model.block_forward import elementwise_kernels
 from wanda_fast.model.patching import forwards_replaced
+from wanda_kernels.forward import elementwise_kernels
 
 # The name by which attention modules call the rotary embedding.
 ROTARY = "apply_rotary_pos_emb"

@@ -19,7 +19,7 @@ from wanda_fast.pruning.sequential_block import SequentialBlock, Turn, pruned_pa
 from wanda_fast.pruning.sequential_linear import SequentialLinear
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, Progress
-from wanda_kernels.native.reused_memory import reused_memory
+from wanda_kernels.forward import reused_memory
 
 
 class BlockStore(Protocol):

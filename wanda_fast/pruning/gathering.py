@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wanda_fast.model.architecture import Block, Linear
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.statistics import DenseInputs, OutputStatistic, SquaredNorm, Statistic
-from wanda_kernels.column_squares import squares_left
+from wanda_kernels.forward import saving_column_squares
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ class BlockStatistics:
             for module in () if self._computed_ahead(group) else group.reads:
                 handles.append(module.register_forward_hook(partial(self._keep_output, group)))
         try:
-            with squares_left() if self._wants_squares else nullcontext():
+            with saving_column_squares() if self._wants_squares else nullcontext():
                 yield
         finally:
             for handle in handles:

@@ -15,7 +15,6 @@ import wanda_kernels
 from wanda_fast.errors import HessianError, NonFiniteError
 from wanda_fast.model.architecture import Block, Linear
 from wanda_kernels import Factor, NotPositiveDefiniteError
-from wanda_kernels.host_hessian import add_hessian_on_host_
 
 # Rows of a Hessian that one product of the reconstruction error reads.
 STRIPE = 4096
@@ -68,7 +67,7 @@ class Hessian:
         if self.acc.device == x.device:
             wanda_kernels.add_hessian_(self.acc, x)
         else:
-            add_hessian_on_host_(self.acc, x)
+            wanda_kernels.add_hessian_on_host_(self.acc, x)
 
     def make_factor(self, use: HessianUse) -> None:
         """Factor the Hessian, once, and free it unless errors are measured."""
@@ -118,7 +117,7 @@ def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:
     try:
         wanda_kernels.require_finite(diagonals)
     except ValueError as error:
-        raise NonFiniteError(f"block {block.name}: {error}") from error
+        raise NonFiniteError(f"block {block.name}: {error}; this weight was not changed") from error
 
 
 def reconstruction_error(before: Tensor, after: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.methods import Method
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import seconds_between
-from wanda_kernels.dispatch.backends import TABLE, choose
+from wanda_kernels import OPERATIONS, choose_backend
 
 
 @dataclass
@@ -82,7 +82,7 @@ def _report(
 
 def _backend(operation: str, device: str) -> str:
     """The backend that serves an operation of the library; an operation of a user's own is plain torch."""
-    return choose(operation, device) if operation in TABLE else "torch"
+    return choose_backend(operation, device) if operation in OPERATIONS else "torch"
 
 
 def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> dict[str, str]:
@@ -90,7 +90,7 @@ def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> d
     further = {}
     if outcome.energies is not None or outcome.dampening is not None:
         on_host = linear.module.in_features in method.hessians.on_host
-        further[Hessian.operation] = "torch" if on_host else choose(Hessian.operation, device)
+        further[Hessian.operation] = "torch" if on_host else choose_backend(Hessian.operation, device)
     if outcome.dampening is not None:
-        further["sparsegpt_"] = choose("sparsegpt_", device)
+        further["sparsegpt_"] = choose_backend("sparsegpt_", device)
     return further

@@ -102,12 +102,12 @@ def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -
 
 def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
     """One check for the whole block, so that a GPU is waited for once."""
-    operands = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
-    operands |= {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
+    weights = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
+    statistics = {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
     try:
-        wanda_kernels.require_finite(operands)
+        wanda_kernels.require_finite(weights, non_negative=statistics)
     except ValueError as error:
-        raise NonFiniteError(f"block {block.name}: {error}") from error
+        raise NonFiniteError(f"block {block.name}: {error}; this weight was not changed") from error
 
 
 def _require_finite_updates(block: Block, outcomes: dict[str, Outcome]) -> None:

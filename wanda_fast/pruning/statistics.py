@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import wanda_kernels
 from wanda_fast.model.architecture import GatedMLP, Linear
-from wanda_kernels import column_squares
+from wanda_kernels.forward import saved_column_squares
 
 
 class Statistic:
@@ -22,7 +22,7 @@ class Statistic:
     Attributes:
         acc: fp32 `[in]` or `[out, in]`, on the weight's device: what `Method.score` receives.
         operation: the name under which the report lists it.
-        reads_column_squares: `add` uses column sums of squares that a forward's kernel may have left.
+        reads_column_squares: `add` uses column sums of squares that a forward's kernel may have saved.
     """
 
     operation = "statistic"
@@ -72,11 +72,11 @@ class SquaredNorm(Statistic):
         self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
     def add(self, x: Tensor) -> None:
-        left = column_squares.left_with(x)
-        if left is None:
+        saved = saved_column_squares(x)
+        if saved is None:
             wanda_kernels.add_sq_norm_(self.acc, x)
         else:
-            self.acc += left.sum(0)
+            self.acc += saved.sum(0)
 
 
 class DenseInputs:

@@ -10,7 +10,7 @@ from wanda_fast.errors import OutOfMemoryError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.pruning.hessian import HessianUse
-from wanda_kernels.host_hessian import band_bytes
+from wanda_kernels import host_hessian_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
 
 def visiting_bytes(use: HessianUse | None) -> int:
     """Bytes on the device for Hessians on the host: one of them is summed at a time, in bands."""
-    return max((band_bytes(width) for width in use.on_host), default=0) if use is not None else 0
+    return max((host_hessian_bytes(width) for width in use.on_host), default=0) if use is not None else 0
 
 
 def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:

@@ -1,90 +1,150 @@
-"""The one table that says which backend serves which operation.
+"""The table that says which function serves an operation on which backend, and the choice among them.
 
-A backend is `torch` (the reference), `triton`, `cuda` (CUDA C++) or `cpu` (C++). `auto` takes the first of
-the device's order that has the operation and can run here; `WANDA_KERNELS_BACKEND` replaces it.
+A backend is `cpu` (C++), `cuda` (CUDA C++), `triton`, or `torch`, the reference. `WANDA_KERNELS_BACKEND`
+replaces "auto" as the default of every call.
 """
 
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from wanda_kernels import reference
+from wanda_kernels.native import library
 from wanda_kernels.native import ops as native
 
-ORDER = {
-    "cuda": ("triton", "cuda", "torch"),
-    "cpu": ("cpu", "torch"),
-}
-# selections: two to four times as fast, but for the longest rows; sums: as fast, and launched in a third of
-# the time
-CUDA_FIRST = ("prune_rows_", "prune_matrix_", "add_sq_norm_")
+BACKENDS = ("torch", "triton", "cuda", "cpu")
+DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # torch serves every device
+TRITON_AT_LEAST = (8, 0)  # compute capability: what the Triton kernels are compiled and measured for
 
-# operation -> backend -> "module:function" of this package
-TABLE = {
+# Triton is imported at the first call that needs it: it may be absent, it takes time, and it reads
+# TRITON_INTERPRET when it is imported.
+
+
+def _triton_add_sq_norm_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.add_sq_norm import add_sq_norm_
+
+    add_sq_norm_(*operands)
+
+
+def _triton_add_coactivation_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.add_coactivation import add_coactivation_
+
+    add_coactivation_(*operands)
+
+
+def _triton_add_gated_coactivation_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.add_gated_coactivation import add_gated_coactivation_
+
+    add_gated_coactivation_(*operands)
+
+
+def _triton_add_hessian_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.add_hessian import add_hessian_
+
+    add_hessian_(*operands)
+
+
+def _triton_prune_rows_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.prune_rows import prune_rows_
+
+    prune_rows_(*operands)
+
+
+def _triton_prune_nm_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.prune_nm import prune_nm_
+
+    prune_nm_(*operands)
+
+
+def _triton_prune_matrix_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.prune_matrix import prune_matrix_
+
+    prune_matrix_(*operands)
+
+
+def _triton_sparsegpt_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.sparsegpt_block import sparsegpt_
+
+    sparsegpt_(*operands)
+
+
+# operation -> backend -> function. "auto" takes the first backend of a row that serves the operands' device
+# and can run here. On GPUs the order is by measurement: the CUDA selections take half to a quarter of
+# Triton's time except for the longest rows; the CUDA sum of squares is as fast as Triton's and is launched in
+# a third of the time.
+TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "add_sq_norm_": {
-        "torch": "reference.ops:add_sq_norm_",
-        "triton": "triton_ops.add_sq_norm:add_sq_norm_",
-        "cuda": "native.ops:add_sq_norm_",
-        "cpu": "native.ops:add_sq_norm_",
+        "cpu": native.add_sq_norm_,
+        "cuda": native.add_sq_norm_,
+        "triton": _triton_add_sq_norm_,
+        "torch": reference.add_sq_norm_,
     },
     "add_coactivation_": {
-        "torch": "reference.ops:add_coactivation_",
-        "triton": "triton_ops.add_coactivation:add_coactivation_",
-        "cpu": "native.ops:add_coactivation_",
+        "cpu": native.add_coactivation_,
+        "triton": _triton_add_coactivation_,
+        "torch": reference.add_coactivation_,
     },
     "add_hessian_": {
-        "torch": "reference.ops:add_hessian_",
-        "triton": "triton_ops.add_hessian:add_hessian_",
-        "cpu": "native.ops:add_hessian_",
+        "cpu": native.add_hessian_,
+        "triton": _triton_add_hessian_,
+        "torch": reference.add_hessian_,
     },
     "add_gated_coactivation_": {
-        "torch": "reference.ops:add_gated_coactivation_",
-        "triton": "triton_ops.add_gated_coactivation:add_gated_coactivation_",
-        "cpu": "native.ops:add_gated_coactivation_",
+        "cpu": native.add_gated_coactivation_,
+        "triton": _triton_add_gated_coactivation_,
+        "torch": reference.add_gated_coactivation_,
     },
     "prune_rows_": {
-        "torch": "reference.ops:prune_rows_",
-        "triton": "triton_ops.prune_rows:prune_rows_",
-        "cuda": "native.ops:prune_rows_",
-        "cpu": "native.ops:prune_rows_",
+        "cpu": native.prune_rows_,
+        "cuda": native.prune_rows_,
+        "triton": _triton_prune_rows_,
+        "torch": reference.prune_rows_,
     },
     "prune_nm_": {
-        "torch": "reference.ops:prune_nm_",
-        "triton": "triton_ops.prune_nm:prune_nm_",
-        "cuda": "native.ops:prune_nm_",
-        "cpu": "native.ops:prune_nm_",
+        "cpu": native.prune_nm_,
+        "triton": _triton_prune_nm_,
+        "torch": reference.prune_nm_,
     },
     "prune_matrix_": {
-        "torch": "reference.ops:prune_matrix_",
-        "triton": "triton_ops.prune_matrix:prune_matrix_",
-        "cuda": "native.ops:prune_matrix_",
-        "cpu": "native.ops:prune_matrix_",
+        "cpu": native.prune_matrix_,
+        "cuda": native.prune_matrix_,
+        "triton": _triton_prune_matrix_,
+        "torch": reference.prune_matrix_,
     },
     "prune_variant_": {
-        "torch": "reference.ops:prune_variant_",
-        "cuda": "native.ops:prune_variant_",
-        "cpu": "native.ops:prune_variant_",
+        "cpu": native.prune_variant_,
+        "cuda": native.prune_variant_,
+        "torch": reference.prune_variant_,
     },
     "sparsegpt_": {
-        "torch": "reference.sparsegpt_block:sparsegpt_",
-        "triton": "triton_ops.sparsegpt_block:sparsegpt_",
-        "cpu": "native.ops:sparsegpt_",
+        "cpu": native.sparsegpt_,
+        "triton": _triton_sparsegpt_,
+        "torch": reference.sparsegpt_,
     },
 }
-
-BACKENDS = ("torch", "triton", "cuda", "cpu")
-TRITON_AT_LEAST = (8, 0)  # compute capability: what the Triton kernels are compiled and measured for
+OPERATIONS = tuple(TABLE)
 
 
 class BackendError(ValueError):
-    """A backend was asked for by name that does not have the operation, or cannot run here."""
+    """The named backend does not exist, lacks the operation, or cannot run on this machine."""
 
 
-def choose(operation: str, device: torch.device | str, backend: str = "auto") -> str:
-    """Name of the backend that serves `operation` for tensors of `device`; "cuda" is the current GPU."""
+def choose_backend(operation: str, device: torch.device | str, backend: str = "auto") -> str:
+    """The name of the backend that serves an operation.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        device: where the operands are; "cuda" is the current GPU.
+        backend: "auto", or the one backend that must serve. "auto" is `WANDA_KERNELS_BACKEND` if that is set,
+            else the first backend of the operation's row in the table that can serve.
+
+    Returns: "cpu", "cuda", "triton" or "torch".
+    Raises: `BackendError`, which says why the named backend cannot serve.
+    """
     if backend == "auto":
         backend = os.environ.get("WANDA_KERNELS_BACKEND") or "auto"
     if backend == "auto":
@@ -103,20 +163,18 @@ def _first_available(operation: str, device: torch.device | str) -> str:
 
 
 def order(operation: str, device: torch.device | str) -> tuple[str, ...]:
-    """The backends in the order in which `auto` asks them."""
+    """The backends that "auto" tries, in turn. It never interprets Triton kernels on a CPU."""
     kind = torch.device(device).type
-    if kind == "cuda" and operation in CUDA_FIRST:
-        return ("cuda", *(each for each in ORDER[kind] if each != "cuda"))
-    return ORDER.get(kind, ("torch",))
+    return tuple(each for each in TABLE[operation] if DEVICE_OF.get(each, kind) == kind)
 
 
 @cache
 def why_not(operation: str, device: torch.device | str, backend: str) -> str:
-    """Why `backend` cannot serve `operation` on `device`; empty where it can."""
+    """Why `backend` cannot serve `operation` on `device`; empty if it can."""
     if backend not in TABLE[operation]:
         return "it has no such operation"
     device = torch.device(device)
-    if backend in native.LIBRARIES:
+    if backend in library.LIBRARIES:
         return _why_not_native(device, backend)
     if backend == "triton":
         return _why_not_triton(device)
@@ -126,10 +184,10 @@ def why_not(operation: str, device: torch.device | str, backend: str) -> str:
 def _why_not_native(device: torch.device, backend: str) -> str:
     if device.type != backend:
         return f"it serves {backend} tensors"
-    reason = native.why_not(backend)
+    reason = library.why_not(backend)
     if reason or backend != "cuda":
         return reason
-    return native.why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return library.why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _why_not_triton(device: torch.device) -> str:
@@ -142,10 +200,3 @@ def _why_not_triton(device: torch.device) -> str:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton compiles for GPUs; with TRITON_INTERPRET=1 it interprets, slowly, on the CPU"
     return ""
-
-
-@cache
-def implementation(operation: str, backend: str) -> Callable:
-    """The function behind a cell of the table."""
-    module, function = TABLE[operation][backend].split(":")
-    return getattr(import_module(f"wanda_kernels.{module}"), function)

@@ -1,4 +1,4 @@
-"""The checks that every operation makes before it touches anything, and their sentences."""
+"""The checks that every operation makes before it changes an operand, and their error sentences."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,14 @@ from torch import Tensor
 
 from wanda_kernels.native import ops as native
 from wanda_kernels.native.ops import DTYPES
-from wanda_kernels.reference.ops import ACTIVATIONS
+from wanda_kernels.reference.activations import ACTIVATIONS
+
+
+def require_selection(weight: Tensor, scale: Tensor | None, mask: Tensor | None) -> None:
+    """The operands that every selection takes."""
+    require_weight(weight)
+    require_scale(scale, weight)
+    require_mask(mask, weight)
 
 
 def require_weight(weight: Tensor) -> None:
@@ -40,7 +47,7 @@ def require_mask(mask: Tensor | None, weight: Tensor) -> None:
 
 
 def require_same_device(name: str, tensor: Tensor | None, first: Tensor) -> None:
-    """Every operand lies where the first one does, which is where the operation runs."""
+    """The operation runs on the device of its first operand; every other operand must be there too."""
     if tensor is not None and tensor.device != first.device:
         raise ValueError(f"{name} is on {tensor.device}, the first operand on {first.device}")
 
@@ -66,6 +73,11 @@ def require_activation(activation: str | None) -> None:
 def require_count(num_pruned: int, in_features: int) -> None:
     if not 0 <= num_pruned <= in_features:
         raise ValueError(f"num_pruned must be from 0 to in_features = {in_features}, got {num_pruned}")
+
+
+def require_rank(rank: int, numel: int) -> None:
+    if numel and not 0 <= rank < numel:
+        raise ValueError(f"rank must be from 0 to {numel - 1} for {numel} weights, got {rank}")
 
 
 def require_nm(n: int, m: int, in_features: int) -> None:
@@ -95,33 +107,83 @@ def require_pruned(pruned: Tensor, weight: Tensor) -> None:
     require_same_device("pruned", pruned, weight)
 
 
-def require_finite(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raise `ValueError` at the first tensor that holds NaN or infinity, or, in a `scale`, a negative number.
+def require_finite_operands(weight: Tensor, scale: Tensor | None) -> None:
+    try:
+        require_finite({"weight": weight}, non_negative={"scale": scale})
+    except ValueError as error:
+        raise ValueError(f"{error}; this weight was not changed") from None
+
+
+def require_finite(
+    tensors: Mapping[str, Tensor | None], non_negative: Mapping[str, Tensor | None] | None = None
+) -> None:
+    """Raise `ValueError` at the first tensor that holds a value which no operation accepts.
 
     Args:
-        tensors: operands by the name the sentence shall use; None is passed over. A name that ends in "scale"
-            must hold no negative number. All are judged on their device and waited for once.
+        tensors: must be finite. The keys are labels: the error sentence names the tensor by its label, and a
+            label has no other effect. None is skipped. Any shape and floating dtype, on one device; the
+            device computes all verdicts and the host waits for it once.
+        non_negative: the same for tensors that must be finite and not negative, such as scales.
+
+    Raises: `ValueError` with the label, the value and its position, for the first bad tensor in the order of
+        `tensors`, then `non_negative`.
     """
-    name = first_not_finite(tensors)
-    if name is None:
+    found = _first_bad(tensors, non_negative or {})
+    if found is None:
         return
-    tensor = tensors[name]
-    where = ~tensor.isfinite() | (tensor < 0) if name.endswith("scale") else ~tensor.isfinite()
-    position = tuple(where.nonzero()[0].tolist())
-    raise ValueError(f"{name} holds {tensor[position].item()} at {list(position)}; nothing was pruned")
+    name, tensor, not_negative = found
+    bad = ~tensor.isfinite()
+    if not_negative:
+        bad |= tensor < 0
+    position = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(f"{name} holds {tensor[position].item()} at {list(position)}")
 
 
-def first_not_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
-    """The name of the first tensor that `require_finite` would refuse; None where all are good."""
-    named = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
-    bad = torch.stack([_is_bad(name, tensor) for name, tensor in named.items()]) if named else None
-    return list(named)[int(bad.int().argmax())] if named and bad.any() else None
+def first_not_finite(
+    tensors: Mapping[str, Tensor | None], non_negative: Mapping[str, Tensor | None] | None = None
+) -> str | None:
+    """The label of the first tensor that `require_finite` would refuse.
+
+    Args:
+        tensors, non_negative: as in `require_finite`.
+
+    Returns: the label; None if every tensor is accepted.
+    """
+    found = _first_bad(tensors, non_negative or {})
+    return found and found[0]
 
 
-def _is_bad(name: str, tensor: Tensor) -> Tensor:
-    non_negative = name.endswith("scale")
+def _first_bad(
+    tensors: Mapping[str, Tensor | None], non_negative: Mapping[str, Tensor | None]
+) -> tuple[str, Tensor, bool] | None:
+    """(label, tensor, whether it must not be negative) of the first bad tensor."""
+    every = [(name, tensor, False) for name, tensor in tensors.items()]
+    every += [(name, tensor, True) for name, tensor in non_negative.items()]
+    every = [each for each in every if each[1] is not None and each[1].numel()]
+    if not every:
+        return None
+    bad = torch.stack([_is_bad(tensor, not_negative) for _, tensor, not_negative in every])
+    return every[int(bad.int().argmax())] if bad.any() else None
+
+
+def _is_bad(tensor: Tensor, non_negative: bool) -> Tensor:
     if native.reads(tensor):
         return torch.tensor(not native.all_finite(tensor, non_negative))
-    lowest, highest = torch.aminmax(tensor)  # one read, no temporary; NaN and infinities come through
+    # one read and no temporary; NaN and infinities come through
+    lowest, highest = torch.aminmax(tensor)
     bad = ~(lowest.isfinite() & highest.isfinite())
     return bad | (lowest < 0) if non_negative else bad
+
+
+def count_zeros(tensor: Tensor) -> Tensor:
+    """Count the elements that are +0.0 or -0.0.
+
+    Args:
+        tensor: any shape and dtype, on any device; it is read once.
+
+    Returns: int64 `[]` on the tensor's device; the host does not wait for a GPU.
+    """
+    if native.reads(tensor):
+        return torch.tensor(native.count_zeros(tensor))
+    # a sum of bools would copy them as int64
+    return tensor.numel() - tensor.count_nonzero()

@@ -1,4 +1,4 @@
-"""fp32 products in fp32, whatever the caller allows torch for its own: TF32 keeps 11 bits, bf16 keeps 8."""
+"""Full fp32 precision for an operation's matmuls, even if the caller allows TF32 (11 bits) or bf16 (8)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with torch's fp32 matmul precision at "highest" inside; the caller's returns after it."""
+    """Run the function with torch's fp32 matmul precision at "highest", then restore the caller's."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -25,7 +25,7 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _precision() -> str | None:
-    """What the caller has set; None: device by device, which torch's one word for all cannot tell."""
+    """The caller's setting; None if devices have different ones, which torch reports by an error."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -1,12 +1,13 @@
-"""The operations as `torch.ops.wanda_kernels.*`: opaque to `torch.compile`, cheap to call.
+"""The operations as `torch.ops.wanda_kernels.*`, which `torch.compile` does not look into.
 
-`Library.define` and `impl` cost 3 microseconds a call where `torch.library.custom_op` costs 27. Each
-operation is one schema that says what it writes, a fake that writes nothing, and one implementation for
-every device, which asks the backend table. A FRAGMENT, so that the C++ libraries can define their own
-operations beside these.
+Each operation has a schema that marks the operands it writes, a fake that writes nothing, and one
+implementation for every device, which chooses the backend. `Library.define` and `impl` cost 3 microseconds a
+call; `torch.library.custom_op` costs 27. The library is a FRAGMENT, so that the C++ libraries can define
+their own operations under the same name.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,22 +33,25 @@ SCHEMAS = {
 
 
 @in_full_precision
-def _run(operation: str, tensor: Tensor, *args):
-    if torch.is_grad_enabled():  # asked first: to enter no_grad costs some microseconds
+def _run(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
+    # tested first: entering no_grad costs some microseconds
+    if torch.is_grad_enabled():
         with torch.no_grad():
             return _run(operation, tensor, *args)
     *operands, backend = args
     device = tensor.device
-    run = backends.implementation(operation, backends.choose(operation, device, backend))
+    run = backends.TABLE[operation][backends.choose_backend(operation, device, backend)]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
+        # Triton launches on the current device
+        with torch.cuda.device(device):
             return run(tensor, *operands)
     return run(tensor, *operands)
 
 
-def _fake(operation: str, tensor: Tensor, *args):
+def _fake(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
     if operation == "prune_variant_":
         return torch.empty((), dtype=torch.float64, device=tensor.device)
+    return None
 
 
 library = torch.library.Library("wanda_kernels", "FRAGMENT")
@@ -56,13 +60,14 @@ for _name, _schema in SCHEMAS.items():
     library.impl(_name, partial(_run, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"wanda_kernels::{_name}", partial(_fake, _name), lib=library)
 
-OPERATIONS = {_name: getattr(torch.ops.wanda_kernels, _name).default for _name in SCHEMAS}
+REGISTERED = {_name: getattr(torch.ops.wanda_kernels, _name).default for _name in SCHEMAS}
 
 
-def call(operation: str, *args):
-    """The operation on its operands and backend: by the registered op where a graph is traced, else at once.
+def call(operation: str, *args: Any) -> Tensor | None:
+    """Run an operation on its operands; the last argument is the backend.
 
-    The way through the dispatcher and back into Python costs another 3 microseconds.
+    `torch.compile` traces the registered op. Every other call skips torch's dispatcher, which would cost
+    another 3 microseconds.
     """
     traced = torch.compiler.is_compiling()
-    return OPERATIONS[operation](*args) if traced else _run(operation, *args)
+    return REGISTERED[operation](*args) if traced else _run(operation, *args)

@@ -1,8 +1,8 @@
-"""Memory for what a forward on a CPU puts out, taken again once nobody holds the tensor that lay in it.
+"""Reuses memory for the outputs of a forward on a CPU: a region is free again when its last tensor is gone.
 
-A fresh page costs a microsecond or two to be mapped and cleared, which is more than an elementwise operation
-does on it. A region here is mapped once, in pages of 2 MiB where the system grants them, and goes back to the
-system when the last of the tensors in it and the context are gone.
+Mapping and clearing a fresh page takes a microsecond or two, longer than an elementwise operation on it. A
+region is mapped once, in pages of 2 MiB if the system grants them. It is unmapped when both the context and
+the last tensor in it are gone.
 """
 
 import math
@@ -15,14 +15,14 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-LEAST_BYTES = 1 << 20  # of a tensor: smaller ones are the allocator's
+LEAST_BYTES = 1 << 20  # smaller tensors come from torch's allocator
 HUGE_PAGE = 2 << 20
 CPU = torch.device("cpu")
 
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Inside, in this context (a thread has its own), `empty` takes memory again."""
+    """Inside, `empty` reuses memory. This holds for the current context; every thread has its own."""
     token = _regions.set(_Regions())
     try:
         yield
@@ -31,7 +31,7 @@ def reused_memory() -> Iterator[None]:
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-    """`torch.empty(shape, dtype=dtype, device=device)`; on another device than the CPU it is torch's own."""
+    """`torch.empty(shape, dtype=dtype, device=device)`, in reused memory on the CPU in `reused_memory()`."""
     regions, n_bytes = _regions.get(), math.prod(shape) * dtype.itemsize
     if regions is None or n_bytes < LEAST_BYTES or device != CPU:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -43,8 +43,10 @@ class _Regions:
         self.idle: list[mmap.mmap] = []
 
     def take(self, n_bytes: int) -> memoryview:
-        """At least `n_bytes`, and less than twice as many in pages; idle again when the view is gone, which
-        torch keeps as long as the storage of a tensor in it."""
+        """A view of an idle region, or of a new one, of at least `n_bytes` and less than twice as many pages.
+
+        torch holds the view as long as a tensor uses it. The region then becomes idle again.
+        """
         n_bytes = -(-n_bytes // HUGE_PAGE) * HUGE_PAGE
         fitting = [region for region in self.idle if n_bytes <= len(region) < 2 * n_bytes]
         region = min(fitting, key=len, default=None)
@@ -64,7 +66,8 @@ def _mapped(n_bytes: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"can't allocate memory: {n_bytes} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel that was built without such pages
+        # The system's kernel may be built without large pages.
+        with suppress(OSError):
             region.madvise(mmap.MADV_HUGEPAGE)
     return region
 

@@ -1,1 +1,33 @@
-"""Every operation in plain torch: defines what is right."""
+"""Every operation in plain torch, vectorised, on any device. It defines the right result.
+
+The other backends give the same masks bit for bit. Sums over tokens may differ in their last bits.
+"""
+
+from wanda_kernels.reference.activations import ACTIVATIONS, GATE_EFFECTS
+from wanda_kernels.reference.add_coactivation import add_coactivation_
+from wanda_kernels.reference.add_gated_coactivation import add_gated_coactivation_
+from wanda_kernels.reference.add_hessian import add_hessian_
+from wanda_kernels.reference.add_sq_norm import add_sq_norm_
+from wanda_kernels.reference.prune_matrix import prune_matrix_
+from wanda_kernels.reference.prune_nm import prune_nm_
+from wanda_kernels.reference.prune_rows import prune_rows_
+from wanda_kernels.reference.prune_variant import fraction_bits, prune_variant_
+from wanda_kernels.reference.scores import score, zero_
+from wanda_kernels.reference.sparsegpt_block import sparsegpt_
+
+__all__ = [
+    "ACTIVATIONS",
+    "GATE_EFFECTS",
+    "add_coactivation_",
+    "add_gated_coactivation_",
+    "add_hessian_",
+    "add_sq_norm_",
+    "fraction_bits",
+    "prune_matrix_",
+    "prune_nm_",
+    "prune_rows_",
+    "prune_variant_",
+    "score",
+    "sparsegpt_",
+    "zero_",
+]

@@ -2,10 +2,10 @@
 
 gate [tokens, out], x [tokens, in], acc fp32 [out, in]. 2 * tokens * out * in FLOP on tensor cores: the roof
 is the matmul rate from about 2,000 tokens a call; acc is read and written once a call, 8 bytes an element.
-Two paths. "addmm": an elementwise pass writes both operands in 16 bits (and sums x^2 on the way, so x is
-read once), then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as
-it loads. Operands are rounded to the input's dtype; squares to bf16, since fp16 overflows at 256^2. All
-terms are positive, so a sum's relative error stays below an operand pair's: 2^-7 in bf16, 2^-10 in fp16.
+Two paths. "addmm": an elementwise pass writes both operands in 16 bits and sums x^2, so that x is read once;
+then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as it loads.
+Operands are rounded to the input's dtype, squares to bf16, because fp16 overflows at 256^2. All terms are
+positive, so a sum's relative error stays below an operand pair's: 2^-7 in bf16, 2^-10 in fp16.
 Source: Wanda-CoNNect; the squares are this project's `gated` method.
 """
 
@@ -18,11 +18,21 @@ from torch import Tensor
 
 from wanda_kernels.fp32_sums import add_product_, addmm_adds_to_fp32
 from wanda_kernels.native.ops import as_rows
-from wanda_kernels.triton_ops import coactivation_paths
 from wanda_kernels.triton_ops.add_sq_norm import add_sq_norm_, add_total_, slabs
 
-# the interpreter keeps bf16 as integers and would multiply those in tl.dot, so there operands stay fp32
+# the interpreter stores bf16 as integers and tl.dot would multiply those: interpreted operands stay fp32
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# compute capability at least, out * in features at least, path; the first row that fits. Measured for sm_90,
+# estimated for sm_80: see benchmarks/LOG.md
+PATHS = (
+    # wgmma waits for operands that pass through registers: elementwise first, then cuBLAS
+    ((9, 0), 0, "addmm"),
+    # mma.sync takes operands from registers, so abs and silu are free
+    ((8, 0), 108 * 128 * 256, "fused"),
+    # fewer tiles than an A100 has multiprocessors: cuBLAS splits the tokens
+    ((8, 0), 0, "addmm"),
+)
 
 
 @triton.jit
@@ -91,7 +101,7 @@ def _coactivation_kernel(
     ACTIVATION: tl.constexpr, POWER: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # neighbouring programs share GROUP_M bands of gate columns, which then come from L2
+    # neighbouring programs share GROUP_M bands of gate columns, so these come from L2
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(n_out, BLOCK_M), tl.cdiv(n_in, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
@@ -118,7 +128,7 @@ def _coactivation_kernel(
         gate_ptr += BLOCK_K * tl.cast(stride_gt, tl.int64)
         x_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
-    # half a tile at a time: to load all of acc beside the tile spills 256 bytes a thread
+    # half a tile at a time: loading all of acc beside the tile would spill 256 bytes a thread
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N // 2]
     offs_m, offs_n = first_m + offs_m, first_n + tl.arange(0, BLOCK_N // 2)
@@ -131,7 +141,7 @@ def _block_sizes(n_out: int, n_in: int, activation: str | None) -> tuple[int, in
     if n_out * n_in < 108 * 128 * 256:
         return 64, 64, 32, 4, 4  # small layers: more tiles than multiprocessors
     if activation == "gelu":
-        return 128, 128, 32, 8, 4  # erf wants registers: 104 bytes of stack in the next one
+        return 128, 128, 32, 8, 4  # erf needs registers: the next tile would spill 104 bytes
     return 128, 256, 32, 8, 3  # 128 fp32 sums a thread; the most FLOP a byte of shared memory
 
 
@@ -159,7 +169,7 @@ def add_addmm_(
 
 
 def operand(x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None) -> Tensor:
-    """abs(act(x))^power as a matmul's operand; sq_norm, where given, gets the column sums of x^2."""
+    """abs(act(x))^power as a matmul's operand; the column sums of x^2 are added to sq_norm if given."""
     n_tokens, n_cols = x.shape
     n_slabs, slab_tokens = slabs(n_tokens)
     y = torch.empty(n_tokens, n_cols, dtype=_operand_dtype(x.dtype, power), device=x.device)
@@ -183,12 +193,20 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
+def path(capability: tuple[int, int], out_features: int, in_features: int) -> str:
+    """Either "fused" or "addmm", by the first row of PATHS that fits; "fused" if none does."""
+    for least_capability, least_elements, name in PATHS:
+        if capability >= least_capability and out_features * in_features >= least_elements:
+            return name
+    return "fused"
+
+
 def _path(acc: Tensor, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "addmm"
     if not addmm_adds_to_fp32(acc.device.type):
         return "fused"
-    return coactivation_paths.path(torch.cuda.get_device_capability(acc.device), *acc.shape)
+    return path(torch.cuda.get_device_capability(acc.device), *acc.shape)
 
 
 def add_coactivation_(

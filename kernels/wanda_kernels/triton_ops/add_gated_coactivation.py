@@ -1,14 +1,14 @@
-"""Co-activations of a gated MLP, h = act(gate) * up, that say what a weight does to h, to first order.
+"""Co-activations of a gated MLP, h = act(gate) * up: how much each weight changes h, to first order, squared.
 
 acc_gate[i, j] += sum_t (up[t, i] * act'(gate[t, i]))^2 * x[t, j]^2
 acc_up[i, j]   += sum_t act(gate[t, i])^2 * x[t, j]^2
 
 gate, up [tokens, out], x [tokens, in], both sums fp32 [out, in]. 4 * tokens * out * in FLOP on tensor cores:
 the roof is the matmul rate from about 2,000 tokens a call. One elementwise pass reads gate, up and x once and
-writes three operands (12 bytes for each pair of gate and up in 16 bits, 4 for each x) and the partial sums of
-x^2; two matmuls that share the squares of x follow: cuBLAS, or Triton where torch cannot add to fp32.
-Squares are rounded to bf16 whatever the 16-bit input: fp16 overflows at 256^2. All terms are positive, so a
-sum's relative error stays below an operand pair's, 2^-7.
+writes three operands and the partial sums of x^2: 12 bytes read and written for each pair of gate and up in
+16 bits, 4 for each x. Two matmuls that share the squares of x follow, by cuBLAS, or by Triton where torch
+cannot add to fp32. Squares are rounded to bf16 for either 16-bit input, because fp16 overflows at 256^2. All
+terms are positive, so a sum's relative error stays below an operand pair's, 2^-7.
 Source: this project's `gated` method, derived in docs/gated.md.
 """
 
@@ -94,7 +94,7 @@ def _gated_operands_kernel(
 def operands(
     gate: Tensor, up: Tensor, x: Tensor, activation: str | None, sq_norm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(up * act'(gate))^2, act(gate)^2 and x^2 as operands; sq_norm gets the column sums of x^2."""
+    """(up * act'(gate))^2, act(gate)^2 and x^2 as operands; the column sums of x^2 are added to sq_norm."""
     (n_tokens, n_out), n_in = gate.shape, x.shape[1]
     n_slabs, slab_tokens = slabs(n_tokens)
     dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
@@ -103,7 +103,7 @@ def operands(
     partial = x_squared
     if sq_norm is not None:
         partial = torch.empty(n_slabs, n_in, dtype=torch.float32, device=x.device)
-    # 16 x 128 on 4 warps: two 16-byte loads a thread of gate and two of up; at 32 fp16 spills
+    # 16 x 128 on 4 warps: two 16-byte loads of gate and two of up a thread; 32 x 128 would spill for fp16
     _gated_operands_kernel[(triton.cdiv(n_out, 128) + triton.cdiv(n_in, 128), n_slabs)](
         gate, gate.stride(0), up, up.stride(0), x, x.stride(0), of_gate, of_up, x_squared, partial,
         n_tokens, n_out, n_in, slab_tokens,

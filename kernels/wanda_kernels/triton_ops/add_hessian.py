@@ -1,12 +1,12 @@
 """Hessian of a linear's squared output error: acc[i, j] += sum over tokens of x[t, i] * x[t, j].
 
 x [n_tokens, n_cols], acc fp32 [n_cols, n_cols], symmetric. n_tokens * n_cols^2 FLOP on tensor cores, half of
-what a matmul takes that does not know its result to be symmetric; the roof is the matmul rate. acc is read
-and written once in every 16,384 tokens, 8 bytes an element, and mirrored once a call, 4 more. Products of
-16-bit values are exact in fp32.
+a general matmul's, because the result is symmetric; the roof is the matmul rate. acc is read and written once
+in every 16,384 tokens, 8 bytes an element, and mirrored once a call, 4 bytes more. Products of 16-bit values
+are exact in fp32.
 Two paths. "symmetric": a Triton matmul of the tiles that reach above the diagonal. "addmm": cuBLAS adds the
-whole product to acc; the only path for fp32, in full precision. In both, what stands above the diagonal is
-then copied below it. Each element is added to once in 16,384 tokens: the same bits on every run.
+whole product to acc; the only path for fp32, in full precision. Both then copy the upper triangle to the
+lower one. Each element is added to once in 16,384 tokens: the same bits on every run.
 Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
 """
 
@@ -23,9 +23,11 @@ from wanda_kernels.triton_ops.add_coactivation import INTERPRETED, add_tile
 # at some 95 % (sm_80) or 70 % (sm_90; measured: 87 %) of cuBLAS's rate, in whole waves
 PATHS = (
     ((9, 0), 8192, "symmetric"),
-    ((9, 0), 0, "addmm"),  # 4096: 3 waves of 272 tiles on 132 multiprocessors, against 4 faster ones of 512
+    # at 4096 features, 272 tiles take 3 waves on 132 multiprocessors; cuBLAS's 512 tiles take 4 faster ones
+    ((9, 0), 0, "addmm"),
     ((8, 0), 2048, "symmetric"),
-    ((8, 0), 0, "addmm"),  # fewer tiles than an A100 has multiprocessors: cuBLAS splits the tokens
+    # fewer tiles than an A100 has multiprocessors: cuBLAS splits the tokens
+    ((8, 0), 0, "addmm"),
 )
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # 128 fp32 sums a thread; the most FLOP a byte of shared memory
 
@@ -38,7 +40,7 @@ def _hessian_kernel(
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # neighbouring programs share GROUP_M bands of x, which then come from L2
+    # neighbouring programs share GROUP_M bands of x, so these come from L2
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(n_cols, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
@@ -66,7 +68,7 @@ def _hessian_kernel(
         left_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
         right_ptr += BLOCK_K * tl.cast(stride_xt, tl.int64)
 
-    # half a tile at a time: to load all of acc beside the tile takes more registers than there are
+    # half a tile at a time: loading all of acc beside the tile would take more registers than there are
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     left_half, right_half = tl.split(halves)  # [BLOCK_M, BLOCK_N // 2]
     offs_m, offs_n = first_m + offs_m, first_n + tl.arange(0, BLOCK_N // 2)
@@ -90,7 +92,7 @@ def _mirror_kernel(
 
 
 def add_symmetric_(acc: Tensor, x: Tensor) -> None:
-    """The Triton matmul; x 16-bit [tokens, features]. Adds to what is above the diagonal."""
+    """The Triton matmul; x 16-bit [tokens, features]. Adds to the tiles that reach above the diagonal."""
     n_tokens, n_cols = x.shape
     _hessian_kernel[(triton.cdiv(n_cols, BLOCK_M) * triton.cdiv(n_cols, BLOCK_N),)](
         acc, acc.stride(0), x, x.stride(0), n_tokens, n_cols,
@@ -105,7 +107,7 @@ def add_addmm_(acc: Tensor, x: Tensor) -> None:
 
 
 def mirror_(acc: Tensor) -> None:
-    """Copies what is above the diagonal below it."""
+    """Copy the upper triangle to the lower one."""
     tiles = triton.cdiv(len(acc), 64)
     _mirror_kernel[(tiles, tiles)](acc, acc.stride(0), len(acc), BLOCK=64, num_warps=4)
 
@@ -119,7 +121,7 @@ def _path(acc: Tensor, dtype: torch.dtype) -> str:
 
 
 def path(capability: tuple[int, int], in_features: int) -> str:
-    """Either "symmetric" or "addmm", by the first row of the table that fits; "symmetric" where none does."""
+    """Either "symmetric" or "addmm", by the first row of PATHS that fits; "symmetric" if none does."""
     for least_capability, least_features, name in PATHS:
         if capability >= least_capability and in_features >= least_features:
             return name

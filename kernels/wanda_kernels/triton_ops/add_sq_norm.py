@@ -1,10 +1,10 @@
 """Column sums of squares: acc[j] += sum over tokens of x[t, j]^2.
 
 x [n_tokens, n_cols], acc fp32 [n_cols]. Reads x once (2 bytes a 16-bit value) and writes partial sums, 4
-bytes a column and slab of tokens; the roof is read bandwidth. One launch: the last program of a column tile
-to finish, by a ticket, adds its slabs up in a fixed order. Slabs are cut by shape alone: the same bits on
-every run and every GPU. Error: about 2^-24 * (4 + log2 of the tokens) relative,
-since all terms are positive.
+bytes for each column and slab of tokens; the roof is read bandwidth. One launch: a ticket finds the last
+program of a column tile to finish, which adds the slabs in a fixed order. The shape alone decides the slabs:
+the same bits on every run and every GPU. Relative error: about 2^-24 * (4 + log2 of the tokens), since all
+terms are positive.
 Source: Wanda, arXiv 2306.11695, section 3.
 """
 
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from wanda_kernels.native.ops import as_rows
 
-TOKENS_PER_SLAB, MOST_SLABS = (
-    128,
-    256,
-)  # enough programs at 2048 tokens; partial sums stay small beyond 32,768
+# enough programs at 2048 tokens; partial sums stay small beyond 32,768 tokens
+TOKENS_PER_SLAB, MOST_SLABS = 128, 256
 
 
 @triton.jit(do_not_specialize=["n_slabs"])
@@ -37,7 +35,8 @@ def _sq_norm_kernel(
     inside = cols < n_cols
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(slab * (BLOCK_M * LOADS), n_tokens, n_slabs * (BLOCK_M * LOADS)):
-        tiles = ()  # all under way before the first is used
+        # all loads are issued before the first is used
+        tiles = ()
         for i in tl.static_range(LOADS):
             tokens = start + i * BLOCK_M + tl.arange(0, BLOCK_M)
             x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xm + cols[None, :]
@@ -47,7 +46,8 @@ def _sq_norm_kernel(
             sums += x * x  # [BLOCK_M, BLOCK_N]
     tl.store(partial_ptr + slab.to(tl.int64) * n_cols + cols, tl.sum(sums, axis=0), mask=inside)
 
-    tl.debug_barrier()  # every thread has written its sums before one draws the ticket
+    # every thread must have written its sums before one draws the ticket
+    tl.debug_barrier()
     if tl.atomic_add(tickets_ptr + tl.program_id(0), 1, sem="acq_rel") == n_slabs - 1:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, n_slabs, BLOCK_M):
@@ -79,7 +79,7 @@ def _sq_norm_total_kernel(
 
 
 def slabs(n_tokens: int) -> tuple[int, int]:
-    """(slabs, tokens in each) that a sum over n_tokens is cut into: by shape alone, so that bits repeat."""
+    """(number of slabs, tokens in each) of a sum over n_tokens: by shape alone, so that bits repeat."""
     slab_tokens = TOKENS_PER_SLAB * triton.cdiv(n_tokens, TOKENS_PER_SLAB * MOST_SLABS)
     return triton.cdiv(n_tokens, slab_tokens), slab_tokens
 
@@ -91,20 +91,20 @@ def add_total_(acc: Tensor, partial: Tensor) -> None:
     _sq_norm_total_kernel[grid](acc, partial, n_slabs, n_cols, BLOCK_M=32, BLOCK_N=64, num_warps=4)
 
 
-# 32 x 128 on 4 warps: four 16-byte loads a thread, two lots of them under way; the best of a sweep on an H100
+# 32 x 128 on 4 warps: four 16-byte loads a thread, for two tiles at once; the best of a sweep on an H100
 TILE = {"BLOCK_M": 32, "BLOCK_N": 128, "LOADS": 2, "num_warps": 4}
-PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors, all of them under way at once
+PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors, all resident at once
 
 
 def _n_slabs(n_tokens: int, n_cols: int) -> int:
-    """By shape alone. A slab takes every n_slabs-th lot of tokens, so that none has much more."""
+    """By shape alone. A slab takes every n_slabs-th group of tokens, so that all have about as many."""
     most = min(max(PROGRAMS // triton.cdiv(n_cols, TILE["BLOCK_N"]), 1), MOST_SLABS)
     return min(triton.cdiv(n_tokens, TILE["BLOCK_M"] * TILE["LOADS"]), most)
 
 
 @cache
 def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
-    """Zeros that every launch leaves zero; launches of one stream run one after the other."""
+    """Zeros, which every launch resets to zero; launches of one stream run one after the other."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
@@ -112,7 +112,8 @@ def _tickets_for(x: Tensor, n_tiles: int) -> Tensor:
     if not x.is_cuda:
         return torch.zeros(n_tiles, dtype=torch.int32, device=x.device)
     size = triton.next_power_of_2(max(n_tiles, 256))
-    if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream
+    # a CUDA graph may be replayed on any stream
+    if torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=x.device)
     return _tickets(x.device, torch.cuda.current_stream(x.device).cuda_stream, size)
 

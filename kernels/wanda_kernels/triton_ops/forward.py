@@ -1,16 +1,17 @@
 """A block's forward on a GPU: norm, gated product and rotary embedding in one read and one write each.
 
-What torch's own operations give, but for the order of a norm's sum and the last bits of exp: results are
-rounded to the operands' dtype wherever torch's separate operations round. The roof is copy bandwidth:
+The results are those of torch's own operations, except for the order of a norm's sum and the last bits of
+exp: they are rounded to the operands' dtype wherever torch's separate operations round. The roof is copy
+bandwidth:
 
 - `rms_norm`: x read and written, 4 bytes a 16-bit value; a program holds a whole row.
 - `gated_product`: gate and up read, one written, 6 bytes a value.
 - `rotary`: x read and written, 4 bytes a value; cosines and sines come from L2.
 
-Where `column_squares` are wanted, the first two leave those of their output on the way: fixed slabs of rows,
-so the same bits on every run.
+Inside `saving_column_squares()` the first two also save the column sums of squares of their output, by fixed
+slabs of rows, so the bits are the same on every run.
 
-Source: Llama's code in Hugging Face's library, which writes them as 6, 2 and 5 passes.
+Source: Llama's code in Hugging Face's transformers, where they take 6, 2 and 5 passes.
 """
 
 import torch
@@ -23,8 +24,8 @@ from wanda_kernels.native.forward import turns
 from wanda_kernels.native.ops import DTYPES, as_rows
 from wanda_kernels.triton_ops.add_coactivation import activate
 
-MOST_COLUMNS = 16384  # of a norm: a program's registers
-SLAB = 32  # rows that a program sums the squares of: partial sums are a thirtieth of what is written
+MOST_COLUMNS = 16384  # of a norm's row, which a program holds in registers
+SLAB = 32  # rows whose squares a program sums: the partial sums are small beside the output
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def _rotary_kernel(
 
 
 def takes_rows(*tensors: Tensor) -> bool:
-    """Whether `rms_norm` and `gated_product` take these: of one dtype, on one GPU."""
+    """Whether `rms_norm` and `gated_product` take these: one dtype, one GPU, at most 16,384 columns."""
     first = tensors[0]
     alike = all(each.dtype == first.dtype and each.device == first.device for each in tensors)
     small = all(each.numel() for each in tensors) and first.shape[-1] <= MOST_COLUMNS
@@ -118,8 +119,16 @@ def takes_rows(*tensors: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * (x / sqrt(mean of x^2 over features + epsilon)) of `[..., features]`, computed in fp32; the
-    quotient is rounded to x's dtype before it meets the weight, as in Llama."""
+    """weight * (x / sqrt(mean of x^2 over features + epsilon)), in fp32.
+
+    The quotient is rounded to x's dtype before it is multiplied by the weight, as in Llama.
+
+    Args:
+        x: `[..., features]`, such that `takes_rows(x, weight)`.
+        weight: `[features]`.
+        epsilon: added to the mean.
+    Returns: x's shape and dtype, contiguous.
+    """
     rows = as_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n_rows, n_cols = rows.shape
@@ -133,8 +142,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor | None = None) -> Tensor:
-    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first. out: gate or up themselves, or
-    another contiguous tensor like them."""
+    """act(gate) * up, elementwise; act(gate) is rounded to their dtype first.
+
+    Args:
+        gate, up: `[..., features]`, such that `takes_rows(gate, up)`.
+        activation: "silu", "gelu", "gelu_tanh", "relu" or None.
+        out: gate, up, or another contiguous tensor of their shape and dtype, for the result; None for a new
+            one.
+    Returns: out.
+    """
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     into, gate_rows, up_rows = as_rows(out), as_rows(gate), as_rows(up)
     n_rows, n_cols = gate_rows.shape
@@ -149,16 +165,16 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None, out: Tensor 
 
 
 def _sums_of(out: Tensor, n_rows: int) -> tuple[int, Tensor]:
-    """(rows that a program sums up, where sums go); (0, any tensor) where nobody wants them."""
+    """(rows that a program sums, tensor for the sums); (0, any tensor) if no sums are wanted."""
     if not column_squares.are_wanted():
         return 0, out
     partial = torch.empty(triton.cdiv(n_rows, SLAB), out.shape[-1], dtype=torch.float32, device=out.device)
-    column_squares.leave(out, partial)
+    column_squares.save(out, partial)
     return SLAB, partial
 
 
 def rotates(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotary` takes these: of one dtype, on one GPU, of an even head_dim."""
+    """Whether `rotary` takes these tensors: one dtype, one GPU, an even head_dim."""
     return turns(x, cos, sin) and takes_rows(x, cos, sin)
 
 
@@ -166,9 +182,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + (-x's upper half, x's lower half) sin, rounded as torch's separate operations round.
 
     Args:
-        x: `[batch, heads, tokens, head_dim]`, such that `rotates`.
+        x: `[batch, heads, tokens, head_dim]`, such that `rotates(x, cos, sin)`.
         cos, sin: `[batch or 1, tokens, head_dim]`.
-    Returns: the like, a view of contiguous `[batch, tokens, heads, head_dim]`.
+    Returns: x's shape and dtype, a view of contiguous `[batch, tokens, heads, head_dim]`.
     """
     batch, heads, tokens, head_dim = x.shape
     out = torch.empty(batch, tokens, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)

@@ -1,13 +1,14 @@
-"""Which of a group's columns are kept, of m that a thread or several hold in registers.
+"""Which n of a group's m columns are kept, with the keys in registers; ties prune the lower column first.
 
-In one thread by comparing every pair, or from 8 columns on by sorting halves; across threads the m - n lowest
-(or n highest) are taken one by one, as 64-bit minima of (key, column). Of equal keys the lower column goes.
+If one thread holds the group, it compares every pair, or sorts the halves of a group of 8 columns and more.
+If the group is spread over threads, the m - n lowest (or n highest) are extracted one by one, as 64-bit
+minima of (key, column).
 """
 
 import triton
 import triton.language as tl
 
-SORT_FROM = tl.constexpr(8)  # columns of a group: comparing every pair takes fewer operations below
+SORT_FROM = tl.constexpr(8)  # columns of a group; for fewer, comparing every pair takes fewer operations
 
 
 @triton.jit
@@ -42,13 +43,14 @@ def join_columns(c, SIZE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _kept_by_rank(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
-    """Which of a group's columns `c`, a tuple of keys, are kept."""
-    in_order = ()  # for each pair (i, j), i < j: whether i goes before j; of equals the lower column does
+    """Which columns of a group are kept; `c` is the tuple of their keys."""
+    # for each pair (i, j), i < j: whether i is pruned before j; of equal keys it is
+    in_order = ()
     for j in tl.static_range(GROUP):
         for i in tl.static_range(j):
             in_order += (c[i] <= c[j],)
     kept = ()
-    if GROUP == 4 and N_PRUNED == 2:  # two of three go before it
+    if GROUP == 4 and N_PRUNED == 2:  # kept if two of the other three are pruned before it
         p01, p02, p12, p03, p13, p23 = (
             in_order[0], in_order[1], in_order[2], in_order[3], in_order[4], in_order[5]
         )  # fmt: skip
@@ -60,7 +62,7 @@ def _kept_by_rank(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
         )
     else:
         for j in tl.static_range(GROUP):
-            rank = tl.zeros_like(c[0])  # how many of the group go before column j
+            rank = tl.zeros_like(c[0])  # number of columns pruned before column j
             for i in tl.static_range(GROUP):
                 if i < j:
                     rank += in_order[j * (j - 1) // 2 + i].to(tl.int32)
@@ -85,7 +87,7 @@ def columns_from(c, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr
 
 @triton.jit
 def _merged(a, b, SIZE: tl.constexpr):
-    """Two ascending tuples of SIZE as one: Batcher's odd-even merge."""
+    """Merge two ascending tuples of SIZE: Batcher's odd-even merge."""
     if SIZE == 1:
         merged = (tl.minimum(a[0], b[0]), tl.maximum(a[0], b[0]))
     else:
@@ -112,7 +114,7 @@ def _sorted(c, SIZE: tl.constexpr):
 
 @triton.jit
 def _nth_lowest(c, N: tl.constexpr, GROUP: tl.constexpr):
-    """The N-th lowest, from 1, of a tuple: the best split into i of one half and N - i of the other."""
+    """The N-th lowest of a tuple, N from 1: the best split into i of one half and N - i of the other."""
     HALF: tl.constexpr = GROUP // 2
     a, b = _sorted(columns_from(c, 0, 1, HALF), HALF), _sorted(columns_from(c, HALF, 1, HALF), HALF)
     nth = tl.full(c[0].shape, 0x7FFFFFFF, tl.int32)
@@ -129,9 +131,9 @@ def _nth_lowest(c, N: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _kept_by_sorting(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
-    """As _kept_by_rank: 12 operations a weight for groups of 32, where comparing every pair takes 46."""
+    """As _kept_by_rank, in 12 operations a weight for groups of 32; comparing every pair takes 46."""
     nth = _nth_lowest(c, N_PRUNED, GROUP)
-    left = tl.full(nth.shape, N_PRUNED, tl.int32)  # of those equal to nth, how many go
+    left = tl.full(nth.shape, N_PRUNED, tl.int32)  # how many of the keys equal to nth are pruned
     equal = -left
     for j in tl.static_range(GROUP):
         left -= (c[j] < nth).to(tl.int32)
@@ -139,7 +141,8 @@ def _kept_by_sorting(c, N_PRUNED: tl.constexpr, GROUP: tl.constexpr):
     kept = ()
     for j in tl.static_range(GROUP):
         kept += (c[j] > nth,)
-    if tl.max(equal, axis=0) > 0:  # somewhere more are equal than may go: rare unless weights repeat
+    # some group has more keys equal to nth than it may prune: rare unless weights repeat
+    if tl.max(equal, axis=0) > 0:
         exact = ()
         for j in tl.static_range(GROUP):
             exact += ((c[j] > nth) | ((c[j] == nth) & (left <= 0)),)
@@ -162,7 +165,8 @@ def kept_by_extraction(
     keys, N_PRUNED: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr
 ):
     column = tl.arange(0, GROUP)[None, :]
-    place = tl.reshape(keys, (SIZE // GROUP, GROUP)).to(tl.int64) << 6 | column  # distinct within a group
+    # (key, column) in 64 bits, distinct within a group
+    place = tl.reshape(keys, (SIZE // GROUP, GROUP)).to(tl.int64) << 6 | column
     if N_PRUNED <= M // 2:
         kept = place >= 0
         for _ in tl.static_range(N_PRUNED):

@@ -1,10 +1,10 @@
-"""Zero every score at most the one at sorted position `rank` of the whole matrix; ties go too.
+"""Zero every score at most the one at sorted position `rank` of the whole matrix; all ties are pruned.
 
-W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. The order statistic is found digit by
-digit from exact histograms of the keys, then one pass writes: a 16-bit magnitude has 15 bits, two digits,
-so 8 bytes a weight against 6 for a histogram of all 32,768 values, which needs more shared memory than
-Triton hands out; 31-bit keys take three digits. The roof is copy bandwidth. Counts are integers and the
-rank stays on the device: the same bits on every run, and nothing waits for the host.
+W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Exact histograms of the keys give the
+threshold digit by digit, then one pass writes. A 16-bit magnitude has 15 bits, two digits: 8 bytes a weight.
+One histogram of all 32,768 values would read and write 6 bytes a weight, but needs more shared memory than
+Triton can use. 31-bit keys take three digits. The roof is copy bandwidth. Counts are integers and the rank
+stays on the device: the same bits on every run, and nothing waits for the host.
 Source: radix select; the magnitude baseline of Wanda's published code.
 """
 
@@ -91,16 +91,16 @@ def _prune_up_to_kernel(
         tl.store(mask_ptrs, pack_mask(kept & inside, BLOCK), mask=offs < tl.cdiv(n_cols, 8))
 
 
-# bits of a key -> digits from the highest down; 256 bins are 8 counters a lane of a warp, 2048 are 64
+# bits of a key -> bits of its digits, highest first; 256 bins are 8 counters a lane of a warp, 2048 are 64
 DIGITS = {15: (8, 7), 31: (10, 10, 11)}
 MOST_PROGRAMS = 1056  # 8 for each of an H200's 132 multiprocessors; each adds its counts to the total once
-TILE = 2048  # weights that a program counts at a time: of one row, or 128 of each of 16 short ones
+TILE = 2048  # weights that a program counts at a time: 2048 of one row, or 128 of each of 16 short rows
 
 
 def ranked_key(weight: Tensor, scale: Tensor, stride_sm: int, kind: int, rank: int) -> Tensor:
-    """The key at sorted position `rank` of all of `weight`'s, int64, the first of a tensor of two.
+    """int64 [2]; the first element is the key at sorted position `rank` of the whole matrix.
 
-    scale, stride_sm, kind: as from `scale_arguments`.
+    scale, stride_sm, kind: from `scale_arguments`.
     """
     n_rows, n_cols = weight.shape
     digits = DIGITS[15 if kind == RAW_BITS.value else 31]
@@ -113,12 +113,13 @@ def ranked_key(weight: Tensor, scale: Tensor, stride_sm: int, kind: int, rank: i
     for place, bits in enumerate(digits):
         shift -= bits
         flags = {"BITS": bits, "FIRST": place == 0}
+        # short rows need a pointer and a mask for every few weights, hence more warps
+        num_warps = 4 if block_n == TILE else 8
         _count_digits_kernel[(min(n_tiles, MOST_PROGRAMS),)](
             weight, weight.stride(0), scale, stride_sm, state, counts[place],
             n_rows, n_cols, tiles_per_row, n_tiles,
             **flags, SHIFT=shift, SCALE=kind, BLOCK_M=TILE // block_n, BLOCK_N=block_n,
-            num_warps=4 if block_n == TILE else 8,  # rows apart: a pointer and a mask for each few weights
-            enable_fp_fusion=False,
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         _choose_digit_kernel[(1,)](state, counts[place], rank, **flags, num_warps=4)
     return state

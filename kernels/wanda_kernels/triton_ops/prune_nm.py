@@ -1,10 +1,10 @@
-"""Keep the n highest scores of every m consecutive columns; of equal scores the lower column goes first.
+"""Keep the n highest scores of every m consecutive columns; ties prune the lower column first.
 
 W [n_rows, n_cols] in place, n_cols a multiple of m; scale [n_cols], [n_rows, n_cols] or None. Reads W once
 and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A
-program takes several rows of its columns, so that a scale vector is read once for all of them.
-Where m is a power of two, a group lies in one thread: short groups within one 16-byte load, long ones in
-several. Of any other m a group lies across threads. `nm_groups.py` says which of a group are kept.
+program takes several rows of its columns, so that it reads a scale vector once for all of them.
+If m is a power of two, one thread holds a whole group: a short group in one 16-byte load, a long one in
+several. For any other m, a group is spread over threads. `nm_groups.py` chooses which of a group are kept.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.reference.ops import pack_bits
+from wanda_kernels.mask_bits import pack_bits
 from wanda_kernels.triton_ops.nm_groups import (
     columns_from,
     join_columns,
@@ -34,7 +34,7 @@ NO_MASK, MASK_BITS, MASK_BYTES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 
 @triton.jit
 def _root_of(scale_ptrs, inside, SCALE: tl.constexpr):
-    """Roots of a scale vector, each read and taken once for all rows of a program."""
+    """Roots of a scale vector, each loaded and computed once for all rows of a program."""
     root = tl.load(scale_ptrs, mask=inside, other=0.0) if SCALE == ROOT_VECTOR else 0.0
     return tl.sqrt_rn(root) if SCALE == ROOT_VECTOR else root
 
@@ -52,13 +52,15 @@ def _prune_short_groups_kernel(
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     first_row = tl.program_id(0).to(tl.int64) * (BLOCK_M * TILES) + tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    everywhere = tl.full((BLOCK_M, BLOCK_N), 1, tl.int1)  # no group is half outside: its keys do not matter
-    weights = ()  # all under way before the first is used
+    # no group is half outside, so keys outside of the matrix need no padding value
+    everywhere = tl.full((BLOCK_M, BLOCK_N), 1, tl.int1)
+    # all loads are issued before the first is used
+    weights = ()
     for tile in tl.static_range(TILES):
         rows = first_row + tile * BLOCK_M
         inside = (rows < n_rows) & (cols < n_cols)
         weights += (tl.load(w_ptr + rows * stride_wm + cols, mask=inside, other=0.0),)  # [BLOCK_M, BLOCK_N]
-    # in the weights' shape: in its own, it would change layout through shared memory
+    # in the weights' shape: in its own shape it would change layout through shared memory
     root = _root_of(scale_ptr + first_row * 0 + cols, (first_row >= 0) & (cols < n_cols), SCALE)
     for tile in tl.static_range(TILES):
         rows, w = first_row + tile * BLOCK_M, weights[tile]
@@ -80,7 +82,7 @@ def _prune_short_groups_kernel(
 
 @triton.jit
 def _long_group(ptrs, inside, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """A group of each thread, in the 16-byte pieces that it is read in."""
+    """One group for each thread, as the 16-byte pieces that are loaded."""
     pieces = ()
     for i in tl.static_range(CHUNKS):
         pieces += (tl.load(ptrs + i * CHUNK, mask=inside, other=0.0),)
@@ -113,7 +115,7 @@ def _prune_long_groups_kernel(
         rows = first_row + tile * GROUPS_M
         inside = (rows < n_rows) & (first_col < n_cols)
         ptrs = w_ptr + rows * stride_wm + offs
-        # the next group is on its way while this one is sorted
+        # load the next group while this one is sorted
         later = rows + GROUPS_M
         is_later = (later < n_rows) & (first_col < n_cols) & (tile + 1 < TILES)
         coming = _long_group(ptrs + GROUPS_M * stride_wm, is_later, CHUNKS, CHUNK)
@@ -159,7 +161,7 @@ def _prune_nm_kernel(
     w = tl.load(w_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_N]
     scale = w
     if SCALE == ROOT_VECTOR or SCALE == SCALE_MATRIX:
-        # a vector's row stride is 0: loaded in its own shape, it would change layout through shared memory
+        # a vector has row stride 0: loaded in its own shape it would change layout through shared memory
         scale = tl.load(scale_ptr + rows * stride_sm + cols, mask=inside, other=0.0)
 
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -176,7 +178,7 @@ ENOUGH_PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors
 
 
 def _tile(group: int, chunk: int, n_rows: int, n_cols: int) -> dict[str, int]:
-    """Rows and columns of a program whose groups lie in threads."""
+    """Rows and columns of a program in which each thread holds whole groups."""
     if group > chunk:
         tile = {"GROUPS_M": 1, "GROUPS_N": 32, "num_warps": 1}  # a group a thread
         size = 32 * group
@@ -204,14 +206,15 @@ def _prune_groups_in_threads_(
     chunk = 16 // weight.element_size()
     tile = _tile(m, chunk, n_rows, n_cols)
     if scale is not None and scale.dim() == 1:
-        stride_sm, kind = 0, ROOT_VECTOR.value  # the kernel takes the roots: one launch less
+        # the kernel computes the roots: one launch less
+        stride_sm, kind = 0, ROOT_VECTOR.value
     else:
         scale, stride_sm, kind = scale_arguments(weight, scale)
     packed, stride_mm = mask_arguments(weight, mask)
     operands = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols)
     flags = {"SCALE": kind, "MASK": NO_MASK.value if mask is None else MASK_BITS.value}
     flags |= {"N_PRUNED": m - n, "GROUP": m, "enable_fp_fusion": False}
-    # rows first: the other dimensions of a grid end at 65,535
+    # rows first: the other dimensions of a grid are limited to 65,535
     if m <= chunk:
         grid = (triton.cdiv(n_rows, tile["BLOCK_M"] * tile["TILES"]), triton.cdiv(n_cols, tile["BLOCK_N"]))
         _prune_short_groups_kernel[grid](*operands, **flags, **tile)
@@ -229,10 +232,12 @@ def _prune_any_groups_(weight: Tensor, scale: Tensor | None, n: int, m: int, mas
     scale, stride_sm, kind = scale_arguments(weight, scale)
     group = triton.next_power_of_2(m)
     kept = mask
-    if mask is not None:  # groups cut across bytes: one byte a weight, packed afterwards
+    if mask is not None:
+        # a byte of the mask spans groups of several programs: write one byte a weight and pack them
+        # afterwards
         kept = torch.empty_like(weight, dtype=torch.uint8)
     packed, stride_mm = mask_arguments(weight, kept)
-    block_n = 512  # 64-bit places: four a thread
+    block_n = 512  # four 64-bit places a thread
     _prune_nm_kernel[(n_rows, triton.cdiv(n_cols // m, block_n // group))](
         weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols,
         N_PRUNED=m - n, M=m, GROUP=group, SCALE=kind,

@@ -1,17 +1,22 @@
-"""Zero the lowest scores of each row: pruned is what fewer than num_pruned others precede in (score, column).
+"""Zero the num_pruned lowest scores of each row; ties prune the lower column first.
 
 W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Reads W once from DRAM and writes it
 once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A row's keys stay
-in registers, and what costs is counting over them: about 9 passes a row on LLM-like scores (halving takes
-14 to 17). Beyond the registers' end a row is read again, from L2, at every pass.
-Source: RTop-K (ICLR 2025) bisects float values for a small k; here integer keys, so exact, stable ties.
+in registers. A search finds the threshold: it narrows low < high until num_pruned keys are below low, or one
+key value is left; then the same search over columns divides the ties. The cost is in counting the keys below
+a guess: about 9 passes a row on LLM-like scores (halving takes 14 to 17). A row too long for the registers is
+read again, from L2, at every pass.
+The number of keys below a guess never falls as the guess rises. False position guesses the key from the
+counts at both ends. The final key depends on the guesses and the set of keys below it does not, so
+approximate arithmetic serves.
+Sources: RTop-K (ICLR 2025), which bisects float values for a small k; integer keys make it exact, with stable
+ties. The Illinois variant of false position (Dowell & Jarratt 1971).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.triton_ops.false_position import NO_SIDE, narrow, next_guess
 from wanda_kernels.triton_ops.score_keys import (
     PAD_KEY,
     highest_key,
@@ -20,6 +25,30 @@ from wanda_kernels.triton_ops.score_keys import (
     pack_mask,
     scale_arguments,
 )
+
+FALSE_POSITION_PASSES = tl.constexpr(16)  # after these every second pass halves, which bounds the search
+NO_SIDE, LOW_SIDE, HIGH_SIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _next_guess(low, high, missing, surplus, n_passes):
+    """The next key to count below, in low..high: by false position, or the middle once that takes long."""
+    width = high - low
+    guess = low + (width.to(tl.float32) * (missing / (missing + surplus))).to(tl.int32)
+    halve = (n_passes >= FALSE_POSITION_PASSES) & (n_passes % 2 == 0)
+    guess = tl.where(halve, low + width // 2, guess)
+    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
+
+
+@triton.jit
+def _narrow(low, high, below, missing, surplus, side, guess, count, wanted):
+    """The bracket after `count` keys were found below `guess`; an end that stays twice weighs half."""
+    is_low = count <= wanted
+    gap = tl.maximum(tl.abs(count - wanted), 1).to(tl.float32)
+    surplus = tl.where(is_low, tl.where(side == LOW_SIDE, surplus * 0.5, surplus), gap)
+    missing = tl.where(is_low, gap, tl.where(side == HIGH_SIDE, missing * 0.5, missing))
+    low, high = tl.where(is_low, guess, low), tl.where(is_low, high, guess)
+    return low, high, tl.where(is_low, count, below), missing, surplus, tl.where(is_low, LOW_SIDE, HIGH_SIDE)
 
 
 @triton.jit
@@ -36,7 +65,8 @@ def _store_kept(
     offs = first_col + tl.arange(0, BLOCK)
     inside = offs < n_cols
     kept = (keys > key) | ((keys == key) & (offs >= tie_end))
-    w = tl.load(w_ptr + offs, mask=inside)  # from L2: to hold it through the passes costs registers
+    # from L2: holding it through the passes would take registers
+    w = tl.load(w_ptr + offs, mask=inside)
     tl.store(w_ptr + offs, tl.where(kept, w, 0.0), mask=inside)
     if HAS_MASK:
         offs = first_col // 8 + tl.arange(0, BLOCK // 8)
@@ -76,29 +106,29 @@ def _prune_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = next_guess(low, high, missing, surplus, n_passes)
+        guess = _next_guess(low, high, missing, surplus, n_passes)
         count = tl.sum((k0 < guess).to(tl.int32))
         if B1 > 0:
             count += tl.sum((k1 < guess).to(tl.int32))
         if B2 > 0:
             count += tl.sum((k2 < guess).to(tl.int32))
-        low, high, below, missing, surplus, side = narrow(
+        low, high, below, missing, surplus, side = _narrow(
             low, high, below, missing, surplus, side, guess, count, num_pruned
         )
         n_passes += 1
 
-    # the keys equal to low stand astride the cut: the same search, over their columns
+    # of the keys equal to low, the first columns are pruned: the same search, over columns
     ties = num_pruned - below
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = _count_ties(k0, low, 0, guess, B0)
         if B1 > 0:
             count += _count_ties(k1, low, B0, guess, B1)
         if B2 > 0:
             count += _count_ties(k2, low, B0 + B1, guess, B2)
-        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
@@ -136,12 +166,12 @@ def _prune_long_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = next_guess(low, high, missing, surplus, n_passes)
+        guess = _next_guess(low, high, missing, surplus, n_passes)
         counts = tl.zeros((BLOCK,), tl.int32)
         for first_col in range(0, n_cols, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
             counts += load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE) < guess
-        low, high, below, missing, surplus, side = narrow(
+        low, high, below, missing, surplus, side = _narrow(
             low, high, below, missing, surplus, side, guess, tl.sum(counts), num_pruned
         )
         n_passes += 1
@@ -150,13 +180,13 @@ def _prune_long_rows_kernel(
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = 0
         for first_col in range(0, guess, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
             keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
             count += _count_ties(keys, low, first_col, guess, BLOCK)
-        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
@@ -167,7 +197,7 @@ def _prune_long_rows_kernel(
         _store_kept(w_ptr, mask_ptr, keys, low, tie_low, first_col, n_cols, HAS_MASK, BLOCK)
 
 
-# most columns -> segments in registers, warps. Segments instead of one padded block: 30 % less to compare
+# most columns -> segments in registers, warps. Segments compare 30 % fewer keys than one padded block.
 SEGMENTS = (
     (128, (128, 0, 0), 1),  # one warp a row: no barriers
     (256, (256, 0, 0), 1),
@@ -183,13 +213,13 @@ SEGMENTS = (
     (14336, (8192, 4096, 2048), 16),  # Llama-3-8B; 13824, Llama-2-13B
     (16384, (16384, 0, 0), 16),
     (20480, (16384, 4096, 0), 16),  # 18944, Qwen2-7B; 17920, Phi-4
-    (28672, (16384, 8192, 4096), 32),  # Llama-3-70B; 28 keys a thread of 64 registers: the end
+    (28672, (16384, 8192, 4096), 32),  # Llama-3-70B; 28 keys a thread of 64 registers: no more fit
 )
-IN_PARTS, IN_PARTS_WARPS = 8192, 16  # beyond: columns at a time
+IN_PARTS, IN_PARTS_WARPS = 8192, 16  # longer rows: columns at a time
 
 
 def _segments(n_cols: int, spills: bool) -> tuple[tuple[int, int, int], int] | None:
-    """Segments and warps for a row that fits the registers; None where it does not."""
+    """Segments and warps for a row that fits the registers; None if it does not."""
     for most_cols, segments, num_warps in SEGMENTS:
         if n_cols <= most_cols and not (num_warps == 32 and spills):
             return segments, num_warps

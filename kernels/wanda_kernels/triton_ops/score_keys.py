@@ -1,7 +1,7 @@
-"""What the selection kernels share: scores as integers that sort alike, and packed mask bits.
+"""Shared by the selection kernels: scores as integer keys with the same order, and packed mask bits.
 
 A score abs(W) * sqrt(scale) is one correctly rounded fp32 product and never negative, so its bits, read as an
-integer, sort as it does: no float compare, -0.0 equals 0.0, and NaNs become one key above infinity's.
+integer, have the same order as the score. -0.0 equals 0.0, and all NaNs become one key above infinity's.
 """
 
 import torch
@@ -10,17 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 NO_SCALE = tl.constexpr(0)
-ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale) of [in], taken by torch: a row's worth of roots, not a matrix's
-SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]
-RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight's own bits for keys: half the way to search
-SQUARE_OVER_VECTOR = tl.constexpr(4)  # W^2 / scale of [in], SparseGPT's score: squared and divided in fp32
+ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale), [in], computed once by torch
+SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]; the kernel computes its roots
+RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight: its own bits are the key, half as many to search
+SQUARE_OVER_VECTOR = tl.constexpr(4)  # SparseGPT's score, W^2 / scale with scale [in], in fp32
 
-PAD_KEY = tl.constexpr(0x7FFFFFFF)  # beyond every key: padding is never counted, never pruned
+PAD_KEY = tl.constexpr(0x7FFFFFFF)  # above every key: padding is never counted and never pruned
 
 
 @triton.jit
 def exact_float(w):
-    """fp32 of w; bf16 by its bits, since the interpreter's cast loses bf16's subnormals."""
+    """w in fp32; bf16 is widened by its bits, because the interpreter's cast loses bf16's subnormals."""
     if w.dtype == tl.bfloat16:
         wide = (w.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -30,7 +30,7 @@ def exact_float(w):
 
 @triton.jit
 def nan_key(dtype: tl.constexpr, SCALE: tl.constexpr):
-    """The key of every NaN among weights of that dtype: above all others'."""
+    """The key of every NaN for weights of a dtype: above all other keys."""
     if SCALE != RAW_BITS:
         key = 0x7F800001
     elif dtype == tl.float16:
@@ -42,7 +42,7 @@ def nan_key(dtype: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 def keys_of(w, scale, inside, SCALE: tl.constexpr):
-    """int32 keys of weights `w` under the loaded `scale`; PAD_KEY where not inside."""
+    """int32 keys of weights `w` with the loaded `scale`; PAD_KEY where not inside."""
     if SCALE == RAW_BITS:
         magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
     else:
@@ -79,7 +79,7 @@ def pack_mask(kept, SIZE: tl.constexpr):
 
 
 def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, int]:
-    """(tensor, row stride, kind) that a selection kernel takes for `scale`."""
+    """(tensor, row stride, kind) to pass to a selection kernel for `scale`."""
     if scale is None:
         kind = NO_SCALE if weight.dtype == torch.float32 else RAW_BITS
         return weight, 0, kind.value  # never read
@@ -91,5 +91,5 @@ def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, 
 
 
 def mask_arguments(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """(tensor, row stride) for the packed mask; the weight stands in where none is asked for."""
+    """(tensor, row stride) to pass for the packed mask; without a mask, the weight, which is not written."""
     return (weight, 0) if mask is None else (mask, mask.stride(0))

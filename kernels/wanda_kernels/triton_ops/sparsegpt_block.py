@@ -1,10 +1,10 @@
-"""SparseGPT's inner block: choose what to prune and push each error onto the columns to its right.
+"""SparseGPT's inner block: choose what to prune and subtract each error from the columns to its right.
 
 W fp32 [n_rows, n_cols <= 128] in place, U fp32 [n_cols, n_cols] upper triangular, errors fp32 [n_rows,
-n_cols]. Rows are independent: a program is one warp that holds BLOCK_M of them in registers, 4 columns a
-lane, so that nothing but a warp-wide sum a column passes between lanes. It reads 5 bytes a weight and writes
-8 (9 where it chooses); what bounds it is the chain of n_cols steps, each a sum over the warp, a division, a
-product and a subtraction. No fused multiply-add: the bits are the reference's.
+n_cols]. Rows are independent: a program is one warp that holds BLOCK_M rows in registers, 4 columns a lane,
+so that lanes exchange one warp-wide sum a column and nothing else. It reads 5 bytes a weight and writes 8, or
+9 if it also chooses. The bound is the chain of n_cols steps, each a sum over the warp, a division, a product
+and a subtraction. No fused multiply-add: the bits are the reference's.
 Source: Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1.
 """
 
@@ -52,8 +52,8 @@ def _mark_up_to_key_kernel(
 
 @triton.jit
 def _lowest(keys, cols, n_pruned):
-    """Where the n_pruned lowest keys of each row are; of equal ones the lower column."""
-    pruned = keys < 0  # nowhere
+    """A mask of the n_pruned lowest keys of each row; of equal keys the lower column."""
+    pruned = keys < 0  # none
     for _ in range(n_pruned):
         lowest = tl.min(keys, axis=1)[:, None]
         column = tl.min(tl.where(keys == lowest, cols, 128), axis=1)[:, None]
@@ -72,7 +72,8 @@ def _sparsegpt_block_kernel(
     n_rows, n_cols, n_pruned, m,
     CHOOSE: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    KEPT: tl.constexpr = 0x7F800001  # a signalling NaN, which no arithmetic makes: in place of a kept weight
+    # stands for a kept weight: a signalling NaN, which no arithmetic produces
+    KEPT: tl.constexpr = 0x7F800001
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     cols = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     inside = (rows < n_rows) & (cols < n_cols)
@@ -89,8 +90,8 @@ def _sparsegpt_block_kernel(
             if i % m == 0:
                 keys = keys_of(w, scale, inside & (cols >= i) & (cols < i + m), SCALE)
                 pruned |= _lowest(keys, cols, n_pruned)
-        # the column's bits by an integer sum: exact, -0.0 too. Where a weight is kept, 1 is divided: 0 would
-        # take the division's slow path
+        # an integer sum extracts the column's bits exactly, -0.0 too. A kept weight divides 1, because 0
+        # would take the division's slow path
         lost = tl.where(pruned, w.to(tl.int32, bitcast=True), KEPT)
         lost = tl.sum(tl.where(cols == i, lost, 0), axis=1)[:, None]  # [BLOCK_M, 1]
         dividend = tl.where(lost == KEPT, 1.0, lost.to(tl.float32, bitcast=True))
@@ -99,7 +100,7 @@ def _sparsegpt_block_kernel(
         u = tl.load(u_ptr + i * stride_um + cols, mask=cols < n_cols, other=0.0)  # [1, BLOCK_N]
         w = tl.where(cols > i, w - error * u, w)
 
-    # a column's weight stays as it was when its turn came, so all errors come again from one division
+    # a column's weight does not change after its own step, so one division gives all errors again
     diagonal = tl.load(u_ptr + cols * (stride_um + 1), mask=cols < n_cols, other=1.0)
     errors = tl.where(pruned, tl.div_rn(w, diagonal), 0.0)
     tl.store(errors_ptr + rows * stride_em + cols, errors, mask=inside)
@@ -110,14 +111,14 @@ def _sparsegpt_block_kernel(
 
 def _block_rows(w: Tensor) -> int:
     if INTERPRETED:
-        return 16  # which takes no longer than one
+        return 16  # takes no longer than 1
     if w.shape[1] % 16 or w.stride(0) % 16:
-        return 2  # weights are loaded one by one, a pointer and a mask each: 4 rows spill
-    return 4  # 90 registers, and a thousand warps of 4096 rows; 8 rows spill where n:m is chosen
+        return 2  # weights are loaded one by one, with a pointer and a mask each: 4 rows would spill
+    return 4  # 90 registers, and a thousand warps for 4096 rows; 8 rows would spill if n:m is chosen
 
 
 def _score_arguments(w: Tensor, u: Tensor, selector: str, root: Tensor | None) -> tuple[Tensor, int]:
-    """(vector, kind) that the keys of `selector` take."""
+    """(vector, kind of scale) from which the keys of `selector` are computed."""
     if selector == "obs":
         return u.diagonal().square(), SQUARE_OVER_VECTOR.value
     return (root, ROOT_VECTOR.value) if selector == "wanda" else (w, NO_SCALE.value)
@@ -132,7 +133,7 @@ def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tenso
     )  # fmt: skip
 
 
-def prune_and_update_block(
+def sparsegpt_block(
     w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, n: int, m: int, errors: Tensor
 ) -> None:
     scale, kind = _score_arguments(w, u, selector, root) if m else (w, NO_SCALE.value)
@@ -144,5 +145,17 @@ def prune_and_update_block(
     )  # fmt: skip
 
 
-def sparsegpt_(weight: Tensor, *rest) -> None:
-    prune_in_blocks_(mark_lowest, prune_and_update_block, weight, *rest)
+def sparsegpt_(
+    weight: Tensor,
+    upper: Tensor,
+    dead: Tensor,
+    ratio: float | None,
+    n: int,
+    m: int,
+    selector: str,
+    scale: Tensor | None,
+    pruned: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    rule = ratio, n, m, selector, scale, pruned, mask
+    prune_in_blocks_(mark_lowest, sparsegpt_block, weight, upper, dead, *rule)

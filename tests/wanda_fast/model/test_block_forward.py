@@ -9,7 +9,7 @@ from tests.tiny_models import FAMILIES, token_ids
 from tests.wanda_fast.pruning.test_sequential_linear import zeros_in_common
 from wanda_fast.model import block_forward
 from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_replacements_are_used_inside_and_nowhere_else(monkeypatch):
         assert torch.equal(F.silu(x), x + 1)
     assert calls == ["linear", "silu"]
     assert torch.allclose(F.silu(x), x * x.sigmoid())
-    modules = [] if native.why_not("cpu") else ["gated_product", "rms_norm", "rotary"]
+    modules = [] if library.why_not("cpu") else ["gated_product", "rms_norm", "rotary"]
     for asked in ("", "auto", "cpu"):
         monkeypatch.setenv("WANDA_KERNELS_BACKEND", asked)
         assert block_forward.described(CPU) == sorted(["linear", "silu", *modules])

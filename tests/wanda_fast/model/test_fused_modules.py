@@ -8,7 +8,7 @@ import torch
 from tests.tiny_models import FAMILIES
 from wanda_fast.model.fused_modules import _fusion, _rotates_as, fused_modules
 from wanda_kernels.native import forward as native_forward
-from wanda_kernels.native import ops as native
+from wanda_kernels.native import library
 
 
 def fused_names(model):
@@ -52,7 +52,7 @@ def test_the_results_are_the_models_own(name, monkeypatch):
     assert half.isfinite().all()
     without = {"gemma2": {"rms_norm"}, "phi": {"rms_norm", "gated_product"}}
     expected = {"gated_product", "rms_norm", "rotary"} - without.get(name, set())
-    assert set(used) == (set() if native.why_not("cpu") else expected)
+    assert set(used) == (set() if library.why_not("cpu") else expected)
 
 
 @pytest.mark.parametrize("seen_by", [("gate_proj",), ("up_proj",), ("gate_proj", "up_proj")])

@@ -1,4 +1,4 @@
-// How an operation reaches the CPU's kernels: the instruction set in use, torch's threads, scratch memory.
+// How an operation spreads over the CPU's cores: torch's threads, and scratch memory for each.
 #pragma once
 
 #include <algorithm>
@@ -6,17 +6,15 @@
 #include <cstddef>
 #include <new>
 
-#include "../launch.h"
-#include "kernels_cpu.h"
+#include "../api.h"
+#include "kernels.h"
 
 namespace wanda {
 
-using cpu::Kernels;
+constexpr int64_t kGrainElements = 1 << 15;  // less work than this does not pay for waking a thread
 
-constexpr int64_t kGrainElements = 1 << 15;  // less than this is not worth waking a thread
-
-// The widest that this machine runs, or the one that WANDA_KERNELS_CPU_ISA names; read at every call, for tests.
-const Kernels& kernels();
+// The smallest number of rows for one thread.
+inline int64_t row_grain(int64_t n_cols) { return std::max<int64_t>(1, kGrainElements / n_cols); }
 
 class ScratchMemory {
  public:
@@ -32,14 +30,30 @@ class ScratchMemory {
   void* memory_;
 };
 
-// Bodies take their Kernels from outside: an exception here, not in a thread, keeps its sentence.
+// body(begin, end) over ranges of [0, n), each at least `grain` long. Look up kernels() before the call: its exception
+// would lose its message inside a thread.
 template <typename Body>
 void parallel_for(const Context& context, int64_t n, int64_t grain, const Body& body) {
   auto call = [](int64_t begin, int64_t end, void* closure) { (*static_cast<const Body*>(closure))(begin, end); };
   context.parallel_for(0, n, grain, call, const_cast<Body*>(&body));
 }
 
-// Items 0 to n - 1, each taken by whichever thread is free: cores that other work shares are not equally fast.
+// body(begin, end) over ranges of a matrix's rows.
+template <typename Body>
+void for_rows(const Context& context, const Matrix& matrix, const Body& body) {
+  parallel_for(context, matrix.n_rows, row_grain(matrix.n_cols), body);
+}
+
+// body(begin, end, scratch) over ranges of a matrix's rows.
+template <typename Body>
+void for_rows_with_scratch(const Context& context, const Matrix& matrix, const Body& body) {
+  for_rows(context, matrix, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(matrix.n_cols);
+    body(begin, end, scratch.get());
+  });
+}
+
+// Items 0 to n - 1. A thread takes the next one when it is free, since cores that run other work are slower.
 class Items {
  public:
   explicit Items(int64_t n) : n_(n) {}
@@ -50,7 +64,7 @@ class Items {
   const int64_t n_;
 };
 
-// body(items) once a thread.
+// body(items), once on each thread.
 template <typename Body>
 void share_out(const Context& context, int64_t n, const Body& body) {
   Items items(n);

@@ -1,20 +1,21 @@
-// A block of SparseGPT's columns: prune from left to right, and take each error off the columns on the right.
+// One block of SparseGPT: prune its columns from left to right, and subtract each error from the columns to its right.
 //
-// Rows do not meet, so each lane of a vector holds one: kWidth rows are turned into columns of vectors, which stay in
-// L1. Columns go in chunks of whole groups, about 8: a chunk's errors are then held in registers while every column to
-// its right is read and written once. The order of the subtractions is the reference's.
+// Rows are independent, so each lane of a vector holds one row: kWidth rows are transposed into columns of vectors,
+// which stay in L1. Columns are processed in chunks of about 8, whole groups of n:m each. A chunk's errors stay in
+// registers while every column to its right is read and written once. Subtractions have the reference's order.
 #pragma once
 
 #include "rows.h"
 
 namespace WANDA_ISA {
 
-using wanda::UpdateBlock;
+using wanda::SparseGptBlock;
 
 constexpr int kTileColumns = wanda::cpu::kMaxBlock;
-constexpr int64_t kChunkColumns = 8;  // errors at once: with a column and its products, what 16 registers hold
+// Errors held at once. With a column and its products they fill 16 registers.
+constexpr int64_t kChunkColumns = 8;
 
-// kWidth rows, column by column.
+// kWidth rows, transposed.
 struct Tile {
   alignas(64) float w[kTileColumns * kWidth];
   alignas(64) float errors[kTileColumns * kWidth];
@@ -49,7 +50,7 @@ inline void store_part(uint8_t* p, Simd::Float v, int64_t n) {
   memcpy(p, padded, n);
 }
 
-// Rows of [n_rows, n_cols], n_rows at most kWidth, to columns of vectors; missing rows are zeros.
+// Transposes [n_rows, n_cols], n_rows at most kWidth, into columns of vectors. Missing rows become zeros.
 template <typename T>
 void rows_to_columns(const T* rows, int64_t stride, int64_t n_rows, int64_t n_cols, float* columns) {
   for (int64_t col = 0; col < n_cols; col += kWidth) {
@@ -78,13 +79,14 @@ inline Simd::Int column_key(const Selection& s, Simd::Float w, int64_t col) {
   return key_of(w);
 }
 
-// Pruned in columns [first, first + m): what fewer than m - n of the group precede in (key, column).
-inline void choose_group(const UpdateBlock& block, int64_t first, Tile& tile) {
+// Marks the m - n smallest keys of columns [first, first + m); ties prune the lower column first.
+inline void choose_group(const SparseGptBlock& block, int64_t first, Tile& tile) {
   const int n = block.n, m = block.m;
   Simd::Int key[wanda::cpu::kMaxGroup], rank[wanda::cpu::kMaxGroup];
   for (int i = 0; i < m; ++i) {
     key[i] = column_key(block.columns, Simd::load(tile.w + (first + i) * kWidth), first + i);
-    rank[i] = Simd::broadcast(i);  // all earlier columns, until they turn out to be larger
+    // Assumes that all earlier keys are at most this one; the comparisons below correct that.
+    rank[i] = Simd::broadcast(i);
   }
   const Simd::Int minus_one = Simd::broadcast(-1);
   for (int i = 0; i < m; ++i) {
@@ -100,9 +102,9 @@ inline void choose_group(const UpdateBlock& block, int64_t first, Tile& tile) {
   }
 }
 
-// w[:, j] -= errors[:, i + k] * u[i + k, j] for k = 0 .. kErrors - 1 in turn, and j in [begin, end).
+// w[:, j] -= errors[:, i + k] * u[i + k, j], for k = 0 to kErrors - 1 in this order and j in [begin, end).
 template <int kErrors>
-void take_off(const UpdateBlock& block, int64_t i, int64_t begin, int64_t end, Tile& tile) {
+void subtract_errors(const SparseGptBlock& block, int64_t i, int64_t begin, int64_t end, Tile& tile) {
   const float* u = block.u + i * block.u_stride;
   Simd::Float error[kErrors];
   for (int k = 0; k < kErrors; ++k) error[k] = Simd::load(tile.errors + (i + k) * kWidth);
@@ -115,7 +117,7 @@ void take_off(const UpdateBlock& block, int64_t i, int64_t begin, int64_t end, T
   }
 }
 
-inline void prune_column(const UpdateBlock& block, int64_t i, Tile& tile) {
+inline void prune_column(const SparseGptBlock& block, int64_t i, Tile& tile) {
   const Simd::Float w = Simd::load(tile.w + i * kWidth);
   const auto pruned = Simd::less(Simd::broadcast(0), Simd::load(tile.pruned + i * kWidth));
   const Simd::Float quotient = Simd::divide(w, Simd::broadcast(block.u[i * block.u_stride + i]));
@@ -123,7 +125,7 @@ inline void prune_column(const UpdateBlock& block, int64_t i, Tile& tile) {
   Simd::store(tile.w + i * kWidth, Simd::zero_if(pruned, w));
 }
 
-inline void update_tile(const UpdateBlock& block, Tile& tile) {
+inline void update_tile(const SparseGptBlock& block, Tile& tile) {
   const int64_t width = block.columns.weight.n_cols;
   const int64_t chunk = block.m == 0 ? kChunkColumns : round_up(kChunkColumns, block.m);
   for (int64_t first = 0; first < width; first += chunk) {
@@ -131,16 +133,16 @@ inline void update_tile(const UpdateBlock& block, Tile& tile) {
     for (int64_t i = first; i < end; ++i) {
       if (block.m != 0 && i % block.m == 0) choose_group(block, i, tile);
       prune_column(block, i, tile);
-      take_off<1>(block, i, i + 1, end, tile);
+      subtract_errors<1>(block, i, i + 1, end, tile);
     }
     int64_t i = first;
-    for (; i + 8 <= end; i += 8) take_off<8>(block, i, end, width, tile);
-    for (; i + 4 <= end; i += 4) take_off<4>(block, i, end, width, tile);
-    for (; i < end; ++i) take_off<1>(block, i, end, width, tile);
+    for (; i + 8 <= end; i += 8) subtract_errors<8>(block, i, end, width, tile);
+    for (; i + 4 <= end; i += 4) subtract_errors<4>(block, i, end, width, tile);
+    for (; i < end; ++i) subtract_errors<1>(block, i, end, width, tile);
   }
 }
 
-inline void prune_and_update(const UpdateBlock& block, int64_t begin, int64_t end) {
+inline void sparsegpt_block(const SparseGptBlock& block, int64_t begin, int64_t end) {
   const Matrix& weight = block.columns.weight;
   const int64_t width = weight.n_cols;
   Tile tile;

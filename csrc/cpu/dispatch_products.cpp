@@ -1,34 +1,37 @@
-// Products over tokens on the CPU, where they are ours: which, and how they are cut among threads.
+// Products over tokens on the CPU: chooses the kernels, packs the operands and shares the rows of the sum among
+// threads.
 #include <algorithm>
+#include <exception>
 #include <memory>
 
-#include "launching.h"
+#include "parallel.h"
 #include "token_product.h"
 
 namespace wanda {
 namespace {
 
+using cpu::kernels;
 using cpu::TokenProduct;
 
-constexpr int64_t kBandsOfThread = 4;
-constexpr int64_t kMirrorTile = 16;  // a line of the cache
+constexpr int64_t kBandsPerThread = 4;
 
-// Null: torch's products are better, or there are none of ours.
+// Null if torch's product is faster here, or if this instruction set has no kernel.
 const TokenProduct* token_product(bool in_bf16, bool square) {
 #if defined(__x86_64__)
-  // MKL, torch's BLAS, takes its AVX2 path on AMD. That beats our AVX2, but not by as much as a square's half saves.
-  static const bool amd = __builtin_cpu_is("amd"), brain = __builtin_cpu_supports("avx512bf16");
+  // torch's BLAS is MKL, which uses its AVX2 code on AMD. That is faster than our AVX2 kernel, and slower than ours on
+  // a square, where ours computes only half.
+  static const bool amd = __builtin_cpu_is("amd"), bf16 = __builtin_cpu_supports("avx512bf16");
   const TokenProduct* found = nullptr;
-  if (&kernels() == &cpu::kAvx512 && brain && in_bf16) found = &cpu::kBrainProductAvx512;
-  if (&kernels() == &cpu::kAvx512 && brain && !in_bf16 && amd) found = &cpu::kProductAvx512;  // Zen 4 on has both
-  if (&kernels() == &cpu::kAvx2 && !in_bf16 && amd && square) found = &cpu::kProductAvx2;
+  if (&kernels() == &cpu::kAvx512 && bf16 && in_bf16) found = &cpu::kBf16ProductAvx512;
+  if (&kernels() == &cpu::kAvx512 && bf16 && !in_bf16 && amd) found = &cpu::kFp32ProductAvx512;  // Zen 4 and later
+  if (&kernels() == &cpu::kAvx2 && !in_bf16 && amd && square) found = &cpu::kFp32ProductAvx2;
   return found && found->add_panels ? found : nullptr;
 #else
   return nullptr;
 #endif
 }
 
-// Some columns of an operand, packed; a panel's words lie together.
+// Packed columns of an operand. The words of a panel are contiguous.
 class Packed {
  public:
   Packed(const TokenProduct& product, int64_t n_tokens, int64_t n_panels)
@@ -52,10 +55,21 @@ Packed packed(const Context& context, const TokenProduct& product, const Matrix&
   return columns;
 }
 
-// Rows of acc are cut into bands of so many panels: few enough that every thread has some, of each size.
+// The panels in a band of rows of acc. Every thread gets several bands, so that the last ones finish together.
 int64_t panels_of_band(const Context& context, const TokenProduct& product, int64_t n_rows) {
-  const int64_t share = product.panels_of(n_rows) / (kBandsOfThread * std::max(1, context.n_threads));
+  const int64_t share = product.panels_of(n_rows) / (kBandsPerThread * std::max(1, context.n_threads));
   return std::clamp<int64_t>(share, 1, product.panels_at_once);
+}
+
+// For native/library.py: the operand types for which `adds` is true, comma-separated.
+const char* operand_types(bool (*adds)(bool in_bf16)) {
+  try {
+    const bool fp32 = adds(false);
+    if (!adds(true)) return fp32 ? "fp32" : "";
+    return fp32 ? "bf16,fp32" : "bf16";
+  } catch (const std::exception&) {
+    return "";
+  }
 }
 
 }  // namespace
@@ -84,7 +98,8 @@ void add_square(const Context& context, const Matrix& x, bool in_bf16, const Mat
   const Packed columns = packed(context, product, x);
   const int64_t band = panels_of_band(context, product, x.n_cols);
   const int64_t n_bands = (product.panels_of(x.n_cols) + band - 1) / band;
-  share_out(context, n_bands, [&](Items& bands) {  // the longest rows first
+  // The first bands have the longest rows, so the longest work starts first.
+  share_out(context, n_bands, [&](Items& bands) {
     for (int64_t i; bands.take(i);) {
       const int64_t panel = band * i, first = panel * product.panel;
       product.add_panels(columns.panel(panel), columns.panel(panel), columns.n_units,
@@ -94,19 +109,12 @@ void add_square(const Context& context, const Matrix& x, bool in_bf16, const Mat
   });
 }
 
-void mirror(const Context& context, const Matrix& acc) {
-  float* const values = static_cast<float*>(acc.data);
-  share_out(context, (acc.n_rows + kMirrorTile - 1) / kMirrorTile, [&](Items& bands) {
-    for (int64_t i; bands.take(i);) {
-      const int64_t first = i * kMirrorTile, end = std::min(first + kMirrorTile, acc.n_rows);
-      for (int64_t begin = 0; begin <= first; begin += kMirrorTile) {  // rows above the band, or the band's own
-        for (int64_t row = first; row < end; ++row) {
-          const int64_t stop = std::min(begin + kMirrorTile, row);
-          for (int64_t col = begin; col < stop; ++col) values[row * acc.stride + col] = values[col * acc.stride + row];
-        }
-      }
-    }
-  });
+}  // namespace wanda
+
+extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_products() {
+  return wanda::operand_types(wanda::adds_products);
 }
 
-}  // namespace wanda
+extern "C" __attribute__((visibility("default"))) const char* wanda_cpu_squares() {
+  return wanda::operand_types(wanda::adds_squares);
+}

@@ -1,0 +1,77 @@
+// The arguments of kernels: plain pointers and sizes. Only operands.h and the *ops.cpp files know torch.
+#pragma once
+
+#include <cstdint>
+
+namespace wanda {
+
+enum class DType : int { kFloat, kHalf, kBFloat };
+
+// A score's key is the bit pattern of the fp32 value abs(W) * sqrt(scale). Keys order as integers as scores do. All
+// NaNs share one key, the largest of any score.
+constexpr int32_t kNaNKey = 0x7f800001;
+constexpr int32_t kPaddingKey = 0x7fffffff;  // larger than every score's key, so padding is never pruned
+
+// [n_rows, n_cols] with contiguous rows, `stride` elements apart.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t n_rows, n_cols, stride;
+};
+
+// The operands of a selection. At most one of `root`, `scale` and `divisor` is given; without any, scores are
+// magnitudes.
+struct Selection {
+  Matrix weight;
+  const float* root;     // [n_cols]: the square root of the statistic
+  const float* scale;    // [n_rows, n_cols]: the statistic itself; the kernel takes the root
+  int64_t scale_stride;  // elements from row to row of `scale`
+  uint8_t* mask;         // [n_rows, ceil(n_cols / 8)], contiguous, or null: bit 1 = kept, little-endian
+  const float* divisor = nullptr;  // [n_cols]: the score is W^2 / divisor, as in SparseGPT; CPU only
+};
+
+// One block of columns in SparseGPT. `columns` holds the fp32 weights and how they are scored; its mask is not used.
+struct SparseGptBlock {
+  Selection columns;
+  const float* u;         // [n_cols, n_cols], upper triangular
+  int64_t u_stride;       // elements from row to row of `u`
+  uint8_t* pruned;        // [n_rows, n_cols], 1 = pruned
+  int64_t pruned_stride;  // bytes from row to row of `pruned`
+  int n, m;               // the pattern that chooses `pruned`; m = 0: `pruned` is an input
+  float* errors;          // [n_rows, n_cols], contiguous
+};
+
+// [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// fp32 or bf16. Each head of k and v serves n_heads / n_kv_heads consecutive heads of q.
+struct Attention {
+  Heads q, k, v, out;
+  DType dtype;
+  int64_t n_batches, n_heads, n_kv_heads, n_tokens, head_dim;
+  float scale;
+};
+
+// Rotary embedding: out = x * cos + concat(-x's upper half, x's lower half) * sin, for every head of x. cos and sin are
+// [batches, tokens, head_dim] with contiguous rows; strides in elements.
+struct Rotation {
+  Heads x, out;
+  const void *cos, *sin;
+  int64_t turn_batch, turn_token;  // strides of cos and sin
+  DType dtype;                     // fp32 or bf16
+  int64_t n_batches, n_heads, n_tokens, head_dim;
+};
+
+// out = x weight^T + bias; bias is null or [weight.n_rows]. All have one dtype, fp32 or bf16.
+struct Linear {
+  Matrix x, weight, out;
+  const void* bias;
+};
+
+// The codes are those of ACTIVATION_CODES in native/ops.py.
+enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+
+}  // namespace wanda

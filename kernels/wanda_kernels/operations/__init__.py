@@ -1,0 +1,1 @@
+"""The operations that users call: check the operands, choose a backend, run."""
