@@ -156,7 +156,7 @@ def tokens() -> torch.Tensor:
 
 def compare(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "open_skeleton", _refuse)
+        patch.setattr(inputs, "open_meta_model", _refuse)
         whole = _prune(folder, "whole")
     streamed = _prune(folder, "streamed")
     files = [_tensors(folder / kind) for kind in ("whole", "streamed")]

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
-from wanda_fast.model.block_inputs import BlockInputs, blocks_skipped, record_block_inputs
+from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Offload, Offloaded
+from wanda_fast.model.recorder import blocks_skipped, record_block_inputs
 
 
 @dataclass

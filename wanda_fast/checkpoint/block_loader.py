@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.shards import mapped_memory, pinned_memory
 from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
@@ -40,13 +40,13 @@ class StreamedModel:
         outside: names of all other tensors on disk.
     """
 
-    def __init__(self, skeleton: Skeleton, blocks: list[Block], device: torch.device, clock: Clock):
-        self.model, self.blocks, self.device, self.clock = skeleton.model, blocks, device, clock
-        self.skeleton, self.dtype = skeleton, skeleton.model.dtype
+    def __init__(self, meta_model: MetaModel, blocks: list[Block], device: torch.device, clock: Clock):
+        self.model, self.blocks, self.device, self.clock = meta_model.model, blocks, device, clock
+        self.meta_model, self.dtype = meta_model, meta_model.model.dtype
         self.names = [self._names_under(block.name + ".") for block in blocks]
         inside = {name for names in self.names for name in names}
-        self.outside = [name for name in skeleton.names if name not in inside]
-        self._meta = skeleton.model.state_dict(keep_vars=True)
+        self.outside = [name for name in meta_model.names if name not in inside]
+        self._meta = meta_model.model.state_dict(keep_vars=True)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-read")
         self._ahead: dict[int, Future] = {}
 
@@ -106,7 +106,7 @@ class StreamedModel:
         On a GPU the tensors are copies that may be under way, on a CPU they can be the model's own.
         """
         state = {name: self._get(name).detach() for name in names}
-        dtype = self.skeleton.dtype
+        dtype = self.meta_model.dtype
         state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
         if self.device.type != "cuda":
             return Stored(state)
@@ -122,22 +122,22 @@ class StreamedModel:
         OpenMP threads, which would spin on the cores that the forward uses.
         """
         memory = pinned_memory if self.device.type == "cuda" else mapped_memory
-        return self.skeleton.files.read(names, self.skeleton.dtype, memory)
+        return self.meta_model.files.read(names, self.meta_model.dtype, memory)
 
     def _names_under(self, prefix: str) -> list[str]:
-        return [name for name in self.skeleton.names if name.startswith(prefix)]
+        return [name for name in self.meta_model.names if name.startswith(prefix)]
 
     def _only_head(self, name: str) -> bool:
         head = self.model.get_output_embeddings()
         own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head is not None else ()
-        return id(self._meta[name]) in own and len(self.skeleton.names[name]) == 1
+        return id(self._meta[name]) in own and len(self.meta_model.names[name]) == 1
 
     def _unload(self, names: list[str]) -> None:
         for name in names:
             self._set(name, self._meta[name])
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        for alias in self.skeleton.names[name]:
+        for alias in self.meta_model.names[name]:
             owner, _, leaf = alias.rpartition(".")
             module = self.model.get_submodule(owner)
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor

@@ -23,7 +23,7 @@ from wanda_fast.model.architecture import require_untied_blocks
 
 
 @dataclass
-class Skeleton:
+class MetaModel:
     """A checkpoint whose weights have not been read.
 
     Attributes:
@@ -42,9 +42,9 @@ class Skeleton:
     names: dict[str, list[str]]
 
 
-def open_skeleton(
+def open_meta_model(
     path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu"
-) -> Skeleton:
+) -> MetaModel:
     """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same.
 
     Raises: `NotStreamableError` with the reason why the checkpoint must be loaded as a whole;
@@ -72,7 +72,7 @@ def open_skeleton(
         model.float()
     model.generation_config = _generation_config(folder, cache_dir) or model.generation_config
     tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
-    return Skeleton(model.eval(), tokenizer, stored, files, names)
+    return MetaModel(model.eval(), tokenizer, stored, files, names)
 
 
 def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:

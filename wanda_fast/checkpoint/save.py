@@ -146,7 +146,7 @@ def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], boo
 
     Raises: `InterruptedError` between two pieces of 4 MiB once `abandoned()` is true.
     """
-    files, dtype = source.skeleton.files, source.skeleton.dtype
+    files, dtype = source.meta_model.files, source.meta_model.dtype
 
     def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
         for piece in files.pieces(name, dtype):
@@ -159,14 +159,13 @@ def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], boo
 
 def save_config_and_index(source: StreamedModel, folder: Path, shards: list[Path]) -> None:
     """Write configurations and tokenizer, and the index of the shards, which must be in `folder` already."""
-    skeleton = source.skeleton
-    config = skeleton.model.config
-    config.dtype = str(skeleton.dtype).removeprefix("torch.")
-    config.architectures = [type(skeleton.model).__name__]
+    config, tokenizer = source.model.config, source.meta_model.tokenizer
+    config.dtype = str(source.meta_model.dtype).removeprefix("torch.")
+    config.architectures = [type(source.model).__name__]
     config.save_pretrained(folder)
-    skeleton.model.generation_config.save_pretrained(folder)
-    if skeleton.tokenizer is not None:
-        skeleton.tokenizer.save_pretrained(folder)
+    source.model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     _save_index(TensorFiles.of(shards), folder)
 
 

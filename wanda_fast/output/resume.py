@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.journal import differences
 from wanda_fast.checkpoint.load import Checkpoint
-from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.shards import SAMPLE, SAMPLES
 from wanda_fast.data.calibration import digest
 from wanda_fast.data.evaluation import EvaluationSet
@@ -42,7 +42,7 @@ def run_identity(
 
 
 def input_digests(
-    loaded: Skeleton | Checkpoint, token_ids: Tensor | None, evaluation: EvaluationSet | None
+    loaded: MetaModel | Checkpoint, token_ids: Tensor | None, evaluation: EvaluationSet | None
 ) -> dict[str, str | None]:
     """Digests of model and tokens, by their names in the journal. Call it before anything is pruned."""
     return {
@@ -84,12 +84,12 @@ def _same_options(before: dict, now: dict) -> bool:
     return all(before.get(name) == json.loads(json.dumps(now[name], default=str)) for name in names)
 
 
-def _model_digest(loaded: Skeleton | Checkpoint) -> str:
+def _model_digest(loaded: MetaModel | Checkpoint) -> str:
     """Of configuration and tensors, independent of the folder."""
     config = loaded.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    tensors = loaded.files.digest() if isinstance(loaded, Skeleton) else _sampled(loaded.model)
+    tensors = loaded.files.digest() if isinstance(loaded, MetaModel) else _sampled(loaded.model)
     described = json.dumps(config, sort_keys=True, default=str) + tensors
     return hashlib.sha256(described.encode()).hexdigest()
 

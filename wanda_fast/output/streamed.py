@@ -164,7 +164,7 @@ class StreamedOutput:
                 self.writer.wait()
         if stops:
             raise InterruptedRunError(
-                f"stopped after block {index} of {self.nblocks}; they are kept in {self.partial}"
+                f"stopped after block {index} of {self.nblocks}; finished blocks are kept in {self.partial}"
             )
 
     def finish(self, report: Report) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.checkpoint.load import Checkpoint
-from wanda_fast.checkpoint.meta_model import Skeleton, open_skeleton
+from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
 from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SEQLEN = 2048
 
 
-def open_model(options: Options, tokenizer: object, job: Job) -> Skeleton | Checkpoint:
+def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Checkpoint:
     """The model in memory, or the checkpoint: without its weights if it can be streamed."""
     if isinstance(options.model, nn.Module):
         with job.clock.phase("load"):
@@ -33,19 +33,19 @@ def open_model(options: Options, tokenizer: object, job: Job) -> Skeleton | Chec
         return _open(path, options, job.device.type)
 
 
-def _open(path: str, options: Options, device: str) -> Skeleton | Checkpoint:
+def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
     """The checkpoint without its weights, or loaded as a whole if zero-shot tasks or its format need that."""
     if options.eval_zero_shot:
         return checkpoints.load(path, options.dtype, options.cache_dir, device)
     try:
-        return open_skeleton(path, options.dtype, options.cache_dir, device)
+        return open_meta_model(path, options.dtype, options.cache_dir, device)
     except NotStreamableError as error:
         loaded = checkpoints.load(path, options.dtype, options.cache_dir, device)
         logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
         return loaded
 
 
-def read_tokens(options: Options, tokenizer: object, loaded: Skeleton | Checkpoint, job: Job) -> None:
+def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpoint, job: Job) -> None:
     """Set the job's calibration tokens and evaluation windows; note them and their digests in the report."""
     model = loaded.model
     seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_of(model))

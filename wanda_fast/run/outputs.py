@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.errors import ResumeError
 from wanda_fast.memory import peak_memory
 from wanda_fast.options import Options
@@ -48,7 +48,7 @@ def write_report(options: Options, loaded: object, report: Report) -> Report:
     """The report in the model's folder, if it does not have the last figures yet, and in the logs."""
     report.peak_memory, report.complete = peak_memory(), True
     # A model in memory was saved before it was evaluated.
-    if options.save_model is not None and not isinstance(loaded, Skeleton):
+    if options.save_model is not None and not isinstance(loaded, MetaModel):
         saving.save_report(report, Path(options.save_model))
     return write_logs(options, report)
 

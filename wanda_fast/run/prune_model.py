@@ -11,7 +11,7 @@ from torch import nn
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import chosen_before, partial_of
 from wanda_fast.checkpoint.load import Checkpoint
-from wanda_fast.checkpoint.meta_model import Skeleton
+from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.data.evaluation import require_zero_shot, zero_shot
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
@@ -89,7 +89,7 @@ def _new_job(
     )
 
 
-def _surveyed_blocks(options: Options, loaded: Skeleton | Checkpoint, job: Job) -> list[Block]:
+def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job) -> list[Block]:
     """The model's blocks; method and pattern fit them, and there is memory for their Hessians."""
     ignore, use = tuple(options.ignore), job.method.hessians
     blocks = find_blocks(loaded.model, ignore)
@@ -109,9 +109,11 @@ def _already_finished(options: Options, finished: Report) -> Report:
     return write_logs(options, finished)
 
 
-def _choose_resources(options: Options, loaded: Skeleton | Checkpoint, blocks: list[Block], job: Job) -> None:
+def _choose_resources(
+    options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
+) -> None:
     """Set the job's batch size and where its hidden states are kept."""
-    stored = loaded.dtype if isinstance(loaded, Skeleton) else None
+    stored = loaded.dtype if isinstance(loaded, MetaModel) else None
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = _chosen_before(options, "batch_size")
@@ -127,9 +129,9 @@ def _chosen_before(options: Options, name: str) -> object:
     return chosen_before(Path(options.save_model), name) if options.resume else None
 
 
-def _run(options: Options, loaded: Skeleton | Checkpoint, blocks: list[Block], job: Job) -> None:
+def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job) -> None:
     folder = path_of(options.save_model)
-    if isinstance(loaded, Skeleton):
+    if isinstance(loaded, MetaModel):
         source = StreamedModel(loaded, blocks, job.device, job.clock)
         output = folder and StreamedOutput(folder, source, _identity(job), options.resume)
         run_streamed(job, source, output)

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 import wanda_fast
 from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.model.block_inputs import blocks_skipped, record_block_inputs
 from wanda_fast.model.offload import Offload
+from wanda_fast.model.recorder import blocks_skipped, record_block_inputs
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import make_method
 

@@ -49,7 +49,7 @@ def prune(folder, out, whole=False, **options):
     """(report, tensors that were written); with `whole`, the model is pruned in memory."""
     with pytest.MonkeyPatch.context() as patch:
         if whole:
-            patch.setattr(inputs, "open_skeleton", refuse)
+            patch.setattr(inputs, "open_meta_model", refuse)
         report = wanda_fast.prune(
             str(folder), dataset="pydoc", eval_dataset="pydoc", save_model=out, **QUICK | options
         )
@@ -293,7 +293,7 @@ def test_a_checksum_sees_every_byte(pieces, tmp_path, monkeypatch):
         assert atomic_write.checksum(file) != expected
 
 
-def test_no_weights_are_left_in_the_skeleton(folder_of, monkeypatch):
+def test_no_weights_are_left_in_the_meta_model(folder_of, monkeypatch):
     held = []
     monkeypatch.setattr(job, "perplexities", lambda source, *_: held.append(source.model) or {})
     wanda_fast.prune(str(folder_of("llama2")), dataset="pydoc", eval_dataset="pydoc", **QUICK)

@@ -230,7 +230,7 @@ def test_updated_weights_are_those_that_are_stored(checkpoint_bf16, tmp_path, mo
         raise NotStreamableError("for the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "open_skeleton", refuse)
+        patch.setattr(inputs, "open_meta_model", refuse)
         reports.append(wanda_fast.prune(str(checkpoint_bf16), save_model=tmp_path / "whole", **options))
     streamed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in streamed.items())

@@ -10,8 +10,8 @@ from tests.every_architecture import tiny_config
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors, memory
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.model.block_inputs import record_block_inputs
 from wanda_fast.model.offload import Offload
+from wanda_fast.model.recorder import record_block_inputs
 from wanda_fast.output import streamed as output
 from wanda_fast.pruning.methods import make_method
 from wanda_fast.pruning.patterns import parse_pattern

@@ -20,7 +20,7 @@ def held(request, monkeypatch):
         def refuse(*_):
             raise errors.NotStreamableError("the test says so")
 
-        monkeypatch.setattr(inputs, "open_skeleton", refuse)
+        monkeypatch.setattr(inputs, "open_meta_model", refuse)
 
 
 IDS = torch.arange(48).reshape(2, 24) + 3
