@@ -104,7 +104,7 @@ def _with_earlier_runs(report: dict, file: Path) -> dict:
 
 def _jobs(options: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
     """Every job of a round, and why others are left out."""
-    from wanda_fast.prune import methods
+    from wanda_fast.pruning import methods
 
     jobs, not_run = [], {}
     for method in options.methods:

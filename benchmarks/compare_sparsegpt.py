@@ -36,7 +36,7 @@ from benchmarks.quality_results import mean_and_std
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.data.calibration import calibration_tokens
 from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
-from wanda_fast.prune.patterns import parse_pattern
+from wanda_fast.pruning.patterns import parse_pattern
 
 PERPLEXITY, MASKS = 0.005, 0.995  # relative difference, mean share in common; on the same inputs
 FACTORINGS = ("torch.linalg.cholesky", "torch.cholesky_inverse")

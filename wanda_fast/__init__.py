@@ -3,9 +3,9 @@
 from wanda_fast import errors
 from wanda_fast.api import prune
 from wanda_fast.data.evaluation import perplexity
-from wanda_fast.prune.methods import Method
-from wanda_fast.prune.patterns import Pattern
-from wanda_fast.prune.registry import register_method, register_pattern
+from wanda_fast.pruning.methods import Method
+from wanda_fast.pruning.patterns import Pattern
+from wanda_fast.pruning.registry import register_method, register_pattern
 from wanda_fast.report import Report
 
 __all__ = [

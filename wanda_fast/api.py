@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.checkpoint.block_loader import LiveModel, StreamedModel
+from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import chosen_before, partial_of
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import Skeleton, open_skeleton
@@ -20,19 +20,19 @@ from wanda_fast.data.evaluation import evaluation_set, require_zero_shot, zero_s
 from wanda_fast.errors import NotStreamableError, ResumeError
 from wanda_fast.memory import out_of_memory_explained, peak_memory
 from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.block_source import LiveModel
 from wanda_fast.model.offload import require_kind
 from wanda_fast.output.finished import finished_run, nothing_to_do
 from wanda_fast.output.resume import input_digests, run_identity
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.prune.block_loop import Progress
-from wanda_fast.prune.methods import Dense, make_method
-from wanda_fast.prune.patterns import parse_pattern
+from wanda_fast.pruning.methods import make_method
+from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.report import Report
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.job import Job, run_in_memory, run_streamed
 from wanda_fast.run.resources import choose_resources, default_device, usable_device
 from wanda_fast.run.validate import context_of, require_fit, require_sequential, survey
-from wanda_fast.timer import Clock
+from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def prune(
         save: folder for the published code's log line and the report.
         save_model: folder for the pruned model, its tokenizer and the report.
         save_log: file for the summary.
-        save_mask: safetensors file for the packed masks (`wanda_fast.prune.masks`).
+        save_mask: safetensors file for the packed masks (`wanda_fast.output.masks`).
         overwrite: allow `save` and `save_model` to be folders that are not empty, `save_log` and `save_mask`
             to be files that exist.
         resume: go on with the unfinished run that `save_model` + ".partial" holds, if it does.
@@ -133,7 +133,7 @@ def prune(
     pattern = parse_pattern(sparsity_type, sparsity_ratio or None, use_variant)
     require_sequential(sequential)
     require_kind(activations)
-    recipe["sparsity_ratio"] = 0.0 if isinstance(method, Dense) else pattern.ratio
+    recipe["sparsity_ratio"] = pattern.ratio if method.prunes else 0.0
     if resume and save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
     live = isinstance(model, nn.Module)

@@ -2,39 +2,52 @@
 
 
 class WandaFastError(Exception):
-    """Any input that wanda_fast refuses, or any resource it lacks."""
+    """Any input that wanda_fast refuses, or any resource it lacks.
+
+    Attributes:
+        resumable: whether `--resume` can succeed where this run failed, so that the blocks which it finished
+            are kept. False: the same input would be refused again.
+    """
+
+    resumable = True
 
 
-class UnknownMethodError(WandaFastError, ValueError):
+class RefusedInputError(WandaFastError, ValueError):
+    """Input that no second try would accept."""
+
+    resumable = False
+
+
+class UnknownMethodError(RefusedInputError):
     """No pruning method of that name is registered."""
 
 
-class PatternError(WandaFastError, ValueError):
+class PatternError(RefusedInputError):
     """A sparsity pattern that does not parse, or does not fit a linear's in_features."""
 
 
-class SparsityRatioError(WandaFastError, ValueError):
+class SparsityRatioError(RefusedInputError):
     """A ratio outside [0, 1), or at odds with the pattern."""
 
 
-class CalibrationError(WandaFastError, ValueError):
+class CalibrationError(RefusedInputError):
     """Calibration or evaluation text that is missing, unreadable or too short."""
 
 
-class NoPrunableBlockError(WandaFastError, ValueError):
+class NoPrunableBlockError(RefusedInputError):
     """No repeated block with nn.Linear weights was found."""
 
 
-class HiddenStatesError(WandaFastError, ValueError):
+class HiddenStatesError(RefusedInputError):
     """Blocks that cannot run one by one: they take something else than one sequence's hidden states after the
     other, or a forward does not run them in turn, each once."""
 
 
-class IgnorePatternError(WandaFastError, ValueError):
+class IgnorePatternError(RefusedInputError):
     """An --ignore pattern that matches no linear, or is no valid regular expression."""
 
 
-class NonFiniteError(WandaFastError, ValueError):
+class NonFiniteError(RefusedInputError):
     """NaN or infinity in a weight or in the activations that a linear receives."""
 
 
@@ -42,7 +55,7 @@ class HessianError(WandaFastError, ArithmeticError):
     """A Hessian that no dampening makes positive definite, or a dampening that is no positive number."""
 
 
-class DeviceError(WandaFastError, ValueError):
+class DeviceError(RefusedInputError):
     """A device that is neither the CPU nor a GPU of this machine."""
 
 
@@ -54,7 +67,7 @@ class OutputError(WandaFastError, OSError):
     """An output folder that is not empty, or cannot be written."""
 
 
-class MaskError(WandaFastError, ValueError):
+class MaskError(RefusedInputError):
     """A mask file that is none, or does not fit the model."""
 
 

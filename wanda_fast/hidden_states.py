@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.block_loader import BlockSource
 from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
 from wanda_fast.model.block_inputs import BlockInputs, hidden_states_given, record_block_inputs
+from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Moved, Placement
 
 

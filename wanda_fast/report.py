@@ -5,7 +5,15 @@ import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 
-from wanda_fast.model.architecture import Reach
+
+@dataclass
+class Reach:
+    """How much of a model the pruner can touch, in numbers of weights."""
+
+    prunable: int
+    blocks: int
+    model: int
+    largest_out_of_reach: str | None  # name of the largest weight in a block that is no prunable linear
 
 
 @dataclass

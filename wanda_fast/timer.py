@@ -1,9 +1,10 @@
-"""Seconds per phase of a run."""
+"""The phases of a run: their seconds, and who is told of them."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -58,6 +59,30 @@ class Clock:
     def _add(self, name: str, seconds: float) -> float:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         return seconds
+
+
+class Progress(Protocol):
+    """A display. It is told that `done` of `total` blocks (or windows) are done and a phase has begun."""
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None: ...
+
+
+class Phases:
+    """Phases of one block: the display is told, the clock counts."""
+
+    def __init__(self, clock: Clock, progress: Progress | None, index: int, total: int, block: str):
+        self._clock, self._progress = clock, progress
+        self._index, self._total, self._block = index, total, block
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.tell(phase)
+        with self._clock.phase(phase):
+            yield
+
+    def tell(self, phase: str, detail: str = "") -> None:
+        if self._progress is not None:
+            self._progress.step(phase, self._index, self._total, detail or self._block)
 
 
 def mark(device: torch.device) -> "float | torch.cuda.Event":

@@ -1,10 +1,9 @@
-"""Where blocks come from: a live model, or a checkpoint's files, one block in memory at a time."""
+"""Blocks from a checkpoint's files, one in memory at a time and the next one being read."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +14,6 @@ from wanda_fast.memory import give_back_freed
 from wanda_fast.model.architecture import Block
 from wanda_fast.timer import Clock
 from wanda_kernels.native.reused_memory import empty
-
-
-class BlockSource(Protocol):
-    """Lends a model's blocks, one at a time."""
-
-    model: nn.Module
-    blocks: list[Block]
-
-    def block(self, index: int):
-        """Context: block `index` is on the device, with its weights."""
-
-    def surroundings(self, head: bool):
-        """Context: all but the blocks has its weights; the language-model head too where `head`."""
-
-    def give_back(self) -> None:
-        """Memory that was freed goes back to the system, where this source is to keep peaks low."""
-
-
-class LiveModel:
-    """A model in memory. Its blocks visit the device, and the pruned ones go back to where they were."""
-
-    def __init__(self, model: nn.Module, blocks: list[Block], device: torch.device, clock: Clock):
-        self.model, self.blocks, self.device, self.clock = model, blocks, device, clock
-
-    @contextmanager
-    def block(self, index: int) -> Iterator[None]:
-        module = self.blocks[index].module
-        home = next(module.parameters()).device
-        with self.clock.phase("read"):
-            module.to(self.device)
-        try:
-            yield
-        finally:
-            with self.clock.phase("write"):
-                module.to(home)
-
-    @contextmanager
-    def surroundings(self, head: bool) -> Iterator[None]:
-        yield
-
-    def give_back(self) -> None:
-        """Nothing: the whole model is in memory anyway, in a process that may hold much else."""
 
 
 @dataclass

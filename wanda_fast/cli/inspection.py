@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import wanda_kernels
 from wanda_fast.checkpoint import load as checkpoints
-from wanda_fast.model.architecture import Reach, find_blocks, reach, sparsity
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.report import Reach
+from wanda_fast.run.validate import reach
 
 COMMON_PATTERNS = ((2, 4), (4, 8), (1, 4), (8, 16), (16, 32))
 
@@ -56,4 +59,9 @@ def satisfies(weight: Tensor, n: int, m: int) -> bool:
 
 def _facts(name: str, weight: Tensor) -> LinearFacts:
     patterns = [f"{n}:{m}" for n, m in COMMON_PATTERNS if satisfies(weight, n, m)]
-    return LinearFacts(name, tuple(weight.shape), weight.dtype, sparsity(weight), patterns)
+    return LinearFacts(name, tuple(weight.shape), weight.dtype, _sparsity(weight), patterns)
+
+
+def _sparsity(tensor: torch.Tensor) -> float:
+    """Fraction of exact zeros."""
+    return wanda_kernels.count_zeros(tensor).item() / max(tensor.numel(), 1)

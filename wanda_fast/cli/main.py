@@ -77,7 +77,7 @@ def prune(
     """Prune a checkpoint, measure its perplexity before and after, and save it."""
     from wanda_fast.api import prune as prune_model
     from wanda_fast.cli.progress import terminal_progress
-    from wanda_fast.prune.registry import load_plugin
+    from wanda_fast.pruning.registry import load_plugin
 
     for name in plugin or ():
         load_plugin(name)
@@ -180,7 +180,7 @@ def apply_mask(
     """Zero what a mask does not keep: after fine-tuning or merging a pruned model."""
     from wanda_fast.checkpoint import load as checkpoint
     from wanda_fast.checkpoint import save as saving
-    from wanda_fast.prune import masks
+    from wanda_fast.output import masks
 
     saving.require_empty(save_model, overwrite)
     loaded = checkpoint.load(model, cache_dir=cache_dir, device="any")
@@ -198,8 +198,8 @@ def verify(
 ) -> None:
     """Check that a model keeps to a mask or an N:M pattern: exit code 0, or 1 and the linears that do not."""
     from wanda_fast.checkpoint import load as checkpoint
-    from wanda_fast.prune import masks
-    from wanda_fast.prune.patterns import parse_pattern
+    from wanda_fast.output import masks
+    from wanda_fast.pruning.patterns import parse_pattern
 
     if (mask is None) == (pattern is None):
         raise typer.BadParameter("name either --mask FILE or --pattern N:M")

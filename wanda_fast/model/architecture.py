@@ -2,13 +2,12 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-import wanda_kernels
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
 
 # gate, up and down: Llama and its like; Mixtral's and InternLM's
@@ -43,6 +42,11 @@ class GatedMLP:
     def width(self) -> int:
         """Rows of each projection."""
         return self.up.out_features // (2 if self.fused else 1)
+
+    def halves(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate's output, up's output) from the outputs of one fused linear, or of the two projections."""
+        gate, up = outputs[0].chunk(2, dim=-1) if self.fused else outputs
+        return gate, up
 
 
 @dataclass
@@ -105,34 +109,6 @@ def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
         if len(by_block) > 1:
             first, second, *_ = by_block.values()
             raise NotStreamableError(f"{first} and {second} are one weight, in two blocks")
-
-
-@dataclass
-class Reach:
-    """How much of a model the pruner can touch, in numbers of weights."""
-
-    prunable: int
-    blocks: int
-    model: int
-    largest_out_of_reach: str | None  # name of the largest weight in a block that is no prunable linear
-
-
-def reach(model: nn.Module, blocks: list[Block]) -> Reach:
-    """Count the prunable weights, all weights of the blocks (2-D and up), and all parameters of the model."""
-    prunable = {id(linear.module.weight) for block in blocks for linear in block.linears}
-    matrices = {
-        f"{block.name}.{name}": parameter
-        for block in blocks
-        for name, parameter in block.module.named_parameters()
-        if parameter.dim() >= 2
-    }
-    outside = {name: p.numel() for name, p in matrices.items() if id(p) not in prunable}
-    return Reach(
-        prunable=sum(linear.module.weight.numel() for block in blocks for linear in block.linears),
-        blocks=sum(parameter.numel() for parameter in matrices.values()),
-        model=sum(parameter.numel() for parameter in model.parameters()),
-        largest_out_of_reach=max(outside, key=outside.get) if outside else None,
-    )
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -227,8 +203,3 @@ def _matches(pattern: str, names: list[str]) -> list[str]:
             ) from error
         return [name for name in names if expression.match(name)]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")]
-
-
-def sparsity(tensor: torch.Tensor) -> float:
-    """Fraction of exact zeros."""
-    return wanda_kernels.count_zeros(tensor).item() / max(tensor.numel(), 1)

@@ -13,9 +13,9 @@ from types import FunctionType
 
 from torch import Tensor, nn
 
+from wanda_fast.model.activation_names import kernel_activation
 from wanda_fast.model.block_forward import elementwise_kernels
 from wanda_fast.model.patching import forwards_replaced
-from wanda_fast.prune.coactivation import kernel_activation
 
 ROTARY = "apply_rotary_pos_emb"  # the name that attentions call
 

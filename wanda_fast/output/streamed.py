@@ -74,14 +74,18 @@ class StreamedOutput:
         if error is not None:
             self.abandoned.set()  # what is outside of the blocks, which is copied before the first one counts
         self.disk.close()
-        refused = isinstance(error, WandaFastError) and isinstance(error, ValueError)
-        if error is None or refused or not self.finished:  # done, or the same fault would return
+        worth_resuming = not isinstance(error, WandaFastError) or error.resumable
+        if error is None or not worth_resuming or not self.finished:
             self.discard()
 
     def begin_(self, activations: Activations) -> int:
         """The block to go on with, its inputs in `activations`; earlier ones are finished."""
         unfinished = (index for index in range(self.nblocks) if index not in self.finished)
         return self.boundary.restore_(activations, next(unfinished, self.nblocks))
+
+    def holds(self, index: int) -> bool:
+        """Whether the run that this one resumes left block `index` pruned."""
+        return index in self.finished
 
     def reports(self, index: int, masks: dict[str, Tensor] | None) -> dict[str, LinearReport]:
         """Of a finished block; its masks join `masks`."""
@@ -99,6 +103,14 @@ class StreamedOutput:
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
         """Shard and masks first, then the note that makes them count."""
+        if self.holds(index):
+            return
+        with self.source.clock.phase("write"):
+            self._write_block(index, linears, masks)
+
+    def _write_block(
+        self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
+    ) -> None:
         with self._writing():
             self.disk.wait()
         stored = self.source.stored(self.source.names[index])
@@ -125,7 +137,7 @@ class StreamedOutput:
     def reached(self, index: int, activations: Activations) -> None:
         """Every block before `index` is finished; here Ctrl-C takes effect."""
         asked = self.interrupts.asked
-        with self._writing():
+        with self.source.clock.phase("write"), self._writing():
             if asked or self.boundary.due():
                 self.disk.do(self.boundary.begin(index, activations))
             if asked:

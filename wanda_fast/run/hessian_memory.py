@@ -9,7 +9,7 @@ import torch
 from wanda_fast.errors import OutOfMemoryError, UnknownMethodError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
-from wanda_fast.prune.hessian import HessianUse
+from wanda_fast.pruning.hessian import HessianUse
 from wanda_kernels.host_hessian import band_bytes
 
 logger = logging.getLogger(__name__)

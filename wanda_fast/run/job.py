@@ -8,19 +8,20 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.checkpoint.block_loader import BlockSource, LiveModel, StreamedModel
+from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.data.evaluation import EvaluationSet, perplexity
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
+from wanda_fast.model.block_source import BlockSource, LiveModel
 from wanda_fast.model.offload import Placement
+from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.prune.block_loop import Progress, prune_blocks
-from wanda_fast.prune.masks import write_masks
-from wanda_fast.prune.methods import Dense, Method
-from wanda_fast.prune.patterns import Pattern
+from wanda_fast.pruning.block_loop import prune_blocks
+from wanda_fast.pruning.methods import Method
+from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.report import Report, update_warnings
-from wanda_fast.timer import Clock
+from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Job:
             clock=self.clock,
             progress=self.progress,
             masks=self.masks,
-            output=output,
+            store=output,
             sequential=self.sequential,
         )
         if self.method.hessians is not None:
@@ -70,7 +71,7 @@ class Job:
 
 def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None) -> None:
     """The pruned model is saved first: what comes after it may fail."""
-    prunes = not isinstance(job.method, Dense)
+    prunes = job.method.prunes
     _measure(source.model, job.evaluation, "dense", job.clock, job.report, job.progress)
     if prunes:
         with closing(Placement(job.activations, source.device)) as placement:
@@ -90,7 +91,7 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
     placement = Placement(job.activations, source.device, output and output.partial)
     with closing(source), output or nullcontext(), closing(placement):
         with job.clock.phase("block inputs"):
-            pruned = not isinstance(job.method, Dense)
+            pruned = job.method.prunes
             activations = record_activations(
                 source, placement, job.token_ids, job.batch_size, job.evaluation, pruned
             )

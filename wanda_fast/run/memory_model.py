@@ -20,7 +20,7 @@ from wanda_fast.data.evaluation import batch_of
 from wanda_fast.model.architecture import Block, Linear
 from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
 from wanda_fast.model.offload import LEAVING
-from wanda_fast.prune.methods import Method
+from wanda_fast.pruning.methods import Method
 from wanda_fast.run.hessian_memory import block_bytes, visiting_bytes
 from wanda_fast.run.job import Job
 

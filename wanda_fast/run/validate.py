@@ -5,11 +5,11 @@ import sys
 
 from torch import Tensor, nn
 
-from wanda_fast.errors import CalibrationError, PatternError, UnknownMethodError
-from wanda_fast.model.architecture import Block, ignored_linears, reach
-from wanda_fast.prune.methods import Connect, Dense, Gated, Method, SparseGPT
-from wanda_fast.prune.patterns import Pattern, Variant
-from wanda_fast.report import Report
+from wanda_fast.errors import CalibrationError, UnknownMethodError
+from wanda_fast.model.architecture import Block, ignored_linears
+from wanda_fast.pruning.methods import Method
+from wanda_fast.pruning.patterns import Pattern
+from wanda_fast.report import Reach, Report
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +38,34 @@ def survey(
             f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
-    if not isinstance(method, Dense):
+    if method.prunes:
         for block in blocks:
             for linear in block.linears:
                 pattern.check(linear.name, linear.module.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
-    if isinstance(method, Connect | Gated) and not gated:
+    if method.wants_gated_mlp and not gated:
         warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
-    if isinstance(method, SparseGPT) and pattern.rule is None:
-        raise PatternError(
-            f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
-            f"other methods take that pattern, with --update obs too"
-        )
-    if use_variant and not (isinstance(pattern, Variant) and method.takes_variant):
+    method.check(pattern)
+    if use_variant and not (pattern.is_variant and method.takes_variant):
         warn(f"--use_variant has no effect on {method.name} with {pattern}")
+
+
+def reach(model: nn.Module, blocks: list[Block]) -> Reach:
+    """Count the prunable weights, all weights of the blocks (2-D and up), and all parameters of the model."""
+    prunable = {id(linear.module.weight) for block in blocks for linear in block.linears}
+    matrices = {
+        f"{block.name}.{name}": parameter
+        for block in blocks
+        for name, parameter in block.module.named_parameters()
+        if parameter.dim() >= 2
+    }
+    outside = {name: p.numel() for name, p in matrices.items() if id(p) not in prunable}
+    return Reach(
+        prunable=sum(linear.module.weight.numel() for block in blocks for linear in block.linears),
+        blocks=sum(parameter.numel() for parameter in matrices.values()),
+        model=sum(parameter.numel() for parameter in model.parameters()),
+        largest_out_of_reach=max(outside, key=outside.get) if outside else None,
+    )
 
 
 def context_of(model: nn.Module) -> int:

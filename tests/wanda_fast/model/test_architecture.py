@@ -12,8 +12,8 @@ from tests.tiny_models import EXPERTS, FAMILIES, GQA, MOE, PRUNABLE, token_ids
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.block_inputs import hidden_states_given, record_block_inputs
 from wanda_fast.model.offload import Placement
-from wanda_fast.prune.methods import make_method
-from wanda_fast.prune.statistics import BlockStatistics
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.methods import make_method
 
 
 @pytest.mark.parametrize("family", PRUNABLE)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
-from tests.wanda_fast.prune.test_sequential_linear import zeros_in_common
+from tests.wanda_fast.pruning.test_sequential_linear import zeros_in_common
 from wanda_fast.model import block_forward
 from wanda_kernels.native import forward as native_forward
 from wanda_kernels.native import ops as native

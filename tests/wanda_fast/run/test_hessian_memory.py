@@ -11,7 +11,7 @@ import torch
 from tests.tiny_models import FAMILIES
 from wanda_fast import errors
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.prune.hessian import HessianUse
+from wanda_fast.pruning.hessian import HessianUse
 from wanda_fast.run import hessian_memory
 from wanda_fast.run.hessian_memory import peak_bytes, place_hessians, visiting_bytes
 
@@ -22,7 +22,7 @@ NOISE = 6 * MIB  # a batch of 256 tokens, buffers of the matmuls
 MEASURED = """
 import json, sys, threading, time, torch
 from types import SimpleNamespace
-from wanda_fast.prune.hessian import Hessian, HessianUse, prepare
+from wanda_fast.pruning.hessian import Hessian, HessianUse, prepare
 torch.set_num_threads(1)
 def resident():
     with open("/proc/self/statm") as file:

@@ -13,8 +13,8 @@ from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.block_inputs import record_block_inputs
 from wanda_fast.model.offload import Placement
 from wanda_fast.output import streamed as output
-from wanda_fast.prune.methods import make_method
-from wanda_fast.prune.patterns import parse_pattern
+from wanda_fast.pruning.methods import make_method
+from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.report import Report
 from wanda_fast.run import resources
 from wanda_fast.run.job import Job

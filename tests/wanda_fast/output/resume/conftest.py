@@ -10,7 +10,7 @@ from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint
 from tests.wanda_fast.output.resume.runs import NBLOCKS, QUICK, stop_in
 from wanda_fast import errors
 from wanda_fast.output import streamed as output
-from wanda_fast.prune import block_loop as pipeline
+from wanda_fast.pruning import sequential_block
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +47,13 @@ def unbroken(llama, tmp_path_factory):
 @pytest.fixture
 def pruned(monkeypatch):
     """Names of the blocks whose weights were selected, in order."""
-    names, prune_block = [], pipeline.prune_block
-    monkeypatch.setattr(
-        pipeline, "prune_block", lambda block, *rest: names.append(block.name) or prune_block(block, *rest)
-    )
+    names, prune_block = [], sequential_block.prune_block
+
+    def note(block, *rest):
+        names.append(block.name)
+        return prune_block(block, *rest)
+
+    monkeypatch.setattr(sequential_block, "prune_block", note)
     return names
 
 

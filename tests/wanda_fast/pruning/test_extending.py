@@ -10,7 +10,7 @@ import torch
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast.cli import main as cli
-from wanda_fast.prune import registry
+from wanda_fast.pruning import registry
 
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 

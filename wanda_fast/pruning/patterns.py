@@ -1,4 +1,4 @@
-"""Which weights go, given their scores: unstructured, N:M, and what users register."""
+"""Which weights are pruned, given their scores: unstructured, N:M, and patterns that users register."""
 
 import re
 
@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 import wanda_kernels
-from wanda_fast.errors import PatternError, SparsityRatioError
-from wanda_fast.prune.registry import PATTERNS, register_pattern
+from wanda_fast.errors import MaskError, PatternError, SparsityRatioError
+from wanda_fast.pruning.registry import PATTERNS, register_pattern
+
+
+def empty_mask(weight: Tensor) -> Tensor:
+    """An uninitialised packed mask for `weight` `[out, in]`: uint8 `[out, ceil(in / 8)]` on its device."""
+    return torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
 
 
 class Pattern:
@@ -18,7 +23,10 @@ class Pattern:
     """
 
     name = "pattern"
-    rule: float | str | None = None  # what sparsegpt_ takes: a ratio or "n:m"; None: `select` alone decides
+    # What `sparsegpt_` takes: a ratio or "n:m". None: `select` alone can choose.
+    rule: float | str | None = None
+    # Whether this is what `--use_variant` asks for.
+    is_variant = False
 
     def __init__(self, ratio: float | None = None):
         self.ratio = 0.5 if ratio is None else ratio
@@ -29,7 +37,7 @@ class Pattern:
         return self.name
 
     def check(self, linear: str, in_features: int) -> None:
-        """Raise `PatternError` where a linear of that width cannot take the pattern."""
+        """Raise `PatternError` if a linear of that width cannot have the pattern."""
 
     def select(self, scores: Tensor) -> Tensor:
         """scores fp32 `[out, in]` -> bool `[out, in]`, True where the weight is to be pruned."""
@@ -38,15 +46,28 @@ class Pattern:
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
-        """Zero the weights whose score abs(W) * sqrt(scale) loses; returns the operation that did it.
+        """Zero the weights with the lowest scores, abs(W) * sqrt(scale), in place.
 
-        Here by way of `select`; the built-in patterns use fused kernels. `whole_matrix` asks for one
-        threshold instead of one a row (published magnitude), where the pattern knows the difference.
-        `mask`, where given, receives the packed mask (`wanda_kernels.pack_bits`).
+        This default calls `select`; the built-in patterns use fused kernels.
+
+        Args:
+            weight: `[out, in]`.
+            scale: fp32 `[in]` or `[out, in]`; None: the score is abs(W).
+            whole_matrix: one threshold for the matrix instead of one for each row (published magnitude). A
+                pattern without thresholds ignores it.
+            mask: receives the packed mask (`wanda_kernels.pack_bits`).
+        Returns: the name of the operation that pruned.
         """
         magnitude = weight.float().abs()
         scores = magnitude if scale is None else magnitude * scale.sqrt()
         return self.prune_by_score_(weight, scores, mask)
+
+    def count_violations(self, weight: Tensor) -> int:
+        """How many groups of `weight` `[out, in]` hold more non-zero weights than the pattern allows.
+
+        Raises: `MaskError` for a pattern without groups.
+        """
+        raise MaskError(f"only N:M patterns can be verified, got {self}")
 
     def prune_by_score_(self, weight: Tensor, scores: Tensor, mask: Tensor | None = None) -> str:
         pruned = self.select(scores)
@@ -58,7 +79,7 @@ class Pattern:
 
 @register_pattern("unstructured")
 class Unstructured(Pattern):
-    """Each row loses exactly int(in_features * ratio) weights."""
+    """Exactly int(in_features * ratio) weights of each row are pruned."""
 
     @property
     def rule(self) -> float:
@@ -85,12 +106,15 @@ class Unstructured(Pattern):
 
 
 class Variant(Unstructured):
-    """The Wanda variant: how many a row loses follows its scores' mass; the matrix reaches the ratio."""
+    """The Wanda variant: a row's scores say how many of its weights are pruned; the matrix has the ratio."""
+
+    is_variant = True
 
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
-        if whole_matrix:  # magnitude, which has no variant
+        # Magnitude has no variant.
+        if whole_matrix:
             return super().prune_(weight, scale, whole_matrix=True, mask=mask)
         wanda_kernels.prune_variant_(weight, scale, self.ratio, mask=mask, check_finite=False)
         return "prune_variant_"
@@ -123,6 +147,10 @@ class NM(Pattern):
             raise PatternError(
                 f"{linear} has in_features = {in_features}, not a multiple of {self.m} (pattern {self})"
             )
+
+    def count_violations(self, weight: Tensor) -> int:
+        groups = weight.reshape(-1, self.m).count_nonzero(dim=1)
+        return int((groups > self.n).sum())
 
     def select(self, scores: Tensor) -> Tensor:
         groups = scores.reshape(-1, self.m)

@@ -1,5 +1,8 @@
-"""The Hessian of a linear's inputs: what SparseGPT's update goes by, and what a reconstruction error is
-measured with. Linears that read the same tensor share one; a block's are gone before the next block's."""
+"""The Hessian of a linear's inputs: SparseGPT's update and the reconstruction error need it.
+
+Linears that read the same tensor share one Hessian. A block's Hessians are freed before the next block's are
+gathered.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ from wanda_fast.model.architecture import Block, Linear
 from wanda_kernels import Factor, NotPositiveDefiniteError
 from wanda_kernels.host_hessian import add_hessian_on_host_
 
-STRIPE = 4096  # columns of a Hessian that an error is summed over at a time
+# Rows of a Hessian that one product of the reconstruction error reads.
+STRIPE = 4096
 
 
 @dataclass
@@ -22,11 +26,11 @@ class HessianUse:
     """What the Hessians of a run are for.
 
     Attributes:
-        update: what stays of a weight is updated for what went (SparseGPT's).
-        measure_error: each linear's reconstruction error is measured.
-        dampening: share of the mean diagonal that is added before factoring.
-        on_host: in_features of the linears whose Hessians are kept and factored in host memory.
-        stored: the dtype of the output, to which updated weights are rounded; None: their own.
+        update: the weights that are kept are updated for those that are pruned (SparseGPT).
+        measure_error: the reconstruction error of each linear is measured.
+        dampening: share of the mean diagonal that is added to the diagonal before factoring.
+        on_host: linears of these in_features have their Hessians kept and factored in host memory.
+        stored: dtype of the output, to which updated weights are rounded; None: the weight's own.
     """
 
     update: bool
@@ -54,10 +58,12 @@ class Hessian:
         where = {"pin_memory": True} if on_host else {"device": device}
         self.acc: Tensor | None = torch.zeros(in_features, in_features, **where)
         self.factor: Factor | None = None
-        self.blind = False  # factored, and every input was zero in every token
+        # Set by `make_factor`: every input was zero in every token.
+        self.blind = False
 
     def add(self, x: Tensor) -> None:
-        if self.acc is None:  # what comes once it is factored and gone is too late
+        # With `--sequential linear`, tokens can arrive after the Hessian was factored and freed.
+        if self.acc is None:
             return
         if self.acc.device == x.device:
             wanda_kernels.add_hessian_(self.acc, x)
@@ -65,7 +71,7 @@ class Hessian:
             add_hessian_on_host_(self.acc, x)
 
     def make_factor(self, use: HessianUse) -> None:
-        """The factor, once; the Hessian itself is dropped unless errors are measured."""
+        """Factor the Hessian, once, and free it unless errors are measured."""
         if self.factor is None:
             self.factor = wanda_kernels.factor_hessian(self.acc, use.dampening)
             self.blind = bool(self.factor.dead.all())
@@ -77,18 +83,19 @@ class Hessian:
 
 
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
-    """Judge the Hessians of the block's linears, and factor them where weights are updated; the widest first.
+    """Check that a block's Hessians are finite, and factor them if weights are updated, the widest first.
 
     Args:
-        hessians: by linear name, shared by linears that read the same tensor.
-    Raises: `NonFiniteError`, `HessianError`, naming block and linear.
+        hessians: by linear name; linears that read the same tensor have the same object.
+    Raises: `NonFiniteError`, `HessianError`, which name block and linear.
     """
     first: dict[Hessian, str] = {}
     for linear in block.linears:
         if linear.name in hessians:
             first.setdefault(hessians[linear.name], linear.name)
     if any(hessian.in_features in use.on_host for hessian in first):
-        torch.cuda.synchronize(block.linears[0].module.weight.device)  # they are on their way to the host
+        # Their last sums may still be on the way to the host.
+        torch.cuda.synchronize(block.linears[0].module.weight.device)
     _require_finite(block, first)
     for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
         try:
@@ -101,7 +108,7 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
 
 
 def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:
-    """Of their diagonals: no element is larger than its row's or its column's on the diagonal."""
+    """Check the diagonals alone: |H[i, j]| is at most the larger of H[i, i] and H[j, j]."""
     device = block.linears[0].module.weight.device if block.linears else None
     diagonals = {
         f"{name}: diagonal of the input Hessian": hessian.acc.diagonal().contiguous().to(device)
@@ -127,6 +134,7 @@ def _energy(weight: Tensor, hessian: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[1], STRIPE):
         stripe = slice(start, start + STRIPE)
-        product = F.linear(weight, hessian[stripe].to(weight.device))  # H is symmetric
+        # H is symmetric, so its rows are its columns.
+        product = F.linear(weight, hessian[stripe].to(weight.device))
         total += product.mul_(weight[:, stripe]).sum(dtype=torch.float64)
     return total

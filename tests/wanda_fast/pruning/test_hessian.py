@@ -11,7 +11,7 @@ import wanda_kernels
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors
 from wanda_fast.cli import main as cli
-from wanda_fast.prune import hessian
+from wanda_fast.pruning import hessian
 from wanda_kernels import host_hessian
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
-from tests.wanda_fast.prune.test_published_masks import differing_masks, prune_clearly, prune_fast
+from tests.wanda_fast.pruning.test_published_masks import differing_masks, prune_clearly, prune_fast
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.prune.methods import make_method
-from wanda_fast.prune.selection import prune_block
-from wanda_fast.prune.statistics import BlockStatistics
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.methods import make_method
+from wanda_fast.pruning.selection import prune_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +189,7 @@ def test_resumed_and_streamed_as_in_one_go(tmp_path):
     recipe = dict(dataset=ids, prune_method="gated", sparsity_type="2:4", device="cpu")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wanda_fast.prune.block_loop.prune_block", stopped_before_block(1))
+        patch.setattr("wanda_fast.pruning.sequential_block.prune_block", stopped_before_block(1))
         with pytest.raises(KeyboardInterrupt):
             wanda_fast.prune(str(tmp_path / "dense"), save_model=tmp_path / "out", **recipe)
     wanda_fast.prune(str(tmp_path / "dense"), save_model=tmp_path / "out", resume=True, **recipe)

@@ -1,4 +1,4 @@
-"""Names to classes: what `--prune_method` and `--sparsity_type` can be, and how a user's own join them."""
+"""The methods and patterns by name, and how a user's own join them."""
 
 import importlib
 import importlib.util
@@ -23,13 +23,14 @@ def register_pattern(*names: str) -> Callable[[type], type]:
 
 
 def load_plugin(plugin: str) -> None:
-    """Import a module by dotted name or a `.py` file by path, for the methods and patterns it registers."""
+    """Import a module by dotted name, or a `.py` file by path, which registers methods and patterns."""
     path = Path(plugin)
     if path.suffix == ".py" and not path.is_file():
         raise MissingDependencyError(f"plugin file {plugin} does not exist")
     try:
         _import_file(path) if path.suffix == ".py" else importlib.import_module(plugin)
-    except Exception as error:  # whatever that code raises
+    # A plugin's code can raise anything.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise MissingDependencyError(f"plugin {plugin!r} cannot be imported: {reason}") from error
 

@@ -13,10 +13,9 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import errors
 from wanda_fast.model.architecture import GatedMLP, Linear, find_blocks
-from wanda_fast.prune import sequential_linear as lockstep
-from wanda_fast.prune.dense_inputs import DenseInputs
-from wanda_fast.prune.sq_norm import SquaredNorm
-from wanda_fast.prune.statistics import BlockStatistics
+from wanda_fast.pruning import sequential_linear as lockstep
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.statistics import DenseInputs, SquaredNorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from wanda_fast import api, errors
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.cli import main as cli
 from wanda_fast.errors import NotStreamableError
-from wanda_fast.prune import registry
+from wanda_fast.pruning import registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

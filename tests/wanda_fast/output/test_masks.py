@@ -12,7 +12,7 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors
 from wanda_fast.cli import main as cli
-from wanda_fast.prune import masks
+from wanda_fast.output import masks
 
 CASES = [("wanda", "unstructured"), ("connect", "2:4"), ("magnitude", "unstructured"), ("wanda", "1:4")]
 

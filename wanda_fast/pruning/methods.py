@@ -1,35 +1,45 @@
-"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and what users register."""
+"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and methods that users register."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 import wanda_kernels
-from wanda_fast.errors import UnknownMethodError
+from wanda_fast.errors import PatternError, UnknownMethodError
 from wanda_fast.model.architecture import Linear
-from wanda_fast.prune.coactivation import Coactivation, GatedCoactivation
-from wanda_fast.prune.hessian import Hessian, HessianUse
-from wanda_fast.prune.masks import empty_mask
-from wanda_fast.prune.patterns import Pattern
-from wanda_fast.prune.registry import METHODS, register_method
-from wanda_fast.prune.sq_norm import SquaredNorm
-from wanda_fast.prune.statistics import Statistic
+from wanda_fast.pruning.coactivation import Coactivation, GatedCoactivation
+from wanda_fast.pruning.hessian import Hessian, HessianUse
+from wanda_fast.pruning.patterns import Pattern, empty_mask
+from wanda_fast.pruning.registry import METHODS, register_method
+from wanda_fast.pruning.statistics import SquaredNorm, Statistic
 
 
 class Method:
     """A way to rank weights. To add one, subclass, define `score`, and register it by name.
 
-    `score(weight, sq_norm)` gets a linear's weight `[out, in]` and the sum over calibration tokens of its
-    squared inputs, fp32 `[in]` (None where `uses_activations` is False), and returns importances `[out, in]`.
+    `score(weight, acc)` gets a linear's weight `[out, in]` and the sum that its statistic gathered over the
+    calibration tokens: by default that of the squared inputs, fp32 `[in]`. It returns importances
+    `[out, in]`. A method with a statistic of its own also defines `statistic`.
+
+    Attributes:
+        options: command-line options that `__init__` takes.
+        uses_activations: whether there is a statistic; if not, `acc` is None.
+        updates: whether the weights that stay are always updated; for other methods `--update obs` says so.
+        takes_variant: whether `--use_variant` means something to it.
+        prunes: False for a run that only loads, evaluates and saves.
+        wants_gated_mlp: whether it differs from wanda only in gated MLPs.
+        hessians: what the run's Hessians are for; None: it has none. Set by `make_method`.
     """
 
     name = "method"
-    options: tuple[str, ...] = ()  # command-line options that __init__ takes
+    options: tuple[str, ...] = ()
     uses_activations = True
-    updates = False  # whether what stays is always updated; others by --update obs
+    updates = False
     takes_variant = True
+    prunes = True
+    wants_gated_mlp = False
     score = None
-    hessians: HessianUse | None = None  # set for the run, where it has a use for Hessians
+    hessians: HessianUse | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -40,14 +50,17 @@ class Method:
     def make_hessian(self) -> Callable[[Linear], Hessian] | None:
         return None if self.hessians is None else self.hessians.hessian
 
+    def check(self, pattern: Pattern) -> None:
+        """Raise `PatternError` if the method cannot prune by this pattern."""
+
     def statistic(self, linear: Linear) -> Statistic | None:
-        """What to gather from this linear's calibration inputs; None for nothing."""
+        """A new statistic for this linear; None if its score needs none."""
         return SquaredNorm(linear) if self.uses_activations else None
 
     def prune_(
         self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
     ) -> str:
-        """Prune one weight in place; returns the operation that did it."""
+        """Prune one weight in place. Returns the name of the operation that did it."""
         if self.score is not None:
             return pattern.prune_by_score_(weight, self.score(weight, scale).float(), mask)
         return pattern.prune_(weight, scale, mask=mask)
@@ -60,7 +73,7 @@ class Method:
         factor: wanda_kernels.Factor,
         mask: Tensor | None = None,
     ) -> str:
-        """Prune the weights that `prune_` would, and update the others for it (SparseGPT's update)."""
+        """Prune the weights that `prune_` would, and update the others for their error (SparseGPT)."""
         bits = empty_mask(weight)
         operation = self.prune_(weight.clone(), scale, pattern, bits)
         pruned = ~wanda_kernels.unpack_bits(bits, weight.shape[1])
@@ -70,7 +83,7 @@ class Method:
 
 @register_method("magnitude")
 class Magnitude(Method):
-    """abs(W); unstructured is one threshold a matrix (Han et al. 2015, as in Wanda's baseline)."""
+    """abs(W); unstructured has one threshold for the matrix (Han et al. 2015, as Wanda's baseline)."""
 
     uses_activations = takes_variant = False
 
@@ -87,9 +100,10 @@ class Wanda(Method):
 
 @register_method("connect", "wanda_connect")
 class Connect(Method):
-    """Wanda, but a gated MLP's up_proj by how input and gate channels co-activate (Wanda-CoNNect)."""
+    """Wanda, but a gated MLP's up_proj is scored by how its input and gate co-activate (Wanda-CoNNect)."""
 
     options = ("connect_gate",)
+    wants_gated_mlp = True
 
     def __init__(self, connect_gate: str = "activated"):
         if connect_gate not in ("activated", "raw"):
@@ -103,9 +117,11 @@ class Connect(Method):
 
 @register_method("gated")
 class Gated(Method):
-    """Wanda, but a gated MLP's gate and up projection by what removing a weight does to act(gate) * up, to
-    first order (this project's; derived in docs/gated.md).
+    """Wanda, but a gated MLP's gate and up projection are scored by the change of act(gate) * up if a weight
+    is removed, to first order (this project's; derived in docs/gated.md).
     """
+
+    wants_gated_mlp = True
 
     def statistic(self, linear: Linear) -> Statistic:
         return SquaredNorm(linear) if linear.gated is None else GatedCoactivation(linear)
@@ -127,11 +143,18 @@ class WandaThenUpdate(Wanda):
 
 @register_method("sparsegpt")
 class SparseGPT(Method):
-    """W^2 / U_jj^2, chosen as the update comes by (Frantar & Alistarh 2023, arXiv 2301.00774)."""
+    """W^2 / U_jj^2, chosen as the update reaches a column (Frantar & Alistarh 2023, arXiv 2301.00774)."""
 
     uses_activations = takes_variant = False
     updates = True
     selector = "obs"
+
+    def check(self, pattern: Pattern) -> None:
+        if pattern.rule is None:
+            raise PatternError(
+                f"{self.name} chooses unstructured or N:M as it updates, not {pattern}: "
+                f"other methods take that pattern, with --update obs too"
+            )
 
     def prune_and_update_(
         self,
@@ -149,14 +172,14 @@ class SparseGPT(Method):
 
 @register_method("ablate_mag_iter")
 class MagnitudeInUpdate(SparseGPT):
-    """SparseGPT that goes by abs(W) as the update has left it: an ablation of Wanda's."""
+    """SparseGPT with abs(W) of the updated weights as its score: an ablation of Wanda's."""
 
     selector = "magnitude"
 
 
 @register_method("ablate_wanda_iter")
 class WandaInUpdate(SparseGPT):
-    """SparseGPT that goes by Wanda's score of weights as the update has left them: an ablation of Wanda's."""
+    """SparseGPT with Wanda's score of the updated weights: an ablation of Wanda's."""
 
     uses_activations = True
     selector = "wanda"
@@ -166,12 +189,7 @@ class WandaInUpdate(SparseGPT):
 class Dense(Method):
     """Nothing is pruned; the run loads, evaluates and saves."""
 
-    uses_activations = takes_variant = False
-
-    def prune_(
-        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, mask: Tensor | None = None
-    ) -> str:
-        return "none"
+    uses_activations = takes_variant = prunes = False
 
 
 def make_method(
@@ -181,11 +199,13 @@ def make_method(
     measure_error: bool | None = None,
     **options: object,
 ) -> Method:
-    """The registered method of that name, given those of `options` that it takes.
+    """The registered method of that name, made with those of `options` that it takes.
 
     Args:
-        update: "obs": what a method's masks keep is updated for what they prune; "none": as the method does.
-        measure_error: None: where Hessians are gathered anyway.
+        update: "obs": the weights that the method keeps are updated for those that it prunes; "none": only
+            if the method always does that.
+        measure_error: measure each linear's reconstruction error; None: if Hessians are gathered anyway.
+    Raises: `UnknownMethodError`, `HessianError`.
     """
     if name not in METHODS:
         raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")
@@ -195,6 +215,6 @@ def make_method(
     method = cls(**{option: options[option] for option in cls.options})
     updates = method.updates or update == "obs"
     measure_error = updates if measure_error is None else measure_error
-    if (updates or measure_error) and not isinstance(method, Dense):
+    if (updates or measure_error) and method.prunes:
         method.hessians = HessianUse(updates, measure_error, dampening)
     return method

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint.atomic_write import write_atomically
 from wanda_fast.errors import MaskError
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.prune.patterns import NM, Pattern
+from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_kernels import unpack_bits
 
 
@@ -25,11 +25,6 @@ class Violation:
 
     name: str
     count: int
-
-
-def empty_mask(weight: Tensor) -> Tensor:
-    """Room for the packed mask of `weight` `[out, in]`, on its device."""
-    return torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
 
 
 def write_masks(masks: dict[str, Tensor], file: Path, recipe: dict) -> None:
@@ -83,13 +78,10 @@ def mask_violations(model: nn.Module, file: Path) -> list[Violation]:
 
 def pattern_violations(model: nn.Module, pattern: Pattern) -> list[Violation]:
     """Prunable linears with groups of M that hold more than N non-zero weights."""
-    if not isinstance(pattern, NM):
-        raise MaskError(f"only N:M patterns can be verified, got {pattern}")
     violations = []
     for block in find_blocks(model):
         for linear in block.linears:
             pattern.check(linear.name, linear.module.in_features)
-            groups = linear.module.weight.reshape(-1, pattern.m).count_nonzero(dim=1)
-            if broken := int((groups > pattern.n).sum()):
+            if broken := pattern.count_violations(linear.module.weight):
                 violations.append(Violation(linear.name, broken))
     return violations

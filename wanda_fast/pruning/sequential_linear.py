@@ -1,17 +1,18 @@
 """`--sequential linear`: one pass over a block; each linear is pruned as soon as its input is known.
 
-All batches go through the block side by side. Each has a thread of its own, of which one at a time is awake;
-before each linear it waits until every other batch has come as far. Then the linear is pruned, and all go on:
-what follows sees pruned weights, and every product is computed once.
+Every batch runs through the block in a thread of its own; one thread runs at a time. Before each linear a
+batch waits until all other batches have reached it. Then the linear is pruned, and the batches continue:
+later modules see the output of pruned weights, and every product is computed once.
 
-On a GPU attention itself is computed by the thread that waits for the batches: cuDNN plans it anew in every
-thread, 70 ms each.
+On a GPU, attention is computed by the main thread on behalf of the batches, because cuDNN plans it anew in
+every thread, which takes 70 ms each.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,14 +20,57 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.block_inputs import BlockCall, BlockInputs
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.selection import Selection, prune_block
+from wanda_fast.pruning.sequential_block import Turn, block_statistics
+from wanda_fast.report import LinearReport
+from wanda_fast.timer import Clock
+
+
+class SequentialLinear:
+    """The three steps of the loop, of which the second is the whole pass."""
+
+    def __init__(self, selection: Selection, clock: Clock):
+        self.selection, self.clock = selection, clock
+
+    def dense_pass(self, turn: Turn) -> BlockStatistics:
+        """Runs nothing: the statistics are gathered as the linears are pruned."""
+        return block_statistics(turn.block, self.selection, self.clock, before_call=True)
+
+    def prune(self, turn: Turn, statistics: BlockStatistics) -> dict[str, LinearReport]:
+        """Prunes each linear once its input is known. `turn.inputs` become the next block's."""
+        block, reports = turn.block, {}
+        forwards = [
+            partial(_advance_batch, block, turn.inputs, batch, call)
+            for batch, call in turn.inputs.batches(turn.index)
+        ]
+
+        def prune(linears: list[Linear]) -> None:
+            with self.clock.phase("selection"):
+                part = replace(block, linears=linears)
+                reports.update(prune_block(part, self.selection, statistics, turn.phases))
+
+        with turn.phases("one pass"), statistics.gathering():
+            run_in_lockstep(block, forwards, lambda linear: prune([linear]))
+        if unseen := [linear for linear in block.linears if linear.name not in reports]:
+            prune(unseen)
+        return {linear.name: reports[linear.name] for linear in block.linears}
+
+    def pruned_pass(self, turn: Turn) -> None:
+        """Runs nothing: the one pass went through pruned weights."""
+
+
+def _advance_batch(block: Block, inputs: BlockInputs, batch: slice, call: BlockCall) -> None:
+    inputs.hidden[batch] = call.run(block.module, inputs.hidden[batch])
 
 
 class _Stop(BaseException):
-    """Ends a batch that waits while another failed."""
+    """Ends a waiting batch after another one failed."""
 
 
 class _Batch:
-    """One batch's way through the block. `at`: the linear that it waits for; None at the end."""
+    """One batch on its way through the block. `at`: the linear that it waits for; None at the end."""
 
     def __init__(self, forward: Callable[[], None], on_gpu: bool):
         self.at: Linear | None = None
@@ -40,7 +84,7 @@ class _Batch:
         self.thread.start()
 
     def go_on(self) -> None:
-        """Wake the batch, and wait until it waits again; meanwhile compute what it asks for."""
+        """Let the batch run until it waits again, and compute what it asks for meanwhile."""
         self._wake()
         while self._asked is not None:
             self._answer, self._asked = self._asked(), None
@@ -49,7 +93,7 @@ class _Batch:
             raise self.error
 
     def ask(self, compute: Callable[[], object]) -> object:
-        """Called in the batch's own thread: what the waiting thread computes."""
+        """Called in the batch's own thread: returns what the main thread computes."""
         self._asked = compute
         self._pause()
         answer, self._answer = self._answer, None
@@ -84,14 +128,14 @@ class _Batch:
                     self._forward()
         except _Stop:
             pass
-        except BaseException as error:  # noqa: B902  (raised again in the thread that waits for this one)
+        except BaseException as error:  # noqa: B902  (the main thread raises it again)
             self.error = error
         self.at = None
         self._waits.release()
 
 
 class _AttentionElsewhere(TorchFunctionMode):
-    """In a batch's thread: attention is computed by the waiting one."""
+    """In a batch's thread: attention is computed by the main thread."""
 
     def __init__(self, batch: _Batch):
         super().__init__()
@@ -109,10 +153,10 @@ def _on_gpu(block: Block) -> bool:
 def run_in_lockstep(
     block: Block, forwards: list[Callable[[], None]], prune: Callable[[Linear], None]
 ) -> None:
-    """Run all `forwards` of the block; `prune(linear)` once each has brought its input to that linear.
+    """Run all `forwards` of the block, and call `prune(linear)` once every one has reached the linear.
 
-    Where batches wait for different linears (experts that a batch does not use), the one that the block
-    names first is pruned first.
+    If batches wait for different linears (a batch may not use every expert), the first one in the block's
+    order is pruned first.
     """
     on_gpu = _on_gpu(block)
     batches = [_Batch(forward, on_gpu) for forward in forwards]

@@ -1,0 +1,168 @@
+"""The block loop: for each block a dense pass that gathers statistics, the pruning, and a pruned pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wanda_fast.hidden_states import Activations
+from wanda_fast.model.block_inputs import BlockInputs
+from wanda_fast.model.block_source import BlockSource
+from wanda_fast.model.fused_modules import fused_modules
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.methods import Method
+from wanda_fast.pruning.patterns import Pattern
+from wanda_fast.pruning.selection import Selection
+from wanda_fast.pruning.sequential_block import SequentialBlock, Turn, pruned_pass
+from wanda_fast.pruning.sequential_linear import SequentialLinear
+from wanda_fast.report import LinearReport
+from wanda_fast.timer import Clock, Phases, Progress
+from wanda_kernels.native.reused_memory import reused_memory
+
+
+class BlockStore(Protocol):
+    """Keeps each block as soon as it is pruned, so that an interrupted run can go on behind the last one."""
+
+    def begin_(self, activations: Activations) -> int:
+        """The block to go on with, its inputs now in `activations`. All earlier blocks are held."""
+
+    def holds(self, index: int) -> bool:
+        """Whether an earlier run left block `index` pruned."""
+
+    def reports(self, index: int, masks: dict[str, Tensor] | None) -> dict[str, LinearReport]:
+        """The reports of a block that is held; its packed masks join `masks`."""
+
+    def restore_block(self, index: int) -> None:
+        """Give the model's block `index` its pruned weights."""
+
+    def write_block(
+        self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
+    ) -> None:
+        """Keep block `index`, unless it is held already."""
+
+    def reached(self, index: int, activations: Activations) -> None:
+        """Every block before `index` is done, and its inputs are in `activations`."""
+
+
+@torch.no_grad()
+@reused_memory()
+def prune_blocks(
+    source: BlockSource,
+    method: Method,
+    pattern: Pattern,
+    activations: Activations,
+    *,
+    clock: Clock,
+    progress: Progress | None = None,
+    masks: dict[str, Tensor] | None = None,
+    store: BlockStore | None = None,
+    sequential: str = "block",
+) -> dict[str, LinearReport]:
+    """Prune every linear of the source's blocks, block by block.
+
+    Args:
+        activations: the first block's inputs; in the end, what leaves the last block.
+        masks: receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host; None: none wanted.
+        store: keeps each pruned block, and has those of the run that this one resumes.
+        sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
+            after the other.
+    Raises: `NonFiniteError`, which names block and linear. Blocks before it stay pruned; so do, with
+        `sequential="linear"` or after an update of weights, linears of the block itself.
+    """
+    store = store or KeepNothing()
+    selection = Selection(method, pattern, masks)
+    order = _order(selection, sequential, clock)
+    first = store.begin_(activations)
+    source.give_back()
+    reports: dict[str, LinearReport] = {}
+    for index in range(first):
+        reports |= store.reports(index, masks)
+    for index, block in enumerate(source.blocks[first:], start=first):
+        phases = Phases(clock, progress, index, len(source.blocks), block.name)
+        turn = Turn(index, block, activations.calibration, index + 1 == len(source.blocks), phases)
+        passes = Restored(store, masks) if store.holds(index) else order
+        with _around(turn, source, activations, store, masks):
+            statistics = passes.dense_pass(turn)
+            turn.reports = passes.prune(turn, statistics)
+            passes.pruned_pass(turn)
+        reports |= turn.reports
+    return reports
+
+
+@contextmanager
+def _around(
+    turn: Turn,
+    source: BlockSource,
+    activations: Activations,
+    store: BlockStore,
+    masks: dict[str, Tensor] | None,
+) -> Iterator[None]:
+    """Read the block, take the evaluation windows through it, dense and then pruned, and keep it."""
+    with source.block(turn.index), fused_modules(turn.block.module):
+        _evaluate(turn, activations.dense)
+        yield
+        _evaluate(turn, activations.pruned)
+        # The passes' memory is returned before the block is written, which takes memory too.
+        source.give_back()
+        store.write_block(turn.index, turn.reports, masks)
+    store.reached(turn.index + 1, activations)
+
+
+def _evaluate(turn: Turn, windows: BlockInputs | None) -> None:
+    if windows is not None:
+        with turn.phases("evaluation"):
+            windows.advance_(turn.index, turn.block.module)
+
+
+def _order(
+    selection: Selection, sequential: str, clock: Clock
+) -> "SequentialBlock | SequentialLinear | LeaveDense":
+    if not selection.method.prunes:
+        return LeaveDense()
+    one_pass = sequential == "linear" and selection.method.calibrates
+    return (SequentialLinear if one_pass else SequentialBlock)(selection, clock)
+
+
+class LeaveDense:
+    """The order of a run that only evaluates."""
+
+    def dense_pass(self, turn: Turn) -> None: ...
+
+    def prune(self, turn: Turn, statistics: None) -> dict[str, LinearReport]:
+        return {}
+
+    def pruned_pass(self, turn: Turn) -> None: ...
+
+
+class Restored:
+    """The order of a block that an earlier run pruned: it is read instead."""
+
+    def __init__(self, store: BlockStore, masks: dict[str, Tensor] | None):
+        self.store, self.masks = store, masks
+
+    def dense_pass(self, turn: Turn) -> None: ...
+
+    def prune(self, turn: Turn, statistics: BlockStatistics | None) -> dict[str, LinearReport]:
+        self.store.restore_block(turn.index)
+        return self.store.reports(turn.index, self.masks)
+
+    def pruned_pass(self, turn: Turn) -> None:
+        pruned_pass(turn)
+
+
+class KeepNothing:
+    """The `BlockStore` of a run that cannot be resumed."""
+
+    def begin_(self, activations: Activations) -> int:
+        return 0
+
+    def holds(self, index: int) -> bool:
+        return False
+
+    def write_block(
+        self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
+    ) -> None: ...
+
+    def reached(self, index: int, activations: Activations) -> None: ...

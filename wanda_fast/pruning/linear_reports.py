@@ -1,0 +1,96 @@
+"""What became of a block's linears, as the report says it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.hessian import Hessian
+from wanda_fast.pruning.methods import Method
+from wanda_fast.report import LinearReport
+from wanda_fast.timer import seconds_between
+from wanda_kernels.dispatch.backends import TABLE, choose
+
+
+@dataclass
+class Outcome:
+    """What became of one weight. Tensors are scalars on its device, so that nothing waits for it yet.
+
+    Attributes:
+        operation: that selected.
+        dampening: of the Hessian that the weight was updated with; None: not updated.
+        fallback: the method that pruned it in place of the one asked for.
+        lap: the clock's marks before and after.
+        energies: ||(W - W') X||^2 and ||W X||^2, if measured.
+    """
+
+    operation: str
+    dampening: float | None = None
+    fallback: str | None = None
+    lap: tuple = ()
+    zeros: Tensor | None = None
+    energies: tuple[Tensor, Tensor] | None = None
+
+
+def linear_reports(
+    block: Block, outcomes: dict[str, Outcome], method: Method, statistics: BlockStatistics | None
+) -> dict[str, LinearReport]:
+    """The reports of the block's linears, by name; waits for the device once."""
+    if not outcomes:
+        return {}
+    zeros = torch.stack([outcome.zeros for outcome in outcomes.values()]).tolist()
+    measured = {name: outcome.energies for name, outcome in outcomes.items() if outcome.energies is not None}
+    energies = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist() if measured else []
+    errors = dict(zip(measured, energies, strict=True))
+    return {
+        linear.name: _report(
+            linear, outcomes[linear.name], count, method, statistics, errors.get(linear.name)
+        )
+        for linear, count in zip(block.linears, zeros, strict=True)
+    }
+
+
+def _report(
+    linear: Linear,
+    outcome: Outcome,
+    zeros: int,
+    method: Method,
+    statistics: BlockStatistics | None,
+    energies: list[float] | None,
+) -> LinearReport:
+    device, weights = linear.module.weight.device.type, linear.module.weight.numel()
+    gathered = statistics.by_name.get(linear.name) if statistics else None
+    error, whole = energies or (None, None)
+    return LinearReport(
+        sparsity=zeros / max(weights, 1),
+        weights=weights,
+        seconds=seconds_between(*outcome.lap),
+        operation=outcome.operation,
+        backend=_backend(outcome.operation, device),
+        statistic=gathered and gathered.operation,
+        statistic_backend=gathered and _backend(gathered.operation, device),
+        further=_further(linear, outcome, method, device),
+        error=error,
+        # 0 / 0 if every input was zero.
+        relative_error=error / whole if whole else error,
+        dampening=outcome.dampening,
+        fallback=outcome.fallback,
+    )
+
+
+def _backend(operation: str, device: str) -> str:
+    """The backend that serves an operation of the library; an operation of a user's own is plain torch."""
+    return choose(operation, device) if operation in TABLE else "torch"
+
+
+def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> dict[str, str]:
+    """Hessian and update: the operations beside selection and its statistic, with their backends."""
+    further = {}
+    if outcome.energies is not None or outcome.dampening is not None:
+        on_host = linear.module.in_features in method.hessians.on_host
+        further[Hessian.operation] = "torch" if on_host else choose(Hessian.operation, device)
+    if outcome.dampening is not None:
+        further["sparsegpt_"] = choose("sparsegpt_", device)
+    return further

@@ -1,0 +1,123 @@
+"""Selection: the linears of one block are judged, pruned by their statistics, and counted."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import wanda_kernels
+from wanda_fast.errors import NonFiniteError
+from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.pruning.gathering import BlockStatistics
+from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
+from wanda_fast.pruning.linear_reports import Outcome, linear_reports
+from wanda_fast.pruning.methods import Magnitude, Method
+from wanda_fast.pruning.patterns import Pattern, empty_mask
+from wanda_fast.report import LinearReport
+from wanda_fast.timer import Phases, mark
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Selection:
+    """How a run prunes. `masks`: packed masks by linear name, filled block by block; None: none wanted."""
+
+    method: Method
+    pattern: Pattern
+    masks: dict[str, Tensor] | None = None
+
+
+def prune_block(
+    block: Block, selection: Selection, statistics: BlockStatistics | None, phases: Phases
+) -> dict[str, LinearReport]:
+    """Prune the block's linears in place.
+
+    Raises: `NonFiniteError`, `HessianError`, before a linear of `block` is changed; `NonFiniteError` after it
+        if an update made a weight infinite.
+    """
+    method = selection.method
+    scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
+    _require_finite(block, scales)
+    if method.hessians is not None:
+        with phases("factor"):
+            prepare(block, statistics.hessians, method.hessians)
+    outcomes: dict[str, Outcome] = {}
+    for linear in block.linears:
+        phases.tell("selection", linear.name)
+        hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
+        outcomes[linear.name] = _prune_linear(linear, selection, scales[linear.name], hessian, phases)
+        if statistics is not None and statistics.complete:
+            # The last linear that shares a Hessian frees it.
+            statistics.hessians.pop(linear.name, None)
+    _require_finite_updates(block, outcomes)
+    return linear_reports(block, outcomes, method, statistics)
+
+
+def _prune_linear(
+    linear: Linear, selection: Selection, scale: Tensor | None, hessian: Hessian | None, phases: Phases
+) -> Outcome:
+    weight, masks = linear.module.weight.data, selection.masks
+    mask = None if masks is None else empty_mask(weight)
+    measures = hessian is not None and selection.method.hessians.measure_error
+    before = weight.clone() if measures else None
+    begin = mark(weight.device)
+    outcome = _prune_(weight, selection, scale, hessian, mask)
+    outcome.lap = (begin, mark(weight.device))
+    if before is not None:
+        with phases("error"):
+            outcome.energies = reconstruction_error(before, weight, hessian.acc)
+    if masks is not None:
+        masks[linear.name] = mask.cpu()
+    outcome.zeros = wanda_kernels.count_zeros(weight)
+    return outcome
+
+
+def _prune_(
+    weight: Tensor, selection: Selection, scale: Tensor | None, hessian: Hessian | None, mask: Tensor | None
+) -> Outcome:
+    method, pattern = selection.method, selection.pattern
+    use = method.hessians
+    if use is None or not use.update:
+        return Outcome(method.prune_(weight, scale, pattern, mask))
+    if hessian is None or hessian.blind:
+        # No token reached this linear (an expert's), or only zeros did: every score but magnitude's is zero.
+        return Outcome(Magnitude().prune_(weight, None, pattern, mask), fallback=Magnitude.name)
+    operation = method.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
+    if use.stored is not None:
+        weight.copy_(weight.to(use.stored))
+    return Outcome(operation, hessian.factor.dampening)
+
+
+def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:
+    if statistics is None or not method.uses_activations:
+        return None
+    if linear.name in statistics.by_name:
+        return statistics.by_name[linear.name].acc
+    if method.hessians is None or not method.hessians.update:
+        logger.warning("%s saw no calibration token; its scores are all zero", linear.name)
+    return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
+
+
+def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
+    """One check for the whole block, so that a GPU is waited for once."""
+    operands = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
+    operands |= {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
+    try:
+        wanda_kernels.require_finite(operands)
+    except ValueError as error:
+        raise NonFiniteError(f"block {block.name}: {error}") from error
+
+
+def _require_finite_updates(block: Block, outcomes: dict[str, Outcome]) -> None:
+    updated = {
+        f"{linear.name}.weight": linear.module.weight.data
+        for linear in block.linears
+        if outcomes[linear.name].dampening
+    }
+    if name := wanda_kernels.first_not_finite(updated):
+        raise NonFiniteError(
+            f"block {block.name}: {name} ({updated[name].dtype}) is not finite after "
+            f"its update: a larger --dampening or a wider --dtype helps"
+        )
