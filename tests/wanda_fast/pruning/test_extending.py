@@ -1,4 +1,4 @@
-"""The README's own method and pattern: under 15 lines each, run from Python and from the command line."""
+"""docs/extending.md's methods and pattern: short, run from Python and the command line."""
 
 import re
 import sys
@@ -6,25 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast.cli import main as cli
 from wanda_fast.pruning import registry
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 
 
 @pytest.fixture
 def examples(tmp_path):
-    """Files with the README's Python blocks that register something; forgotten afterwards."""
+    """Files with the page's Python blocks; what they register is forgotten afterwards."""
     before = dict(registry.METHODS), dict(registry.PATTERNS)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     files = []
     for block in blocks:
         if "@wanda_fast.register_" in block:
-            assert len(block.strip().splitlines()) < 15
+            assert len(block.strip().splitlines()) < (25 if "Statistic" in block else 15)
             files.append(tmp_path / f"example_{len(files)}.py")
             files[-1].write_text(block)
     yield files
@@ -33,19 +32,8 @@ def examples(tmp_path):
         registered.update(known)
 
 
-def test_a_checkpoint_from_python(tmp_path, monkeypatch, capsys, pydoc_text):
-    """The README's first example, on a small model."""
-    save_checkpoint(FAMILIES["llama2"](), tmp_path / "out" / "dense", pydoc_text[:20000])
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    exec(next(block for block in blocks if '"out/dense"' in block), {})
-    assert capsys.readouterr().out.startswith("0.5 ")
-    pruned = AutoModelForCausalLM.from_pretrained("out/pruned").model.layers[0].mlp.up_proj.weight
-    assert (pruned.view(-1, 4).count_nonzero(1) == 2).all()
-
-
 def test_a_method_and_a_pattern_of_ones_own_from_python(examples):
-    assert len(examples) == 2
+    assert len(examples) == 3
     for file in examples:
         registry.load_plugin(str(file))
     model, dense = FAMILIES["llama2"](), FAMILIES["llama2"]()
@@ -60,6 +48,22 @@ def test_a_method_and_a_pattern_of_ones_own_from_python(examples):
     lost = (model.model.layers[0].self_attn.q_proj.weight.unflatten(1, (4, 16)) == 0).all(2)
     assert torch.equal(lost.sum(1), torch.full((64,), 2))
     assert (runs.masked_fill(~lost, 0).amax(1) <= runs.masked_fill(lost, float("inf")).amin(1)).all()
+
+
+def test_a_statistic_of_ones_own(examples):
+    for file in examples:
+        registry.load_plugin(str(file))
+    model, dense = FAMILIES["llama2"](), FAMILIES["llama2"]()
+    ids = token_ids(model, 4, 32)
+    wanda_fast.prune(model, dataset=ids, prune_method="absolute", sparsity_type="2:4")
+    seen = {}
+    layer = dense.model.layers[0].self_attn.q_proj
+    layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    dense(ids)
+    groups = (layer.weight.abs() * seen["x"].flatten(0, 1).abs().sum(0)).unflatten(1, (-1, 4))
+    kept = model.model.layers[0].self_attn.q_proj.weight.unflatten(1, (-1, 4)) != 0
+    assert (kept.sum(2) == 2).all()
+    assert (groups.masked_fill(kept, 0).amax(2) <= groups.masked_fill(~kept, float("inf")).amin(2)).all()
 
 
 def test_they_work_with_the_built_in_ones(examples):
