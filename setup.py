@@ -1,11 +1,17 @@
-"""Installs `wanda_fast` (the driver) and `wanda_kernels` (the operations, from kernels/wanda_kernels).
+"""Builds `wanda_fast` (the pruner) and `wanda_kernels` (the operations, in kernels/wanda_kernels).
 
-WANDA_FAST_CPU and WANDA_FAST_CUDA say whether the native libraries are built: 0 no, 1 yes or fail, auto (the
-default) where a compiler and torch are found. Without them the install is pure Python: slower on a CPU, and
-on a GPU left to Triton.
+WANDA_FAST_CPU and WANDA_FAST_CUDA control the two native libraries:
+    0      do not build the library
+    1      build it, or fail
+    auto   build it if a compiler and torch are found (the default)
+Without a library the package still works: torch serves the CPU, more slowly, and Triton serves the GPU.
+
+A wheel with a library serves every Python 3 and every torch from 2.10 on, because the library uses torch's
+stable ABI and no Python API.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +35,11 @@ def wanted(backend: str) -> str:
 
 
 def native_extensions() -> list[Extension]:
-    """The libraries to build here. What stands in the way of one is said, or fatal where it was asked for."""
+    """The libraries to build. If one cannot be built, say why; exit if its variable is 1."""
     extensions = []
     for backend in BACKENDS:
         choice, library = wanted(backend), native_build.LIBRARIES[backend]
-        reason = "as asked for" if choice == "0" else native_build.why_not(backend)
+        reason = f"WANDA_FAST_{backend.upper()}=0" if choice == "0" else native_build.why_not(backend)
         if reason and choice == "1":
             raise SystemExit(f"cannot build {library}: {reason}")
         if reason:
@@ -46,15 +52,17 @@ def native_extensions() -> list[Extension]:
 
 
 def say(sentence: str) -> None:
-    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip runs this file for its metadata first
+    # pip runs this file for the metadata first, then for the build: say it once.
+    if not {"egg_info", "dist_info"} & set(sys.argv):
         print(f"wanda_fast: {sentence}", file=sys.stderr)
 
 
 class BuildNative(build_ext):
-    """Plain shared libraries inside the package, not Python modules: torch.ops.load_library loads them."""
+    """Builds plain shared libraries for torch.ops.load_library instead of Python extension modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        *package, backend = fullname.split(".")  # setuptools asks with the package and without
+        # setuptools passes the name with its package or without.
+        *package, backend = fullname.split(".")
         return str(Path(*package, native_build.LIBRARIES[backend]))
 
     def build_extension(self, ext: Extension) -> None:
@@ -72,7 +80,12 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The libraries know no Python version: one wheel a platform, or one for all where there are none."""
+    """One wheel for every Python 3: of this platform with a library in it, of any platform without."""
+
+    def run(self) -> None:
+        # build/lib may hold modules that have been moved or deleted since an earlier build.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any")

@@ -1,4 +1,4 @@
-"""What an installation must keep to, so that other packages go on working."""
+"""The package must not break other packages, and must import cheaply."""
 
 import importlib.util
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_kernels_is_no_package():
-    """Hugging Face has a package `kernels`; one of ours by that name would break every model import."""
+    """Hugging Face ships a package `kernels`. A second one of that name would break every model import."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     program = "import transformers.models.llama.modeling_llama as m; print(m.LlamaForCausalLM.__name__)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -17,7 +17,7 @@ def test_kernels_is_no_package():
 
 
 def test_import_is_cheap_and_leaves_optional_packages_alone():
-    """`datasets` and `gguf` are imported where they are used: not every machine has them."""
+    """`datasets` and `gguf` are imported where they are used, because not every machine has them."""
     modules = "('datasets', 'gguf', 'lm_eval', 'rich')"
     program = f"import sys, wanda_fast; print([name for name in {modules} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -25,7 +25,7 @@ def test_import_is_cheap_and_leaves_optional_packages_alone():
 
 
 def test_wanda_kernels_is_a_leaf():
-    """The operation library knows tensors, not models."""
+    """The operation library imports neither `wanda_fast` nor transformers."""
     assert importlib.util.find_spec("wanda_kernels") is not None
     for file in (ROOT / "kernels" / "wanda_kernels").rglob("*.py"):
         text = file.read_text()

@@ -1,4 +1,4 @@
-"""Without a compiler the install succeeds in pure Python, and says what is missing."""
+"""Without a compiler the build gives a pure Python wheel and says what is missing."""
 
 import ctypes
 import importlib.util
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what setup.py needs, with an empty driver: this is about the build alone."""
+    """A copy of what setup.py reads, with an empty `wanda_fast`: these tests concern the build alone."""
     for name in ("csrc", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
@@ -28,7 +28,9 @@ def tree(tmp_path):
 
 
 def build_wheel(tree: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    # The hook that pip calls. `setup.py bdist_wheel` is deprecated and prints a warning.
+    program = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    command = [sys.executable, "-c", program]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDA_", "CXX"))}
     clean |= {"PYTHONPATH": "", **environment}
     return subprocess.run(command, cwd=tree, env=clean, capture_output=True, text=True)
@@ -60,7 +62,7 @@ def test_a_wrong_setting_is_named(tree):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets of x86")
-def test_every_instruction_set_is_tested_for_before_its_file_is_called(tmp_path):
+def test_every_instruction_set_that_a_file_uses_is_checked_at_run_time(tmp_path):
     spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
     native_build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native_build)
@@ -92,7 +94,7 @@ extern "C" void say(char* text) {
 """
 
 
-def test_a_library_with_its_own_libstdcxx_says_the_whole_of_it(tmp_path):
+def test_a_library_with_a_static_libstdcxx_gives_the_whole_message(tmp_path):
     compiler = os.environ.get("CXX", "c++").split()
     if not shutil.which(compiler[0]):
         pytest.skip("no C++ compiler")
