@@ -4,6 +4,8 @@ The package knows tensors, not models. The names below are its interface; `wanda
 one, with kernels for a block's forward. `help(wanda_kernels.prune_nm_)` documents an operation completely.
 """
 
+# Registers the operations with torch.
+import wanda_kernels.dispatch.torch_ops  # noqa: F401
 from wanda_kernels.dispatch.backends import OPERATIONS, BackendError, choose_backend
 from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require_finite
 from wanda_kernels.doctor import diagnose

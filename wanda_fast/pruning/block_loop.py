@@ -11,12 +11,13 @@ from wanda_fast.hidden_states import Activations
 from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.fused_modules import fused_modules
+from wanda_fast.pruning.dense_pass import dense_pass
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.pruning.selection import Selection
-from wanda_fast.pruning.sequential_block import SequentialBlock, Turn, pruned_pass
+from wanda_fast.pruning.selection import Selection, prune_block
 from wanda_fast.pruning.sequential_linear import SequentialLinear
+from wanda_fast.pruning.turn import Turn
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, Progress
 from wanda_kernels.forward import reused_memory
@@ -123,6 +124,36 @@ def _order(
         return LeaveDense()
     one_pass = sequential == "linear" and selection.method.calibrates
     return (SequentialLinear if one_pass else SequentialBlock)(selection, clock)
+
+
+class SequentialBlock:
+    """`--sequential block`, the published order: statistics of the dense block, then all of its linears."""
+
+    def __init__(self, selection: Selection, clock: Clock):
+        self.selection, self.clock = selection, clock
+        self.last_linear: dict[tuple, str] = {}
+
+    def dense_pass(self, turn: Turn) -> BlockStatistics | None:
+        if turn.inputs is None:
+            return None
+        with turn.phases("dense pass"):
+            statistics = self.selection.statistics(turn.block, self.clock)
+            dense_pass(turn.block, statistics, turn.inputs, turn.index, self.last_linear)
+        return statistics
+
+    def prune(self, turn: Turn, statistics: BlockStatistics | None) -> dict[str, LinearReport]:
+        with self.clock.phase("selection"):
+            return prune_block(turn.block, self.selection, statistics, turn.phases)
+
+    def pruned_pass(self, turn: Turn) -> None:
+        pruned_pass(turn)
+
+
+def pruned_pass(turn: Turn) -> None:
+    """The next block's inputs: what the pruned block makes of its own."""
+    if turn.inputs is not None and not turn.is_last:
+        with turn.phases("pruned pass"):
+            turn.inputs.advance_(turn.index, turn.block.module)
 
 
 class LeaveDense:

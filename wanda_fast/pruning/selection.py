@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from wanda_fast.pruning.linear_reports import Outcome, linear_reports
 from wanda_fast.pruning.methods import Magnitude, Method
 from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_fast.report import LinearReport
-from wanda_fast.timer import Phases, mark
+from wanda_fast.timer import Clock, Phases, mark
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ class Selection:
     method: Method
     pattern: Pattern
     masks: dict[str, Tensor] | None = None
+
+    def statistics(self, block: Block, clock: Clock, before_call: bool = False) -> BlockStatistics:
+        """Empty statistics for the block's linears; `before_call` as in `BlockStatistics`."""
+        timed = partial(clock.part, "statistics")
+        return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
 
 
 def prune_block(

@@ -23,7 +23,7 @@ from wanda_fast.model.architecture import Block, Linear
 from wanda_fast.model.block_inputs import BlockCall, BlockInputs
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.selection import Selection, prune_block
-from wanda_fast.pruning.sequential_block import Turn, block_statistics
+from wanda_fast.pruning.turn import Turn
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock
 
@@ -36,7 +36,7 @@ class SequentialLinear:
 
     def dense_pass(self, turn: Turn) -> BlockStatistics:
         """Runs nothing: the statistics are gathered as the linears are pruned."""
-        return block_statistics(turn.block, self.selection, self.clock, before_call=True)
+        return self.selection.statistics(turn.block, self.clock, before_call=True)
 
     def prune(self, turn: Turn, statistics: BlockStatistics) -> dict[str, LinearReport]:
         """Prunes each linear once its input is known. `turn.inputs` become the next block's."""

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.torch_ops import call
+from wanda_kernels.dispatch.backends import call
 
 
 def prune_rows_(
