@@ -42,7 +42,9 @@ def compare(
     for method in methods.split(","):
         console.print(f"pruning with {method} ...")
         rows.append(row(*prune_with(method, saved.recipe)))
-    table = Table("method", "sparsity", "perplexity", "seconds", title=f"dense {perplexity['dense']:.2f}")
+    table = Table(
+        "method", "sparsity", "perplexity", "seconds", title=f"dense perplexity {perplexity['dense']:.2f}"
+    )
     for cells in sorted(rows, key=lambda cells: -float(cells[2])):
         table.add_row(*cells)
     console.print(table, f"perplexity on {perplexity['protocol']}")
