@@ -7,7 +7,7 @@ export TQDM_DISABLE := 1
 OUT := out/smollm2-connect-2of4
 CALIBRATION := --dataset pydoc --nsamples 16 --seqlen 512 --eval-windows 16
 
-.PHONY: prune test lint sanitize compile-report bench bench-gpu clean
+.PHONY: prune test lint sanitize compile-report bench pages bench-gpu clean
 
 prune: $(VENV)/installed $(GGUF)
 	$(BIN)/wanda-fast prune --model $(GGUF) --prune-method connect --sparsity-type 2:4 $(CALIBRATION) \
@@ -31,15 +31,18 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The operations' speed on this machine: progress, one table, figures in benchmarks/results. ARGS: see --help.
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks $(ARGS)
 
-# A whole visit to a GPU with a bare machine's own python3: see benchmarks/gpu_visit.py. ARGS: --out, --only.
-# WANDA_BENCH_REHEARSE=1: the same path on a CPU.
+# A maintainer's command: docs/speed.md, docs/quality.md and their pictures, from benchmarks/results.
+pages: $(VENV)/installed
+	$(BIN)/python -m benchmarks.pages
+
+# Everything that needs a GPU, with a bare machine's own python3. ARGS: --out, --only. See tools/gpu/__main__.py.
+# WANDA_BENCH_REHEARSE=1: the same steps on a CPU.
 bench-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_visit $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m tools.gpu $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info
