@@ -27,10 +27,17 @@ from benchmarks.core.suite import BUDGET_S, Session, measure
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     facts = machine.describe(options.device)
-    folder = options.out or _default_folder(options, facts)
+    folder = options.out or machine.RESULTS / f"{date.today()}-{machine.slug(facts)}"
     if warning := machine.busy(facts):
         print(warning, flush=True)
-    session = _session(options)
+    session = Session(
+        options.device,
+        options.quick,
+        budget_s=options.seconds,
+        roofs=roofs.measure(options.device, options.quick),
+        headline=options.headline,
+        until=time.monotonic() + options.limit,
+    )
     print(tables.conditions(facts, session.roofs), flush=True)
     benchmarks = [BENCHMARKS[name] for name in options.only or BENCHMARKS]
     progress = Progress(sum(len(benchmark.cases(session)) for benchmark in benchmarks))
@@ -70,25 +77,6 @@ class Progress:
         print(f"{where} {operation} {shape} {dtype} {setting}: {times}", flush=True)
 
 
-def _session(options: argparse.Namespace) -> Session:
-    until = time.monotonic() + options.limit
-    budget = 0.002 if options.quick else BUDGET_S[options.device]
-    return Session(
-        options.device,
-        options.quick,
-        budget_s=budget if options.seconds is None else options.seconds,
-        roofs=roofs.measure(options.device, options.quick),
-        headline=options.headline,
-        until=until,
-    )
-
-
-def _default_folder(options: argparse.Namespace, facts: dict) -> Path:
-    if options.quick:
-        return Path("out/benchmarks-quick")
-    return machine.RESULTS / f"{date.today()}-{machine.slug(facts)}"
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     words = dict(action="append", metavar="OPERATION", choices=[*BENCHMARKS])
@@ -104,6 +92,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU")
+    if options.seconds is None:
+        options.seconds = 0.002 if options.quick else BUDGET_S[options.device]
+    if options.quick and not options.out:
+        options.out = Path("out/benchmarks-quick")
     return options
 
 

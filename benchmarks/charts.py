@@ -1,6 +1,7 @@
 """The two pictures of the README as SVG text, from the results."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,9 +27,9 @@ TOP = 2000  # perplexities above are of a broken model and leave the picture
 
 def speed(folder: Path) -> str:
     """Bars: seconds of whole jobs, the published code and wanda_fast."""
-    parts, y = [_text(16, 28, "Time to prune a whole model, 2:4, seconds (lower is better)", 16, "bold")], 62
+    parts, y = [_text(16, 28, "Seconds to prune a whole model to 2:4 (shorter is better)", 16, "bold")], 62
     parts += [_rect(16, 42, 12, 12, GREY), _text(34, 53, "published code"), _rect(150, 42, 12, 12, BLUE)]
-    parts += [_text(168, 53, "wanda_fast, same order of work (--sequential block)")]
+    parts += [_text(168, 53, "wanda_fast --sequential block, the published order")]
     for device in ("cuda", "cpu"):
         for report in _complete(folder, device)[:1]:
             bars, height = _group(report, y)
@@ -80,7 +81,7 @@ def _group(report: dict, y: int) -> tuple[list[str], int]:
 def quality(every: list[Results]) -> str:
     """Lines: perplexity against sparsity, one for each method."""
     found = next(results for results in every if results.label == DENSE_MODEL)
-    left, right, top, bottom = 64, 590, 58, 388
+    left, right, top, bottom = 64, 560, 72, 402
     low, high = math.log(found.dense * 0.9), math.log(TOP)
 
     def at(ratio: float, perplexity: float) -> tuple[float, float]:
@@ -106,10 +107,11 @@ def quality(every: list[Results]) -> str:
     frame = _rect(left, top, right - left + 6, bottom - top, "none")
     parts.append(f'<clipPath id="frame">{frame}</clipPath>')
     for method, colour in LINES.items():
-        means = {ratio: found.mean(method, ratio, SIZE) for ratio in RATIOS}
-        points = [at(float(ratio), mean) for ratio, mean in means.items() if mean]
+        of = {ratio: found.perplexities(method, ratio, SIZE).values() for ratio in RATIOS}
+        means = {ratio: statistics.mean(values) for ratio, values in of.items() if values}
+        points = [at(float(ratio), mean) for ratio, mean in means.items()]
         parts.append(f'<g clip-path="url(#frame)">{_line(points, colour, 2.5)}{_dots(points, colour)}</g>')
-        last = [mean for mean in means.values() if mean][-1]
+        last = list(means.values())[-1]
         if points[-1][1] >= top:
             ends[f"{method} {last:,.0f}"] = points[-1][1], colour
         else:

@@ -15,7 +15,7 @@ from benchmarks.jobs import model_table
 from benchmarks.quality.results import Results, mean_and_std
 
 MARKER = "<!-- Everything below is written by `make pages`. -->"
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+DEVICES = {"cuda": "GPU", "cpu": "CPU"}
 NOT_MEASURED = "Not measured."
 METHODS = ("magnitude", "wanda", "connect", "gated", "sparsegpt", "wanda+obs")
 RANKED_ALIKE = ("wanda", "connect", "gated")  # differ in gated MLPs alone
@@ -26,10 +26,6 @@ ABOUT_OPERATIONS = """\
 Median time of one call; share of what a plain copy (for sums of products, a matmul) reaches on the same
 machine in the same run; factors over the published algorithm and over the best plain torch. Below 1.00x we
 are slower. Every shape and provider is in `benchmarks/results/*/operations.csv`."""
-
-
-def main() -> None:
-    write(machine.ROOT, machine.RESULTS)
 
 
 def write(root: Path, folder: Path) -> None:
@@ -48,17 +44,17 @@ def speed(folder: Path) -> str:
     """Whole jobs, then operations, then the cost of a call; a GPU's before a CPU's."""
     runs = latest(folder)
     parts = ["## Whole jobs"]
-    for device, title in reversed(DEVICES.items()):
+    for device, title in DEVICES.items():
         reports = model_table.newest(folder, device)
         parts += [] if reports else [f"On a {title}: not measured."]
         for report in reports:
             parts += [f"### {model_table.title(report)}", model_table.table(report)]
             parts += [model_table.conditions(report)]
     parts += ["## Operations", ABOUT_OPERATIONS]
-    for device, title in reversed(DEVICES.items()):
+    for device, title in DEVICES.items():
         parts += [f"### {title}", *_operations(runs[device])]
     parts += ["## Cost of a call on tensors of a few elements"]
-    for device, title in reversed(DEVICES.items()):
+    for device, title in DEVICES.items():
         parts += [f"**{title}**", *_dispatch(runs[device])]
     return "\n\n".join(parts)
 
@@ -69,8 +65,8 @@ def latest(folder: Path) -> dict[str, dict[str, tuple[Path, Run]]]:
     dates: dict[tuple[str, str], str] = {}
     for path in sorted(path.parent for path in folder.glob(f"*/{results.TABLE}")):
         run = results.read(path)
-        if not run.is_measurement:
-            raise ValueError(f"{path} is no measurement. {tables.warning(run.machine, run.quick)}")
+        if why_not := tables.warning(run.machine, run.quick):
+            raise ValueError(f"{path} is no measurement. {why_not}")
         device = run.machine["device"]
         for row in run.rows:
             if row.date >= dates.get((device, row.operation), ""):
@@ -177,4 +173,4 @@ def windows_table(found: Results) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    write(machine.ROOT, machine.RESULTS)

@@ -29,11 +29,6 @@ class Run:
     not_run: dict[str, dict[str, str]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
-    @property
-    def is_measurement(self) -> bool:
-        """Whether its times say anything of speed."""
-        return not self.quick and not self.machine.get("rehearsal")
-
 
 class OtherMachineError(ValueError):
     """The folder has figures of another machine."""

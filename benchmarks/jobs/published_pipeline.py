@@ -226,25 +226,20 @@ class Statistics:
                 gate, up = gate.chunk(2, dim=1)
             if self.method == "connect":
                 seen = (activation(gate) if self.connect_gate == "activated" else gate).float().abs()
-                of_up, of_gate = torch.einsum("to,ti->oi", seen, x.abs()), None
-                if gate_proj is up_proj:
-                    of_gate = (x * x).sum(dim=0).expand_as(of_up)
+                of_up = torch.einsum("to,ti->oi", seen, x.abs())
+                of_gate = (x * x).sum(dim=0).expand_as(of_up) if gate_proj is up_proj else None
             else:
                 activated, slope = torch.func.jvp(activation, (gate,), (torch.ones_like(gate),))
                 of_gate = torch.einsum("to,ti->oi", (up * slope).float().square(), x * x)
                 of_up = torch.einsum("to,ti->oi", activated.float().square(), x * x)
+            products = {up_proj: of_up, gate_proj: of_gate}
             if gate_proj is up_proj:
-                self._add_product(up_proj, torch.cat([of_gate, of_up]))
-            else:
-                self._add_product(up_proj, of_up)
-                if of_gate is not None:
-                    self._add_product(gate_proj, of_gate)
-
-    def _add_product(self, linear: nn.Linear, products: Tensor) -> None:
-        if linear in self.coactivations:
-            self.coactivations[linear] += products
-        else:
-            self.coactivations[linear] = products
+                products = {up_proj: torch.cat([of_gate, of_up])}
+            for linear, product in products.items():
+                if linear in self.coactivations:
+                    self.coactivations[linear] += product
+                elif product is not None:
+                    self.coactivations[linear] = product
 
 
 def parts_of_mlp(module):

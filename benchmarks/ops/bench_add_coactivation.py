@@ -1,5 +1,7 @@
 """add_coactivation_: Wanda-CoNNect's statistic of an up_proj. FLOP: one matmul that contracts over tokens."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,9 +9,8 @@ from torch import Tensor
 from benchmarks.core import shapes
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
-from benchmarks.core.workloads import Operands, Workload, dtypes, relative_error
+from benchmarks.core.workloads import Operands, Workload, relative_error
 
-GPU_TOKENS = (2048, 8192, 16384, 32768)  # of the first shape: where does the sum's own traffic cease to count
 CPU_TOKENS = 512  # one call of the published code takes a fraction of a second
 # operands rounded to 16 bits are off in the 8th or 11th bit each; a sum of positive terms is off by no more
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}
@@ -27,46 +28,42 @@ def sixteen_bit(acc: Tensor, gate: Tensor, x: Tensor, activation: str, power: in
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:
+    return of_gated_mlps("add_coactivation_", ("silu", 1), 1, TOLERANCES, device, quick)
+
+
+def of_gated_mlps(
+    operation: str, params: tuple, n_sums: int, tolerances: dict, device: str, quick: bool
+) -> list[Workload]:
+    """n_sums accumulators, the outputs of as many projections, and their input."""
     tokens = (32,) if quick else shapes.TOKENS["cuda"] if device == "cuda" else (CPU_TOKENS,)
     return [
-        _workload(
-            n_tokens,
-            shape,
-            dtype,
-            device,
-            headline=dtype == torch.bfloat16 and index == 0 and n_tokens in tokens,
+        Workload(
+            operation=operation,
+            linear=shapes.names().get(shape, "quick"),
+            shape=f"{shape[0]}x{shape[1]}",
+            dtype=dtype,
+            setting=f"silu, {n_tokens} tokens",
+            make_operands=partial(_operands, n_tokens, shape, n_sums, dtype, device),
+            params=params,
+            n_bytes=n_tokens * (n_sums * shape[0] + shape[1]) * dtype.itemsize
+            + 8 * n_sums * shape[0] * shape[1],
+            n_flops=2 * n_sums * n_tokens * shape[0] * shape[1],
+            bound="flops",
+            error=relative_error,
+            tolerance=tolerances[dtype],
+            headline=dtype == torch.bfloat16 and index == 0,
         )
         for index, shape in enumerate(shapes.gated(device, quick))
-        for n_tokens in (GPU_TOKENS if device == "cuda" and index == 0 and not quick else tokens)
-        for dtype in dtypes(index == 0 and n_tokens == tokens[0])
+        for n_tokens in tokens
+        for dtype in (tolerances if index == 0 else (torch.bfloat16,))
     ]
 
 
-def _workload(
-    n_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: str, headline: bool
-) -> Workload:
-    n_out, n_in = shape
-    return Workload(
-        operation="add_coactivation_",
-        linear=shapes.names().get(shape, "quick"),
-        shape=f"{n_out}x{n_in}",
-        dtype=dtype,
-        setting=f"silu, {n_tokens} tokens",
-        make_operands=lambda: _operands(n_tokens, shape, dtype, device),
-        params=("silu", 1),
-        n_bytes=n_tokens * (n_out + n_in) * dtype.itemsize + 8 * n_out * n_in,
-        n_flops=2 * n_tokens * n_out * n_in,
-        bound="flops",
-        error=relative_error,
-        tolerance=TOLERANCES[dtype],
-        headline=headline,
-    )
-
-
-def _operands(n_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Operands:
+def _operands(n_tokens, shape: tuple[int, int], n_sums: int, dtype, device: str) -> Operands:
     torch.manual_seed(0)
-    gate, x = (torch.randn(n_tokens, width, device=device).to(dtype) for width in shape)
-    return torch.zeros(shape, device=device), gate, x
+    widths = [shape[0]] * n_sums + [shape[1]]
+    activations = (torch.randn(n_tokens, width, device=device).to(dtype) for width in widths)
+    return *torch.zeros(n_sums, *shape, device=device), *activations
 
 
 BENCHMARK = Benchmark(

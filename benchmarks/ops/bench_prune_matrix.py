@@ -2,21 +2,19 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
 from benchmarks.core.workloads import Workload, selections
+from benchmarks.jobs.published_selection import select
 
 RATIO = 0.5
 
 
 def published(weight: Tensor, scale: None, rank: int) -> None:
     """A sort of the whole matrix for one threshold. The magnitude baseline of Wanda's published code."""
-    scores = weight.abs()
-    threshold = torch.sort(scores.flatten())[0][rank]
-    weight[scores <= threshold] = 0
+    weight[select(weight.abs(), str(RATIO), "magnitude")] = 0
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:

@@ -1,24 +1,18 @@
 """prune_nm_: n kept of every m. Bytes: every weight read and written once, the scale read."""
 
-import torch
 from torch import Tensor
 
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
 from benchmarks.core.workloads import Workload, selections
+from benchmarks.jobs.published_selection import lowest_by_topk, select
 
 PATTERNS = ((2, 4), (4, 8), (16, 32))
 
 
 def published(weight: Tensor, scale: Tensor, n: int, m: int) -> None:
     """A Python loop over groups of m columns, topk in each. Wanda's published code (which counts zeros)."""
-    scores = weight.abs() * scale.sqrt()
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for first in range(0, scores.shape[1], m):
-        group = scores[:, first : first + m].float()
-        lowest = torch.topk(group, m - n, dim=1, largest=False)[1]
-        mask.scatter_(1, first + lowest, True)
-    weight[mask] = 0
+    weight[select(weight.abs() * scale.sqrt(), f"{n}:{m}", "wanda", lowest_by_topk)] = 0
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:
@@ -31,5 +25,5 @@ def workloads(device: str, quick: bool) -> list[Workload]:
     ]
 
 
-# topk leaves it open which of equal scores goes; a few among millions of random ones are equal
+# topk leaves ties open, and a few of millions of random scores are equal
 BENCHMARK = Benchmark("prune_nm_", workloads, [Provider(PUBLISHED, published, slack=1e-5)])

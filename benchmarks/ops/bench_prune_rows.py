@@ -1,22 +1,18 @@
 """prune_rows_: half of each row goes. Bytes: every weight read and written once, the scale read."""
 
-import torch
 from torch import Tensor
 
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
 from benchmarks.core.workloads import Workload, selections
+from benchmarks.jobs.published_selection import select
 
 RATIO = 0.5
 
 
 def published(weight: Tensor, scale: Tensor, num_pruned: int) -> None:
     """A stable sort of every row, its first columns scattered into a mask. Wanda's published code."""
-    scores = weight.abs() * scale.sqrt()
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    order = torch.sort(scores, dim=-1, stable=True)[1]
-    mask.scatter_(1, order[:, :num_pruned], True)
-    weight[mask] = 0
+    weight[select(weight.abs() * scale.sqrt(), str(RATIO), "wanda")] = 0
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:

@@ -88,10 +88,6 @@ class Results:
         cells = (c for c in self.cells if (c.method, c.pattern, c.nsamples) == (method, pattern, size))
         return {cell.seed: cell.perplexity for cell in cells}
 
-    def mean(self, method: str, pattern: str, nsamples: int) -> float | None:
-        values = self.perplexities(method, pattern, nsamples).values()
-        return statistics.mean(values) if values else None
-
     def cost(self, method: str, pattern: str) -> Cost | None:
         return next((c for c in self.costs if (c.method, c.pattern) == (method, pattern)), None)
 

@@ -1,10 +1,9 @@
 """Trains a small byte-level Llama on a text, as a second model whose perplexity reacts to pruning.
 
-python -m benchmarks.small_llama --text wiki.valid.raw --out DIR --steps 2000
+python -m benchmarks.quality.small_llama wiki.valid.raw DIR --steps 2000
 """
 
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -19,9 +18,8 @@ SIZES = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_at
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte of UTF-8."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
-    )
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -50,9 +48,7 @@ def train(ids: torch.Tensor, steps: int, batch: int = 16) -> LlamaForCausalLM:
     return model.eval()
 
 
-def main(
-    text: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()], steps: int = 1500
-) -> None:
+def main(text: Path, out: Path, steps: int = 1500) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     train(ids, steps).save_pretrained(out)

@@ -34,7 +34,7 @@ def quick(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in suite_command.BENCHMARKS if name != "dispatch"])
 def test_quick_writes_complete_rows(quick, name):
     operation = suite_command.BENCHMARKS[name].operation
-    assert quick.quick and not quick.is_measurement and quick.matmul
+    assert quick.quick and quick.matmul
     assert "triton" in quick.not_run[operation]  # no GPU's figure from the interpreter
     found = [row for row in quick.rows if row.operation == operation]
     assert {PUBLISHED, TORCH} <= {row.provider for row in found}
@@ -93,7 +93,7 @@ def test_a_folder_keeps_other_operations_and_refuses_other_machines(tmp_path):
     run = results.read(tmp_path)
     assert [each.time_ms for each in run.rows] == [2.0, None, 3.0, None]
     assert run.rows[0].copy_gb_s == 10 and run.rows[0].date == facts["date"] and run.rows[0].headline is True
-    assert run.machine == facts and run.is_measurement and run.not_run.keys() == {"prune_nm_", "prune_rows_"}
+    assert run.machine == facts and not run.quick and run.not_run.keys() == {"prune_nm_", "prune_rows_"}
     with pytest.raises(ValueError, match="another machine: torch .*, now 'old'"):
         results.write(tmp_path, found, facts | {"torch": "old"}, ROOFS, False, {})
 
@@ -142,7 +142,7 @@ def test_a_failure_on_one_workload_takes_the_speed_ups_of_all():
     assert [one.over_torch for one in found] == [0.5, 1.0, 2.0, None, None, 5.0, 1.0]
 
 
-def test_nobody_is_compared_with_a_published_code_that_failed():
+def test_no_factor_is_given_over_a_published_code_that_failed():
     found = rows.with_speed_ups([row(PUBLISHED, None, FAILED), row(TORCH, 4.0), row("cpu", 2.0)])
     assert [one.over_published for one in found] == [None] * 3
     assert found[2].over_torch == 2.0

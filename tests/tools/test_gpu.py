@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,18 +94,20 @@ def test_nothing_is_timed_where_a_test_has_failed(run):
 
 
 def test_timing_alone_needs_tests_that_passed_at_the_same_commit(run, monkeypatch):
-    assert gpu.execute(run, ["jobs"]) == 0 and run.done == ["tests", "jobs"]
+    assert gpu.execute(run, ["jobs"]) == 0 and run.done == ["build", "tests", "jobs"]
     again = steps.GpuRun.open(run.out, run.work, run.deadline)
     again.done, again.problems = [], {}
-    assert gpu.execute(again, ["bench"]) == 0 and again.done == ["bench"]
+    assert gpu.execute(again, ["bench"]) == 0 and again.done == ["build", "bench"]
     monkeypatch.setenv("WANDA_BENCH_COMMIT", "def5678")
     assert not steps.GpuRun.open(run.out, run.work, run.deadline).trusted
 
 
 def test_a_command_that_hangs_is_ended_with_its_children(run):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    command = steps.Command("slow", [sys.executable, "-c", code], 1.0, run.work / "log")
-    assert command.problem(command.run()) == ["slow: out of time: no output"]
+    run.deadline = time.monotonic() + 1
+    command = run.start("slow", sys.executable, "-c", code, limit_s=60)
+    assert command.problems() == ["slow: out of time: no output"]
+    assert command.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")

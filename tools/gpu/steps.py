@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class GpuRun:
     deadline: float  # on time.monotonic()
     facts: dict
     trusted: bool = False  # the tests have passed
-    steps: list[dict] = field(default_factory=list)  # name, seconds, problems, detail
+    steps: list[dict] = field(default_factory=list)  # name, seconds, problems
 
     @classmethod
     def open(cls, out: Path, work: Path, deadline: float) -> "GpuRun":
@@ -60,7 +59,7 @@ class GpuRun:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def add(self, name: str, seconds: float, problems: list[str], detail: str = "") -> None:
+    def add(self, name: str, seconds: float, problems: list[str]) -> None:
         if name == "tests":
             self.trusted = not problems
         self.steps.append({"name": name, "seconds": seconds, "problems": problems})
@@ -69,12 +68,20 @@ class GpuRun:
         content = {"commit": self.facts["commit"], "trusted": self.trusted, "steps": self.steps}
         results.replace_file(self.out / "checks.json", results.compact_json(content))
 
-    def command(self, name: str, *argv: object, limit_s: float, env: dict | None = None) -> "Command":
+    def start(self, name: str, *argv: object, limit_s: float, env: dict | None = None) -> "Command":
         """A rehearsal, on a CPU that may be slow, has no limit but the deadline."""
         limit = self.left() if machine.rehearsing() else min(limit_s, self.left())
-        return Command(
-            name, list(map(str, argv)), limit, self.work / f"{len(os.listdir(self.work))}.log", env
-        )
+        log = self.work / f"{len(os.listdir(self.work))}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                list(map(str, argv)),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | (env or {}),
+                start_new_session=True,
+            )
+        return Command(name, process, time.monotonic() + limit, log)
 
 
 @dataclass
@@ -82,42 +89,30 @@ class Command:
     """A process with a group of its own: a kernel that hangs or crashes ends this command alone."""
 
     name: str
-    argv: list[str]
-    limit_s: float
+    process: subprocess.Popen
+    deadline: float
     log: Path
-    env: dict | None = None
 
-    def run(self) -> int | None:
-        """The exit code; None where the time was over."""
-        with self.log.open("wb") as log:
-            process = subprocess.Popen(
-                self.argv,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | (self.env or {}),
-                start_new_session=True,
-            )
-            try:
-                return process.wait(self.limit_s)
-            except subprocess.TimeoutExpired:
-                return None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-
-    def problem(self, code: int | None, fine: tuple[int, ...] = (0,)) -> list[str]:
+    def problems(self, fine: tuple[int, ...] = (0,)) -> list[str]:
+        """Waits for the end; says what went wrong unless the exit code is fine."""
+        try:
+            code = self.process.wait(max(0.0, self.deadline - time.monotonic()))
+            ended = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, ended = None, "out of time"
+        finally:
+            self.stop()
         print(f"  {self.name}: {self.last_line()}", flush=True)
-        if code in fine:
-            return []
-        return [f"{self.name}: {'out of time' if code is None else f'exit code {code}'}: {self.last_line()}"]
+        return [] if code in fine else [f"{self.name}: {ended}: {self.last_line()}"]
 
-    def text(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+    def stop(self) -> None:
+        """End the process and all that it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def last_line(self) -> str:
-        lines = self.text().strip().splitlines()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1].strip("= ") if lines else "no output"
 
 
@@ -128,15 +123,12 @@ def build(run: GpuRun) -> list[str]:
     architecture = run.facts["capability"].replace(".", "")
     env = {"WANDA_FAST_CUDA": "1", "WANDA_FAST_CUDA_ARCHITECTURES": architecture}
     argv = [sys.executable, machine.ROOT / "csrc" / "build.py", "cuda", BUILD]
-    command = run.command("build", *argv, limit_s=BUILD_S, env=env)
-    problems = command.problem(command.run())
-    if not problems:
-        os.environ["WANDA_KERNELS_NATIVE_DIR"] = str(BUILD)
-    return problems
+    os.environ["WANDA_KERNELS_NATIVE_DIR"] = str(BUILD)
+    return run.start("build", *argv, limit_s=BUILD_S, env=env).problems()
 
 
 def tests(run: GpuRun) -> list[str]:
-    """A process for each file: those with tests marked `gpu`, and the operations' own, which use the GPU."""
+    """All at once, a process for each file: those with tests marked `gpu`, and the operations' own."""
     every = sorted(machine.ROOT.glob("tests/**/test_*.py"))
     marked = [path for path in every if "mark.gpu" in path.read_text()]
     groups = [[path] for path in dict.fromkeys([*marked, *operation_tests()])]
@@ -144,18 +136,19 @@ def tests(run: GpuRun) -> list[str]:
     if machine.rehearsing():
         # interpreted kernels take minutes: the marked tests alone, which are skipped
         groups, which = [marked], ["-m", "gpu"]
-    commands = [
-        run.command(group[0].name, *_pytest(*which, *group), limit_s=TESTS_S, env=NO_PLUGINS)
-        for group in groups
-    ]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        codes = list(pool.map(Command.run, commands))
-    found = [command.problem(code, PASSED) for command, code in zip(commands, codes, strict=True)]
-    return [problem for problems in found for problem in problems]
+    commands = []
+    try:
+        for group in groups:
+            pytest = _pytest(*which, *group)
+            commands.append(run.start(group[0].name, *pytest, limit_s=TESTS_S, env=NO_PLUGINS))
+        return [problem for command in commands for problem in command.problems(PASSED)]
+    finally:
+        for command in commands:
+            command.stop()
 
 
 def operation_tests() -> list[Path]:
-    """Those that run on every backend that serves their OPERATION."""
+    """Those that run on every backend that serves their OPERATION, on the GPU if there is one."""
     return [path for path in sorted(KERNEL_TESTS.glob("test_*.py")) if "\nOPERATION = " in path.read_text()]
 
 
@@ -165,22 +158,18 @@ def _pytest(*arguments: object) -> list[object]:
 
 def sanitize(run: GpuRun) -> list[str]:
     """The operations' tests, whose shapes are small, under compute-sanitizer."""
-    tool_path = shutil.which("compute-sanitizer")
-    if not tool_path:
+    path = shutil.which("compute-sanitizer")
+    if not path:
         return [] if machine.rehearsing() else ["compute-sanitizer is not on the PATH: no memory checks"]
     problems = []
     for tool, backend in WATCHES:
-        watched = [tool_path, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", FOUND]
-        command = run.command(
-            f"{tool} {backend}",
-            *watched,
-            *_pytest("-x", "-k", backend, *operation_tests()),
-            limit_s=SANITIZE_S,
-            env=UNCACHED | NO_PLUGINS,
-        )
-        code = command.run()
-        found = re.findall(FINDING, command.text(), re.MULTILINE)
-        problems += [f"{tool} {backend}: {found[0]}"] if found else command.problem(code, PASSED)
+        watched = [path, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", FOUND]
+        watched += _pytest("-x", "-k", backend, *operation_tests())
+        env = UNCACHED | NO_PLUGINS
+        command = run.start(f"{tool} {backend}", *watched, limit_s=SANITIZE_S, env=env)
+        problems += command.problems(PASSED)
+        found = re.findall(FINDING, command.log.read_text(errors="replace"), re.MULTILINE)
+        problems += [f"{tool} {backend}: {found[0]}"] if found else []
     return problems
 
 
@@ -188,16 +177,15 @@ def bench(run: GpuRun) -> list[str]:
     """The operations, a process each, in the order of their importance."""
     problems, kept = [], JOBS_SHARE * run.left()
     for names in [list(BENCHMARKS)] if machine.rehearsing() else [[name] for name in BENCHMARKS]:
-        if run.left() - kept < LEAST_S:
+        limit = min(BENCH_S, run.left() - kept)
+        if limit < LEAST_S:
             problems.append(f"bench {names[0]}: not run, no time left")
             continue
-        limit = min(BENCH_S, run.left() - kept)
         argv = [sys.executable, "-m", "benchmarks", "--device", run.facts["device"], "--out", run.out]
         argv += ["--limit", limit, *(word for name in names for word in ("--only", name))]
         argv += ["--quick", "--headline"] if machine.rehearsing() else []
         # a workload that has begun is finished
-        command = run.command(f"bench {names[0]}", *argv, limit_s=limit + LEAST_S)
-        problems += command.problem(command.run())
+        problems += run.start(f"bench {names[0]}", *argv, limit_s=limit + LEAST_S).problems()
     return problems
 
 
@@ -215,6 +203,5 @@ def jobs(run: GpuRun) -> list[str]:
         argv += ["--rounds", 1, "--reference-blocks", 1]
         if machine.rehearsing():
             argv += ["--nsamples", 2, "--seqlen", 32, "--dtype", "float32", "--sequential", "block"]
-        command = run.command(name, *argv, limit_s=JOB_S)
-        problems += command.problem(command.run())
+        problems += run.start(name, *argv, limit_s=JOB_S).problems()
     return problems
