@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{tables.conditions(facts, session.roofs)}\n\n{summary(rows)}\n")
     print(warning or tables.warning(facts, options.quick) or "The machine was quiet before the run.")
     print(f"Every shape and provider: {folder / results.TABLE}")
-    return 1 if any(row.status == FAILED for row in rows) else 0
+    wrong = [f"{row.operation} {row.shape} {row.provider}" for row in rows if row.status == FAILED]
+    if wrong:
+        print(f"{FAILED}, not timed: {', '.join(wrong)}")
+    return 1 if wrong else 0
 
 
 def summary(rows: list[Row]) -> str:

@@ -81,42 +81,43 @@ def _group(report: dict, y: int) -> tuple[list[str], int]:
 def quality(every: list[Results]) -> str:
     """Lines: perplexity against sparsity, one for each method."""
     found = next(results for results in every if results.label == DENSE_MODEL)
+    cells = {(method, ratio): found.perplexities(method, ratio, SIZE) for method in LINES for ratio in RATIOS}
+    cells = {case: list(of_seeds.values()) for case, of_seeds in cells.items() if of_seeds}
+    ratios = sorted({ratio for _, ratio in cells})
+    first, last = float(ratios[0]), float(ratios[-1])
     left, right, top, bottom = 64, 560, 72, 402
     low, high = math.log(found.dense * 0.9), math.log(TOP)
 
     def at(ratio: float, perplexity: float) -> tuple[float, float]:
-        x = left + (right - left) * (ratio - 0.3) / 0.4
+        x = left + (right - left) * (ratio - first) / (last - first)
         return x, bottom - (bottom - top) * (math.log(perplexity) - low) / (high - low)
 
+    seeds = sorted({len(of_seeds) for of_seeds in cells.values()})
+    about = f"{MODELS[DENSE_MODEL]}, WikiText-2 test, {SIZE} calibration windows of 512 tokens, "
+    about += f"mean over {seeds[0]} to {seeds[-1]} seeds"
     parts = [_text(16, 28, "Perplexity against unstructured sparsity (lower is better)", 16, "bold")]
-    parts.append(
-        _text(16, 46, f"{MODELS[DENSE_MODEL]}, WikiText-2 test, {SIZE} calibration windows of 512 tokens", 12)
-    )
+    parts.append(_text(16, 46, about, 12))
     for value in (50, 100, 200, 500, 1000, 2000):
-        y = at(0.3, value)[1]
-        parts += [
-            _line([(left, y), (right, y)], PALE, 1),
-            _text(left - 8, y + 4, f"{value:,}", 12, anchor="end"),
-        ]
-    for ratio in RATIOS:
-        x = at(float(ratio), TOP)[0]
-        parts.append(_text(x, bottom + 20, f"{float(ratio):.0%}", 12, anchor="middle"))
-    dense = at(0.3, found.dense)[1]
+        y = at(first, value)[1]
+        parts.append(_line([(left, y), (right, y)], PALE, 1))
+        parts.append(_text(left - 8, y + 4, f"{value:,}", 12, anchor="end"))
+    for ratio in map(float, ratios):
+        parts.append(_text(at(ratio, TOP)[0], bottom + 20, f"{ratio:.0%}", 12, anchor="middle"))
+    dense = at(first, found.dense)[1]
     parts.append(_line([(left, dense), (right, dense)], INK, 1, dashed=True))
-    ends = {f"dense {found.dense:.1f}": (dense, INK)}
-    frame = _rect(left, top, right - left + 6, bottom - top, "none")
+    frame = _rect(left - 4, top, right - left + 8, bottom - top, "none")
     parts.append(f'<clipPath id="frame">{frame}</clipPath>')
+    ends = {f"dense {found.dense:.1f}": (dense, INK)}
     for method, colour in LINES.items():
-        of = {ratio: found.perplexities(method, ratio, SIZE).values() for ratio in RATIOS}
-        means = {ratio: statistics.mean(values) for ratio, values in of.items() if values}
-        points = [at(float(ratio), mean) for ratio, mean in means.items()]
+        means = [(float(r), statistics.mean(cells[method, r])) for r in ratios if (method, r) in cells]
+        points = [at(*each) for each in means]
         parts.append(f'<g clip-path="url(#frame)">{_line(points, colour, 2.5)}{_dots(points, colour)}</g>')
-        last = list(means.values())[-1]
         if points[-1][1] >= top:
-            ends[f"{method} {last:,.0f}"] = points[-1][1], colour
+            ends[f"{method} {means[-1][1]:,.0f}"] = points[-1][1], colour
         else:
             x, y = next((x, y) for x, y in reversed(points) if y >= top)
-            parts.append(_text(x - 8, y - 10, f"{method} ({last:,.0f} at 70%)", 13, "bold", "end", colour))
+            label = f"{method} ({means[-1][1]:,.0f} at {means[-1][0]:.0%})"
+            parts.append(_text(x + 14, y + 5, label, 13, "bold", fill=colour))
     previous = math.inf
     for label, (y, colour) in sorted(ends.items(), key=lambda end: -end[1][0]):
         previous = min(y, previous - 16)

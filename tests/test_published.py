@@ -132,8 +132,8 @@ def test_tiny_models_tell_kinds_of_blocks_apart(family, monkeypatch):
     ids = token_ids(model, 2, 24)
     right = prune_published(model, ids, "wanda", "0.5")
 
-    def record_block_0_only(*args):
-        hidden, kwargs = record_block_calls(*args)
+    def record_block_0_only(*args, **options):
+        hidden, kwargs = record_block_calls(*args, **options)
         return hidden, [kwargs[0]] * len(kwargs)
 
     monkeypatch.setattr(published_pipeline, "record_block_calls", record_block_0_only)

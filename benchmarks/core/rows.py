@@ -29,7 +29,6 @@ class Row:
     rounds: int | None = None
     gb_s: float | None = None
     tflop_s: float | None = None
-    flops_per_byte: float | None = None
     roof: str | None = None
     roof_pct: float | None = None
     over_published: float | None = None
@@ -76,7 +75,6 @@ def timed(row: Row, timing: Timing, workload: Workload, roofs: Roofs) -> Row:
         rounds=timing.rounds,
         gb_s=bytes_per_s / 1e9,
         tflop_s=flops_per_s / 1e12,
-        flops_per_byte=workload.n_flops / workload.n_bytes,
         roof=workload.bound,
         roof_pct=shares[workload.bound] * 100,
     )

@@ -98,7 +98,7 @@ def _judge(provider: Provider, workload: Workload, ring: timing.Ring, expected: 
 
 
 def _raised(error: Exception) -> str:
-    return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _time(found: dict[str, Row], workload: Workload, line: Lineup, ring, session: Session) -> list[Row]:

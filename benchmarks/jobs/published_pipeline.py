@@ -9,6 +9,7 @@ IST-DASLab/sparsegpt (sparsegpt); gated is this project's, as docs/gated.md deri
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def prune_published(
     hidden, kwargs = [], [[]] * len(blocks)
     if method != "magnitude":
         with stopwatch.phase("block inputs"):
-            hidden, kwargs = (catch_first_block if timed else record_block_calls)(model, blocks, token_ids)
+            hidden, kwargs = record_block_calls(model, blocks, token_ids, first=timed)
     masks = {}
     for block, block_kwargs in zip(blocks, kwargs, strict=True):
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
@@ -103,8 +104,15 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
-def record_block_calls(model, blocks, token_ids) -> tuple[list[Tensor], list[list[dict]]]:
-    """Run the dense model on each sequence; note block 0's input and every block's own arguments."""
+class _FirstBlock(Exception):
+    """Ends a forward at the first block."""
+
+
+def record_block_calls(model, blocks, token_ids, first: bool) -> tuple[list[Tensor], list[list[dict]]]:
+    """Run the dense model on each sequence; note block 0's input and every block's own arguments.
+
+    first: run no block; block 0's arguments stand for those of every block.
+    """
     hidden, kwargs, handles = [], [[] for _ in blocks], []
 
     def record(index):
@@ -115,40 +123,19 @@ def record_block_calls(model, blocks, token_ids) -> tuple[list[Tensor], list[lis
             kwargs[index].append(call_kwargs)
             if index == 0:
                 hidden.append(x.clone())
+            if first:
+                raise _FirstBlock
 
         return hook
 
     for index, block in enumerate(blocks):
         handles.append(block.register_forward_pre_hook(record(index), with_kwargs=True))
     for ids in token_ids:
-        model(ids.unsqueeze(0), use_cache=False)
+        with suppress(_FirstBlock):
+            model(ids.unsqueeze(0).to(model.device), use_cache=False)
     for handle in handles:
         handle.remove()
-    return hidden, kwargs
-
-
-class _Caught(Exception):
-    """Ends a forward at the first block."""
-
-
-def catch_first_block(model, blocks, token_ids) -> tuple[list[Tensor], list[list[dict]]]:
-    """As `record_block_calls`, but no block is run and every block gets block 0's arguments."""
-    hidden, arguments = [], []
-
-    def catch(_, args, call_kwargs):
-        call_kwargs = dict(call_kwargs)
-        hidden.append((args[0] if args else call_kwargs.pop("hidden_states")).clone())
-        arguments.append(call_kwargs)
-        raise _Caught
-
-    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for ids in token_ids:
-        try:
-            model(ids.unsqueeze(0).to(model.device), use_cache=False)
-        except _Caught:
-            pass
-    handle.remove()
-    return hidden, [arguments] * len(blocks)
+    return hidden, [kwargs[0]] * len(blocks) if first else kwargs
 
 
 def run_block(block, x, kwargs) -> Tensor:

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.core import machine
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
 from benchmarks.core.workloads import Workload
 from benchmarks.ops.bench_add_coactivation import of_gated_mlps
 
 # squares rounded to bf16 are off by 2^-8 each; a sum of positive terms is off by no more than a pair
-TOLERANCES = {torch.bfloat16: 2**-7, torch.float32: 1e-4}
+# the interpreter of a rehearsal truncates, which doubles that
+TOLERANCES = {torch.bfloat16: 2**-6 if machine.rehearsing() else 2**-7, torch.float32: 1e-4}
 
 
 def published(acc_gate: Tensor, acc_up: Tensor, gate: Tensor, up: Tensor, x: Tensor, activation: str) -> None:

@@ -118,7 +118,7 @@ def test_a_wrong_provider_gets_no_time_and_no_speed_up(monkeypatch, tmp_path, ca
     wrong = replace(bench_prune_rows.BENCHMARK, peers=peers)
     monkeypatch.setitem(suite_command.BENCHMARKS, "prune_rows", wrong)
     assert invoke("--quick", "--only", "prune_rows", "--out", tmp_path) == 1
-    assert f"**{FAILED}**" in capsys.readouterr().out.splitlines()[-5]  # in the last table
+    assert f"**{FAILED}**" in capsys.readouterr().out.splitlines()[-6]  # in the last table
     found = results.read(tmp_path).rows
     failed = [row for row in found if row.provider == "rival"]
     assert failed and all(row.status == FAILED and row.note for row in failed)
