@@ -37,20 +37,18 @@ wheel: $(VENV)/installed
 	WANDA_FAST_CPU=1 $(BIN)/python -m pip wheel . --no-deps --no-build-isolation -w dist
 	@$(BIN)/python -m zipfile -l "$$(ls -t dist/wanda_fast-*.whl | head -1)" | grep '\.so '
 
-# For maintainers: write every generated page from benchmarks/results.
+# The operations' speed on this machine: progress, one table, figures in benchmarks/results. ARGS: see --help.
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# A maintainer's command: docs/speed.md, docs/quality.md and their pictures, from benchmarks/results.
 pages: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks.pages
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.readme
-
-# A whole visit to a GPU with a bare machine's own python3: see benchmarks/gpu_visit.py. ARGS: --out, --only.
-# WANDA_BENCH_REHEARSE=1: the same path on a CPU.
+# Everything that needs a GPU, with a bare machine's own python3. ARGS: --out, --only. See tools/gpu/__main__.py.
+# WANDA_BENCH_REHEARSE=1: the same steps on a CPU.
 bench-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_visit $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m tools.gpu $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info

@@ -1,88 +1,106 @@
-"""`python -m benchmarks`: every operation, correctness first, then time; files as they finish.
+"""`make bench`: the speed of the operations on this machine, against the published code and torch.
 
     python -m benchmarks                          the CPU, or the GPU where torch sees one
     python -m benchmarks --only prune_nm --only dispatch
     python -m benchmarks --quick                  tiny shapes: a smoke test
 
-Exits 1 where a provider's result was wrong.
+Every result is compared with the reference before it is timed. Rows are written after each workload; the
+table of the headline workloads comes last. Exits 1 where a provider's result was wrong.
 """
 
+import argparse
+import sys
+import time
 from datetime import date
+from itertools import compress
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from rich.console import Console
 
-from benchmarks import machine, roofline, roofs, tables
-from benchmarks.catalogue import BENCHMARKS
-from benchmarks.measure import BUDGET_S, measure
-from benchmarks.rows import FAILED
-from benchmarks.suite import Session
-from benchmarks.tables import RESULTS
-
-app = typer.Typer(add_completion=False)
-console = Console(highlight=False, soft_wrap=True)
+from benchmarks.core import machine, results, roofs, tables
+from benchmarks.core.catalogue import BENCHMARKS
+from benchmarks.core.providers import OURS
+from benchmarks.core.rows import FAILED, Row
+from benchmarks.core.suite import BUDGET_S, Session, measure
 
 
-@app.command()
-def run(
-    only: Annotated[
-        list[str] | None, typer.Option(help="An operation, such as prune_nm; may be repeated.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: a smoke test.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder; else benchmarks/results/DATE-MACHINE.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seconds: Annotated[float | None, typer.Option(help="Timed per provider and workload.")] = None,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
-) -> None:
-    """Measure the operations against published code and plain torch, on this machine."""
-    names = _chosen(only)
-    device = _device(device)
-    facts = machine.describe(device)
-    folder = out or (
-        Path("out/benchmarks-quick") if quick else RESULTS / f"{date.today()}-{machine.slug(facts)}"
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    facts = machine.describe(options.device)
+    folder = options.out or machine.RESULTS / f"{date.today()}-{machine.slug(facts)}"
+    if warning := machine.busy(facts):
+        print(warning, flush=True)
+    session = Session(
+        options.device,
+        options.quick,
+        budget_s=options.seconds,
+        roofs=roofs.measure(options.device, options.quick),
+        headline=options.headline,
+        until=time.monotonic() + options.limit,
     )
-    measured = roofs.measure(device, quick)
-    budget = seconds if seconds is not None else 0.002 if quick else BUDGET_S[device]
-    session = Session(device, quick, not (quick or no_compile), budget, measured)
-    console.print(tables.conditions(facts, measured))
-    rows = []
-    for name in names:
-        console.print(f"\n[bold]{BENCHMARKS[name].operation}[/bold]")
-        rows += measure(BENCHMARKS[name], session, facts, folder, _say)
-    measured_here = [path for path in sorted(folder.glob("*.json")) if path.stem in BENCHMARKS]
-    plotted = [row for path in measured_here for row in tables.read(path)["rows"]]
-    reason = roofline.plot(folder / "roofline.svg", plotted, measured, machine.sentence(facts))
-    message = f"No roofline plot: {reason}." if reason else f"Plot: {folder / 'roofline.svg'}"
-    console.print(message, markup=False)
-    console.print(f"Tables: {folder}")
-    if any(row.status == FAILED for row in rows):
-        raise typer.Exit(1)
+    print(tables.conditions(facts, session.roofs), flush=True)
+    benchmarks = [BENCHMARKS[name] for name in options.only or BENCHMARKS]
+    progress = Progress(sum(len(benchmark.cases(session)) for benchmark in benchmarks))
+    rows: list[Row] = []
+    try:
+        for benchmark in benchmarks:
+            rows += measure(benchmark, session, facts, folder, progress)
+    except results.OtherMachineError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"\n{tables.conditions(facts, session.roofs)}\n\n{summary(rows)}\n")
+    print(warning or tables.warning(facts, options.quick) or "The machine was quiet before the run.")
+    print(f"Every shape and provider: {folder / results.TABLE}")
+    wrong = [f"{row.operation} {row.shape} {row.provider}" for row in rows if row.status == FAILED]
+    if wrong:
+        print(f"{FAILED}, not timed: {', '.join(wrong)}")
+    return 1 if wrong else 0
 
 
-def _chosen(only: list[str] | None) -> list[str]:
-    names = [name.removeprefix("bench_").rstrip("_") for name in only or BENCHMARKS]
-    for name in names:
-        if name not in BENCHMARKS:
-            raise typer.BadParameter(f"no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    return names
+def summary(rows: list[Row]) -> str:
+    """The headline workloads: our backends, and whatever failed."""
+    shown = [row for row in rows if (row.headline and row.provider in OURS) or row.status == FAILED]
+    lines = [tables.cells(row) for row in shown if row.operation != "dispatch"]
+    keep = [name not in ("spread", "rate") for name in tables.COLUMNS]
+    return tables.aligned(*[[*compress(line, keep)] for line in (tables.COLUMNS, *lines)])
 
 
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in BUDGET_S:
-        raise typer.BadParameter(f"unknown device {device!r}: choose auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA GPU")
-    return device
+class Progress:
+    """Prints a line for each workload: which of how many, and every provider's time."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def __call__(self, rows: list[Row]) -> None:
+        self.done += 1
+        times = ", ".join(f"{row.provider} {tables.cells(row)[tables.COLUMNS.index('time')]}" for row in rows)
+        operation, shape, dtype, setting = rows[0].case
+        elapsed = time.monotonic() - self.began
+        where = f"[{self.done}/{self.total}, {elapsed:.0f} s]"
+        print(f"{where} {operation} {shape} {dtype} {setting}: {times}", flush=True)
 
 
-def _say(line: str) -> None:
-    console.print(line, markup=False)
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
+    words = dict(action="append", metavar="OPERATION", choices=[*BENCHMARKS])
+    parser.add_argument("--only", help=f"may be repeated: {', '.join(BENCHMARKS)}", **words)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a smoke test")
+    parser.add_argument("--headline", action="store_true", help="only the workloads of the last table")
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DATE-MACHINE)")
+    parser.add_argument("--device", choices=("auto", *BUDGET_S), default="auto")
+    parser.add_argument("--seconds", type=float, help="timed per provider and workload")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which to stop")
+    options = parser.parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU")
+    if options.seconds is None:
+        options.seconds = 0.002 if options.quick else BUDGET_S[options.device]
+    if options.quick and not options.out:
+        options.out = Path("out/benchmarks-quick")
+    return options
 
 
 if __name__ == "__main__":
-    app()
+    raise SystemExit(main())

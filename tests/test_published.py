@@ -8,15 +8,9 @@ import torch
 import transformers
 from torch import nn
 
-from tests import published
-from tests.published import (
-    find_blocks,
-    nearest_tie,
-    perplexity_published,
-    prune_published,
-    record_block_calls,
-    select,
-)
+from benchmarks.jobs import published_pipeline
+from benchmarks.jobs.published_pipeline import find_blocks, record_block_calls
+from tests.published import nearest_tie, perplexity_published, prune_published, select
 from tests.tiny_models import EXPERTS, FAMILIES, NO_LINEAR, PRUNABLE, save_checkpoint, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,11 +132,11 @@ def test_tiny_models_tell_kinds_of_blocks_apart(family, monkeypatch):
     ids = token_ids(model, 2, 24)
     right = prune_published(model, ids, "wanda", "0.5")
 
-    def record_block_0_only(*args):
-        hidden, kwargs = record_block_calls(*args)
+    def record_block_0_only(*args, **options):
+        hidden, kwargs = record_block_calls(*args, **options)
         return hidden, [kwargs[0]] * len(kwargs)
 
-    monkeypatch.setattr(published, "record_block_calls", record_block_0_only)
+    monkeypatch.setattr(published_pipeline, "record_block_calls", record_block_0_only)
     wrong = prune_published(mistaken, ids, "wanda", "0.5")
     differing = [name for name in right if not torch.equal(right[name], wrong[name])]
     assert len(differing) > 3 and not any(".layers.0." in name for name in differing)

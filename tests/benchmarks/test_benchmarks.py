@@ -1,34 +1,23 @@
-"""The benchmarks' honesty: wrong results get no figures, calls fresh operands, pages say what files say."""
+"""The benchmarks' honesty: wrong results get no figures, calls fresh operands, tables say what files say."""
 
-import csv
-import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from benchmarks import __main__ as suite_command
-from benchmarks import (
-    bench_dispatch,
-    bench_prune_rows,
-    block_forward,
-    rows,
-    shapes,
-    suite,
-    tables,
-    timing,
-)
-from benchmarks.providers import PUBLISHED, TORCH, Provider
-from benchmarks.roofs import Roofs
-from benchmarks.rows import FAILED, Row
+from benchmarks.core import machine, results, rows, shapes, suite, timing
+from benchmarks.core.providers import PUBLISHED, TORCH, Provider
+from benchmarks.core.roofs import Roofs
+from benchmarks.core.rows import FAILED, Row
+from benchmarks.ops import bench_dispatch, bench_prune_rows
 
 ROOFS = Roofs(bytes_per_s=1e10, flops_per_s=1e12, copy="a copy", matmul="a matmul")
-SESSION = suite.Session("cpu", quick=True, compiled=False, budget_s=0.0, roofs=ROOFS)
+SESSION = suite.Session("cpu", quick=True, budget_s=0.0, roofs=ROOFS)
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(suite_command.app, list(map(str, arguments)))
+    return suite_command.main(list(map(str, arguments)))
 
 
 def row(provider, time_ms, status="ok", setting="50%", operation="prune_rows_"):
@@ -38,39 +27,75 @@ def row(provider, time_ms, status="ok", setting="50%", operation="prune_rows_"):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "quick"
-    result = invoke("--quick", "--out", folder)
-    assert result.exit_code == 0, result.output
-    return folder
+    assert invoke("--quick", "--out", folder) == 0
+    return results.read(folder)
 
 
 @pytest.mark.parametrize("name", [name for name in suite_command.BENCHMARKS if name != "dispatch"])
 def test_quick_writes_complete_rows(quick, name):
-    report = json.loads((quick / f"{name}.json").read_text())
-    assert report["quick"] and report["machine"]["commit"] and report["roofs"]["bytes_per_s"] > 0
-    assert {PUBLISHED, TORCH} <= {found["provider"] for found in report["rows"]}
-    assert {"triton", "torch.compile"} <= report["not_run"].keys()  # no GPU's figure from the interpreter
-    for found in report["rows"]:
-        assert found["status"] == "ok", found
-        missing = [key for key, value in found.items() if value is None]
-        assert missing == [], found
-        assert found["fastest_ms"] <= found["time_ms"]
-    with (quick / f"{name}.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(report["rows"])
-    page = (quick / f"{name}.md").read_text()
-    assert page.count("\n| ") == len(report["rows"]) + 2 and "say nothing about speed" in page
+    operation = suite_command.BENCHMARKS[name].operation
+    assert quick.quick and quick.matmul
+    assert "triton" in quick.not_run[operation]  # no GPU's figure from the interpreter
+    found = [row for row in quick.rows if row.operation == operation]
+    assert {PUBLISHED, TORCH} <= {row.provider for row in found}
+    for row in found:
+        assert row.status == "ok", row
+        missing = [each.name for each in fields(Row) if getattr(row, each.name) is None]
+        assert missing == [], row
+        assert row.fastest_ms <= row.time_ms and row.commit and row.copy_gb_s > 0
 
 
 def test_quick_dispatch_has_every_operation(quick):
-    report = tables.read(quick / "dispatch.json")
-    assert {found.setting for found in report["rows"]} == bench_dispatch.PARAMS.keys()
-    assert all(found.time_ms > 0 and found.gb_s is None for found in report["rows"])
+    found = [row for row in quick.rows if row.operation == "dispatch"]
+    assert {row.setting for row in found} == bench_dispatch.PARAMS.keys()
+    assert all(row.time_ms > 0 and row.gb_s is None for row in found)
 
 
-def test_only_and_unknown_names(tmp_path):
-    assert invoke("--quick", "--only", "bench_prune_rows", "--out", tmp_path).exit_code == 0
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"prune_rows"}
-    result = invoke("--only", "prune_cols", "--out", tmp_path)
-    assert result.exit_code == 2 and "prune_cols" in result.output
+def test_a_run_shows_progress_and_ends_with_one_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (10_000.0, 0.0, 0.0))
+    assert invoke("--quick", "--only", "prune_rows", "--out", tmp_path / "own") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Warning: the load average is 10000.0") and lines[-2] == lines[0]
+    workloads = len(bench_prune_rows.BENCHMARK.workloads("cpu", True))
+    progress = [line for line in lines if line.startswith("[")]
+    assert len(progress) == workloads and progress[-1].startswith(f"[{workloads}/{workloads}, ")
+    (header,) = (index for index, line in enumerate(lines) if line.startswith("operation"))
+    names = (
+        "operation",
+        "shape",
+        "dtype",
+        "setting",
+        "backend",
+        "time",
+        "of roof",
+        "over published",
+        "over torch",
+    )
+    assert all(name in lines[header] for name in names)
+    cells = lines[header + 2].split()
+    assert cells[0] == "prune_rows_" and cells[-1].endswith("x") and cells[-2].endswith("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]  # and nothing else is written
+
+
+def test_only_and_unknown_names(tmp_path, capsys):
+    assert invoke("--quick", "--only", "prune_rows", "--out", tmp_path) == 0
+    assert {row.operation for row in results.read(tmp_path).rows} == {"prune_rows_"}
+    with pytest.raises(SystemExit) as stopped:
+        invoke("--only", "prune_cols", "--out", tmp_path)
+    assert stopped.value.code == 2 and "prune_cols" in capsys.readouterr().err
+
+
+def test_a_folder_keeps_other_operations_and_refuses_other_machines(tmp_path):
+    facts = machine.describe("cpu")
+    for operation, time_ms in (("prune_nm_", 1.0), ("prune_rows_", 2.0), ("prune_nm_", 3.0)):
+        found = [row("cpu", time_ms, operation=operation), row(TORCH, None, FAILED, operation=operation)]
+        results.write(tmp_path, found, facts, ROOFS, False, {"triton": "needs a GPU"})
+    run = results.read(tmp_path)
+    assert [each.time_ms for each in run.rows] == [2.0, None, 3.0, None]
+    assert run.rows[0].copy_gb_s == 10 and run.rows[0].date == facts["date"] and run.rows[0].headline is True
+    assert run.machine == facts and not run.quick and run.not_run.keys() == {"prune_nm_", "prune_rows_"}
+    with pytest.raises(ValueError, match="another machine: torch .*, now 'old'"):
+        results.write(tmp_path, found, facts | {"torch": "old"}, ROOFS, False, {})
 
 
 def spoilt(call):
@@ -88,18 +113,17 @@ def raising(*_):
 
 
 @pytest.mark.parametrize("call", [spoilt(bench_prune_rows.published), raising])
-def test_a_wrong_provider_gets_no_time_and_no_speed_up(monkeypatch, tmp_path, call):
+def test_a_wrong_provider_gets_no_time_and_no_speed_up(monkeypatch, tmp_path, capsys, call):
     peers = [*bench_prune_rows.BENCHMARK.peers, Provider("rival", call)]
     wrong = replace(bench_prune_rows.BENCHMARK, peers=peers)
     monkeypatch.setitem(suite_command.BENCHMARKS, "prune_rows", wrong)
-    result = invoke("--quick", "--only", "prune_rows", "--out", tmp_path)
-    assert result.exit_code == 1 and FAILED in result.output
-    report = tables.read(tmp_path / "prune_rows.json")
-    failed = [found for found in report["rows"] if found.provider == "rival"]
-    assert failed and all(found.status == FAILED and found.note for found in failed)
-    assert all(found.time_ms is found.over_published is found.over_torch is None for found in failed)
-    assert all(found.over_published for found in report["rows"] if found.provider == TORCH)
-    assert "**FAILED**" in (tmp_path / "prune_rows.md").read_text()
+    assert invoke("--quick", "--only", "prune_rows", "--out", tmp_path) == 1
+    assert f"**{FAILED}**" in capsys.readouterr().out.splitlines()[-6]  # in the last table
+    found = results.read(tmp_path).rows
+    failed = [row for row in found if row.provider == "rival"]
+    assert failed and all(row.status == FAILED and row.note for row in failed)
+    assert all(row.time_ms is row.over_published is row.over_torch is None for row in failed)
+    assert all(row.over_published for row in found if row.provider == TORCH)
 
 
 def test_a_failure_on_one_workload_takes_the_speed_ups_of_all():
@@ -118,20 +142,10 @@ def test_a_failure_on_one_workload_takes_the_speed_ups_of_all():
     assert [one.over_torch for one in found] == [0.5, 1.0, 2.0, None, None, 5.0, 1.0]
 
 
-def test_nobody_is_compared_with_a_published_code_that_failed():
+def test_no_factor_is_given_over_a_published_code_that_failed():
     found = rows.with_speed_ups([row(PUBLISHED, None, FAILED), row(TORCH, 4.0), row("cpu", 2.0)])
     assert [one.over_published for one in found] == [None] * 3
     assert found[2].over_torch == 2.0
-
-
-def test_an_optional_provider_that_cannot_run_is_left_out():
-    line = bench_prune_rows.BENCHMARK.lineup(SESSION)
-    line.not_run.clear()
-    line.providers.append(Provider("torch.compile", raising, optional=True))
-    workload = bench_prune_rows.BENCHMARK.workloads("cpu", True)[0]
-    found = suite.run_workload(workload, line, SESSION)
-    assert "torch.compile" not in {one.provider for one in found}
-    assert line.not_run["torch.compile"] == "raises RuntimeError: no such kernel"
 
 
 def test_each_call_gets_fresh_weights_and_variants_alternate():
@@ -211,14 +225,3 @@ def test_a_reference_that_raises_fails_its_workload_and_no_other(monkeypatch):
     found = list(bench_prune_rows.BENCHMARK.run(SESSION, suite.Lineup([], {})))
     assert [one.status for one in found[0]] == [FAILED] and "no such kernel" in found[0][0].note
     assert len(found) > 1 and not any(found[1:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operations_of_a_blocks_forward_are_compared_on_equal_results(dtype):
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
-    with torch.no_grad():
-        for case in block_forward.cases(512, dtype):
-            wanted = case.torchs()
-            if case.taken:
-                scale = wanted.abs().max().item()
-                torch.testing.assert_close(case.ours(), wanted, rtol=tolerance, atol=tolerance * scale)

@@ -1,12 +1,10 @@
 """The quality tables: which cells they hold, how they are counted, what is not measured."""
 
-import shutil
-
 import pytest
-import typer
 
-from benchmarks import machine, quality, quality_pages
-from benchmarks.quality_results import Cell, Cost, Results, mean_and_std
+from benchmarks import charts, pages
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality.results import Cell, Cost, Results, mean_and_std
 
 
 def cell(method, pattern, nsamples, seed, perplexity):
@@ -32,11 +30,29 @@ def test_mean_and_sample_deviation():
 
 
 def test_tables_count_seeds_and_wins(results):
-    methods = quality_pages.methods_table(results)
+    methods = pages.methods_table(results)
     assert "| wanda | 2:4 | 31.00 (1.00) | 3 | - | - |" in methods
     assert "| magnitude | 2:4 | 400.0 | 1 | - | - |" in methods and "0.5" not in methods
-    assert "| 2:4 | 16 | 31.00 (1.00) | 31.83 (1.04) | 3 |" in quality_pages.sizes_table(results)
-    assert quality_pages.gated_table(results).endswith("| 30.67 (1.53) | 3 | 2 |")
+    windows = pages.windows_table(results)
+    assert windows.endswith("| 2:4 | 16 | 31.00 (1.00) | 31.83 (1.04) | 30.67 (1.53) | 3 | 2 |")
+    page = pages.quality([results])
+    assert page.count("**tiny**, dense 10.00; a protocol.") == 2 and methods in page and windows in page
+    results.costs = [Cost("wanda", "2:4", 16, 1.25, 2**30)]
+    assert "| wanda | 2:4 | 31.00 (1.00) | 3 | 1.2 s | 1024 MiB |" in pages.methods_table(results)
+
+
+def test_the_chart_has_a_line_for_each_method_and_says_what_leaves_it():
+    found = Results(charts.DENSE_MODEL, "a protocol", 10.0)
+    for method in charts.LINES:
+        for ratio, perplexity in (
+            ("0.3", 11.0),
+            ("0.5", 20.0),
+            ("0.7", 9999.0 if method == "magnitude" else 90.0),
+        ):
+            found.cells.append(cell(method, ratio, 0 if method == "magnitude" else 16, 0, perplexity))
+    picture = charts.quality([found])
+    assert all(colour in picture for colour in charts.LINES.values())
+    assert "magnitude (9,999 at 70%)" in picture and "sparsegpt 90" in picture and "dense 10.0" in picture
 
 
 def test_results_grow_and_keep_to_one_protocol(results, tmp_path):
@@ -47,41 +63,6 @@ def test_results_grow_and_keep_to_one_protocol(results, tmp_path):
     again.require_protocol("a protocol", lambda: 1 / 0)
     with pytest.raises(SystemExit, match="another --label"):
         again.require_protocol("another protocol", lambda: 1.0)
-
-
-PAGES = {
-    "README.md": ("quality", "sizes"),
-    "docs/quality.md": ("quality", "sizes"),
-    "docs/gated.md": ("quality",),
-}
-
-
-def test_pages_replace_what_stands_between_the_markers(results, tmp_path):
-    (tmp_path / "docs").mkdir()
-    for name, sections in PAGES.items():
-        marked = "before\n<!-- {0}:begin -->\nold\n<!-- {0}:end -->\nafter\n"
-        (tmp_path / name).write_text("".join(map(marked.format, sections)))
-    quality_pages.write([results], tmp_path)
-    found = {name: (tmp_path / name).read_text() for name in PAGES}
-    assert not any("old" in text for text in found.values())
-    shown = {name: text.count("**tiny**, dense 10.00; a protocol.") for name, text in found.items()}
-    assert shown == {"README.md": 0, "docs/quality.md": 2, "docs/gated.md": 1}  # no seconds: not the README's
-    assert "| 3 | 2 |" in found["docs/gated.md"]
-    results.costs, results.machine = [Cost("wanda", "2:4", 16, 1.25, 2**30)], machine.describe("cpu")
-    quality_pages.write([results], tmp_path)
-    assert "| wanda | 2:4 | 31.00 (1.00) | 3 | 1.2 s | 1024 MiB |" in (tmp_path / "README.md").read_text()
-    (tmp_path / "docs" / "gated.md").write_text("no markers")
-    with pytest.raises(typer.BadParameter, match="gated.md needs the lines"):
-        quality_pages.write([results], tmp_path)
-
-
-def test_the_pages_show_what_the_results_say(tmp_path):
-    (tmp_path / "docs").mkdir()
-    for name in PAGES:
-        shutil.copyfile(machine.ROOT / name, tmp_path / name)
-    quality_pages.write(Results.every(), tmp_path)
-    for name in PAGES:
-        assert (tmp_path / name).read_text() == (machine.ROOT / name).read_text()
 
 
 def test_options_of_a_cell():

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import wanda_fast
-from tests.published import UPDATING, prune_published
+from benchmarks.jobs.published_pipeline import UPDATING
+from tests.published import prune_published
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import api, errors
 from wanda_fast.checkpoint import load as checkpoint

@@ -1,0 +1,99 @@
+"""sparsegpt_: selection and update, given the factor of the Hessian.
+
+FLOP: two for each weight and each column to its left.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import wanda_kernels
+from benchmarks.core import shapes
+from benchmarks.core.providers import PUBLISHED, Provider
+from benchmarks.core.suite import Benchmark
+from benchmarks.core.workloads import Operands, Workload
+from benchmarks.jobs.published_selection import update_by_columns
+
+PATTERNS = ("2:4", 0.5)
+WIDEST = 14_336  # its Hessian is 0.8 GB, the next one's 3.3
+TOKENS_PER_INPUT = 2
+SHARED_DIRECTIONS = 32  # of the inputs: what makes weights stand in for each other
+# fp32 in another order: where two scores all but tie, the other weight goes, and all to its right follow
+SLACK = 2e-2
+
+
+@dataclass(frozen=True)
+class Shared(wanda_kernels.Factor):
+    """A factor that all of the ring's slots share, since no call changes it."""
+
+    nbytes: int = 0
+
+    def clone(self) -> "Shared":
+        return self
+
+
+def published(weight: Tensor, factor: Shared, pattern: str | float) -> None:
+    """SparseGPT's published loop over columns."""
+
+    def importances(values: Tensor, first: int) -> Tensor:
+        return values**2 / factor.upper.diagonal()[first : first + values.shape[1]] ** 2
+
+    w = weight.float()
+    update_by_columns(w, factor.upper, str(pattern), importances)
+    weight.copy_(w)
+
+
+def workloads(device: str, quick: bool) -> list[Workload]:
+    return [
+        _workload(shape, pattern, device, headline=index == 0)
+        for index, shape in enumerate(_shapes(device, quick))
+        for pattern in PATTERNS
+    ]
+
+
+def _shapes(device: str, quick: bool) -> list[tuple[int, int]]:
+    if device == "cuda" and not quick:
+        return [shape for shape in shapes.weights(device, quick) if shape[1] <= WIDEST]
+    return list(shapes.QUICK_SHAPES if quick else shapes.SMOLLM2.linears().values())
+
+
+def _workload(shape: tuple[int, int], pattern: str | float, device: str, headline: bool) -> Workload:
+    n_out, n_in = shape
+    names = shapes.names() | {shape: f"SmolLM2 {name}" for name, shape in shapes.SMOLLM2.linears().items()}
+    return Workload(
+        operation="sparsegpt_",
+        linear=names.get(shape, "quick"),
+        shape=f"{n_out}x{n_in}",
+        dtype=torch.bfloat16,
+        setting=pattern if isinstance(pattern, str) else f"{pattern:.0%}",
+        make_operands=lambda: _operands(shape, device),
+        params=(pattern,),
+        n_bytes=4 * n_out * n_in + 4 * n_in * n_in // 2,
+        n_flops=n_out * n_in * n_in,
+        bound="flops",
+        error=relative_norm,
+        tolerance=0.0,
+        headline=headline,
+    )
+
+
+def relative_norm(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected).float().norm() / expected.float().norm()).item()
+
+
+def _operands(shape: tuple[int, int], device: str) -> Operands:
+    torch.manual_seed(0)
+    n_out, n_in = shape
+    weight = (torch.randn(n_out, n_in, device=device) * 0.02).bfloat16()
+    shared = torch.randn(SHARED_DIRECTIONS, n_in, device=device)
+    hessian = torch.zeros(n_in, n_in, device=device)
+    for _ in range(TOKENS_PER_INPUT):
+        x = torch.randn(n_in, n_in, device=device)
+        x += torch.randn(n_in, SHARED_DIRECTIONS, device=device) @ shared / SHARED_DIRECTIONS**0.5
+        wanda_kernels.add_hessian_(hessian, x)
+    factor = wanda_kernels.factor_hessian(hessian)
+    return weight, Shared(factor.upper, factor.dead, factor.dampening)
+
+
+BENCHMARK = Benchmark("sparsegpt_", workloads, [Provider(PUBLISHED, published, slack=SLACK)])
