@@ -15,17 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanda_fast.errors import OutputError, UnknownMethodError
+from wanda_fast.errors import OutputError
 
 KINDS = ("device", "host", "disk")
 # Copies from the device that may be under way before the next one waits.
 MAX_PENDING_COPIES = 2
-
-
-def require_kind(kind: str) -> None:
-    """Raise `UnknownMethodError` unless `kind` is "auto" or one of KINDS."""
-    if kind not in ("auto", *KINDS):
-        raise UnknownMethodError(f"activations must be 'auto', 'device', 'host' or 'disk', got {kind!r}")
 
 
 class Offload:

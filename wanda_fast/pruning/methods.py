@@ -106,8 +106,6 @@ class Connect(Method):
     wants_gated_mlp = True
 
     def __init__(self, connect_gate: str = "activated"):
-        if connect_gate not in ("activated", "raw"):
-            raise UnknownMethodError(f"connect_gate must be 'activated' or 'raw', got {connect_gate!r}")
         self.activated = connect_gate == "activated"
 
     def statistic(self, linear: Linear) -> Statistic:
@@ -209,8 +207,6 @@ def make_method(
     """
     if name not in METHODS:
         raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")
-    if update not in ("none", "obs"):
-        raise UnknownMethodError(f"update must be 'none' or 'obs', got {update!r}")
     cls = METHODS[name]
     method = cls(**{option: options[option] for option in cls.options})
     updates = method.updates or update == "obs"
