@@ -28,7 +28,7 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
     path = str(options.model)
     gguf = checkpoints.locate(path)[1]
     if gguf:
-        logger.info("converting %s: a GGUF file is dequantised as a whole, which can take minutes", gguf)
+        logger.info("converting %s: this can take minutes", gguf)
     with job.phase("load", "converting" if gguf else "loading", gguf or path):
         return _open(path, options, job.device.type)
 
