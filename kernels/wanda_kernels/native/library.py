@@ -65,7 +65,7 @@ def why_not(backend: str) -> str:
         return "torch sees no CUDA GPU"
     path = library_path(backend)
     if not path.exists():
-        return f"{path.name} was not built (it needs a compiler and torch at install: see README)"
+        return f"{path.name} was not built (it needs a compiler and torch at install: see docs/usage.md)"
     _define_operations()
     try:
         torch.ops.load_library(str(path))
