@@ -1,4 +1,4 @@
-"""Without a compiler the install succeeds in pure Python, and says what is missing."""
+"""Installing without a compiler ends well in pure Python, and says what is missing."""
 
 import ctypes
 import importlib.util
@@ -60,7 +60,7 @@ def test_a_wrong_setting_is_named(tree):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets of x86")
-def test_every_instruction_set_is_tested_for_before_its_file_is_called(tmp_path):
+def test_no_file_has_instructions_that_nobody_asks_the_machine_for(tmp_path):
     spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
     native_build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native_build)
