@@ -25,7 +25,7 @@ MODELS = (
     Model("Llama-3-70B", 8192, 28672, 1024),
     Model("Llama-3.2-1B", 2048, 8192, 512),
 )
-SMOLLM2 = Model("SmolLM2-135M", 576, 1536, 192)  # for what the published code takes long over
+SMOLLM2 = Model("SmolLM2-135M", 576, 1536, 192)  # for operations whose published code is slow
 
 EXTREMES = {  # the shortest and the longest rows
     (1536, 576): "SmolLM2-135M up_proj",
@@ -34,7 +34,7 @@ EXTREMES = {  # the shortest and the longest rows
 HEADLINE = {
     "cuda": ((4096, 4096), (4096, 11008)),
     "cpu": ((1024, 4096),),
-}  # all dtypes, torch.compile, README
+}  # in all dtypes, and in the last table of a run
 CPU_SHAPES = ((1024, 4096), (512, 2048), (2048, 8192))  # the published code takes seconds on larger ones
 QUICK_SHAPES = ((16, 64), (24, 96))
 TOKENS = {"cuda": (2048, 16384), "cpu": (2048,)}  # of one call to a statistic

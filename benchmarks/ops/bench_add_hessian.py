@@ -12,7 +12,7 @@ from benchmarks.core.workloads import Operands, Workload, dtypes
 
 WIDEST = 14_336  # its Hessian is 0.8 GB, the next one's 3.3
 TOLERANCE = 1e-5  # fp32 sums of a few thousand terms, in any order, relative to the largest
-CUT_OFF = 2**-24 / 16  # a token: tensor cores cut a running sum off every 16 tokens (add_hessian.py)
+CUT_OFF = 2**-24 / 16  # a token: tensor cores truncate a running sum every 16 tokens (add_hessian.py)
 
 
 def published(acc: Tensor, x: Tensor, seen: int = 0) -> None:

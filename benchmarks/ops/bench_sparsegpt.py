@@ -18,8 +18,8 @@ from benchmarks.jobs.published_selection import update_by_columns
 PATTERNS = ("2:4", 0.5)
 WIDEST = 14_336  # its Hessian is 0.8 GB, the next one's 3.3
 TOKENS_PER_INPUT = 2
-SHARED_DIRECTIONS = 32  # of the inputs: what makes weights stand in for each other
-# fp32 in another order: where two scores all but tie, the other weight goes, and all to its right follow
+SHARED_DIRECTIONS = 32  # correlated inputs, so that one weight can make up for another
+# sums in another order: at a near tie the other weight is pruned, which changes all weights to its right
 SLACK = 2e-2
 
 

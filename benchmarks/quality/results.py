@@ -23,7 +23,7 @@ class Cell:
     perplexity: float
     sparsity: float
     commit: str
-    cpu_capability: str  # the instruction set of torch's kernels: forwards round by it
+    cpu_capability: str  # the instruction set of torch's kernels, on which rounding depends
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_median_and_spread():
     assert found.spread == pytest.approx((4 - 2) / 3)
 
 
-def test_targets_of_the_issues_have_workloads():
+def test_the_shapes_of_real_models_have_workloads():
     found = {
         (work.operation, work.shape, work.setting)
         for benchmark in suite_command.BENCHMARKS.values()
