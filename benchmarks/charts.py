@@ -79,11 +79,11 @@ def _group(report: dict, y: int) -> tuple[list[str], int]:
 
 
 def quality(every: list[Results]) -> str:
-    """Lines: perplexity against sparsity, one for each method."""
+    """Lines: perplexity against sparsity, at the ratios that were measured for every method."""
     found = next(results for results in every if results.label == DENSE_MODEL)
     cells = {(method, ratio): found.perplexities(method, ratio, SIZE) for method in LINES for ratio in RATIOS}
     cells = {case: list(of_seeds.values()) for case, of_seeds in cells.items() if of_seeds}
-    ratios = sorted({ratio for _, ratio in cells})
+    ratios = [ratio for ratio in RATIOS if all((method, ratio) in cells for method in LINES)]
     first, last = float(ratios[0]), float(ratios[-1])
     left, right, top, bottom = 64, 560, 72, 402
     low, high = math.log(found.dense * 0.9), math.log(TOP)
@@ -109,7 +109,7 @@ def quality(every: list[Results]) -> str:
     parts.append(f'<clipPath id="frame">{frame}</clipPath>')
     ends = {f"dense {found.dense:.1f}": (dense, INK)}
     for method, colour in LINES.items():
-        means = [(float(r), statistics.mean(cells[method, r])) for r in ratios if (method, r) in cells]
+        means = [(float(r), statistics.mean(cells[method, r])) for r in ratios]
         points = [at(*each) for each in means]
         parts.append(f'<g clip-path="url(#frame)">{_line(points, colour, 2.5)}{_dots(points, colour)}</g>')
         if points[-1][1] >= top:
