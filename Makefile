@@ -43,6 +43,7 @@ bench: $(VENV)/installed
 
 # A maintainer's command: docs/speed.md, docs/quality.md and their pictures, from benchmarks/results.
 pages: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python -m benchmarks.pages
 
 # Everything that needs a GPU, with a bare machine's own python3. ARGS: --out, --only. See tools/gpu/__main__.py.

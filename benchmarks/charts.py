@@ -1,40 +1,124 @@
-"""The two pictures of the README as SVG text, from the results."""
+"""The two pictures of the README, drawn by matplotlib from the results.
 
-import math
+A picture holds the data that it shows in its description, so that a test without matplotlib can compare it
+with the results.
+"""
+
+import json
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks.core import machine
 from benchmarks.jobs import model_table
 from benchmarks.quality.results import Results
 
-WIDTH = 700
-GREY, BLUE, INK, PALE = "#9aa0a6", "#1a6fc4", "#202124", "#dadce0"
+GREY, BLUE = "#9aa0a6", "#1a6fc4"
 METHODS = ("wanda", "connect", "sparsegpt")
-LINES = {
-    "magnitude": "#9aa0a6",
-    "wanda": "#1a6fc4",
-    "connect": "#e8710a",
-    "gated": "#188038",
-    "sparsegpt": "#a142f4",
-}
+LINES = {"magnitude": GREY, "wanda": BLUE, "connect": "#e8710a", "gated": "#188038", "sparsegpt": "#a142f4"}
 MODELS = {"llama2-7b": "Llama-2-7B's shape", "SmolLM2-135M-Instruct": "SmolLM2-135M"}
 DENSE_MODEL, SIZE = "SmolLM2-135M-Instruct", 16
 RATIOS = ("0.3", "0.4", "0.5", "0.6", "0.7")
-TOP = 2000  # perplexities above are of a broken model and leave the picture
+# A perplexity above this is of a broken model; the line leaves the picture.
+HIGHEST = 2000
 
 
-def speed(folder: Path) -> str:
-    """Bars: seconds of whole jobs, the published code and wanda_fast."""
-    parts, y = [_text(16, 28, "Seconds to prune a whole model to 2:4 (shorter is better)", 16, "bold")], 62
-    parts += [_rect(16, 42, 12, 12, GREY), _text(34, 53, "published code"), _rect(150, 42, 12, 12, BLUE)]
-    parts += [_text(168, 53, "wanda_fast --sequential block, the published order")]
-    for device in ("cuda", "cpu"):
-        for report in _complete(folder, device)[:1]:
-            bars, height = _group(report, y)
-            parts, y = parts + bars, y + height
-    return _svg(parts, y + 4)
+def speed_data(folder: Path) -> list[dict]:
+    """Seconds of whole jobs at 2:4 by method, the published code's and ours: a GPU's first, then a CPU's."""
+    return [_job(report) for device in ("cuda", "cpu") for report in _complete(folder, device)[:1]]
+
+
+def quality_data(every: list[Results]) -> dict:
+    """The perplexity of the dense model, and of each method by unstructured sparsity: means over seeds."""
+    found = next(results for results in every if results.label == DENSE_MODEL)
+    cells = {(method, ratio): found.perplexities(method, ratio, SIZE) for method in LINES for ratio in RATIOS}
+    means = {case: statistics.mean(seeds.values()) for case, seeds in cells.items() if seeds}
+    counts = [len(seeds) for seeds in cells.values() if seeds]
+    lines = {
+        method: [
+            [float(ratio), round(means[method, ratio], 3)] for ratio in RATIOS if (method, ratio) in means
+        ]
+        for method in LINES
+    }
+    about = f"{MODELS[DENSE_MODEL]}, WikiText-2 test, {SIZE} calibration windows of 512 tokens, "
+    about += f"mean over {min(counts)} to {max(counts)} seeds"
+    return {"about": about, "dense": round(found.dense, 3), "lines": lines}
+
+
+def data_of(picture: Path) -> object:
+    """The data that a picture shows."""
+    description = ElementTree.parse(picture).find(".//{http://purl.org/dc/elements/1.1/}description")
+    return json.loads(description.text)
+
+
+def draw_speed(groups: list[dict], file: Path) -> None:
+    """Two bars for each method, a panel for each group."""
+    plt = _pyplot()
+    heights = [len(group["seconds"]) for group in groups]
+    figure, panels = plt.subplots(len(groups), figsize=(7, 4.6), squeeze=False, height_ratios=heights)
+    figure.suptitle(
+        "Seconds to prune a whole model to 2:4 (shorter is better)", x=0.02, ha="left", weight="bold"
+    )
+    for panel, group in zip(panels[:, 0], groups, strict=True):
+        longest = max(published for published, _ in group["seconds"].values())
+        for place, (published, ours) in enumerate(group["seconds"].values()):
+            panel.barh(
+                place - 0.19, published, 0.36, color=GREY, label="published code" if not place else None
+            )
+            panel.barh(place + 0.19, ours, 0.36, color=BLUE, label="wanda_fast" if not place else None)
+            panel.text(published + longest / 90, place - 0.19, f"{published:.0f} s", va="center", size=9)
+            label = f"{ours:.0f} s, {published / ours:.1f} times as fast"
+            panel.text(ours + longest / 90, place + 0.19, label, va="center", size=9, weight="bold")
+        panel.set_yticks(range(len(group["seconds"])), group["seconds"], size=10)
+        panel.set_title(group["title"], loc="left", size=10, weight="bold")
+        panel.set_xlim(0, longest * 1.1)
+        panel.set_xlabel(group["note"], loc="left", size=8)
+        panel.invert_yaxis()
+        panel.tick_params(length=0, labelbottom=False)
+        panel.spines[:].set_visible(False)
+    panels[0, 0].legend(frameon=False, loc="center right", fontsize=10)
+    _save(figure, groups, file)
+
+
+def draw_quality(data: dict, file: Path) -> None:
+    """A line for each method, named at its end."""
+    plt = _pyplot()
+    from matplotlib.ticker import PercentFormatter
+
+    figure, panel = plt.subplots(figsize=(7, 4.4))
+    panel.set_title("Perplexity against unstructured sparsity (lower is better)\n", loc="left", weight="bold")
+    panel.text(0, 1.03, data["about"], transform=panel.transAxes, size=9)
+    last = max(points[-1][0] for points in data["lines"].values())
+    ends = [(data["dense"], f"dense {data['dense']:.1f}", "#202124")]
+    for method, points in data["lines"].items():
+        panel.plot(*zip(*points, strict=True), color=LINES[method], marker="o", markersize=4)
+        inside = [point for point in points if point[1] <= HIGHEST]
+        if inside == points:
+            ends.append((points[-1][1], f"{method} {points[-1][1]:,.0f}", LINES[method]))
+        else:
+            label = f"{method} ({points[-1][1]:,.0f} at {points[-1][0]:.0%})"
+            _name(panel, inside[-1], label, LINES[method])
+    panel.axhline(data["dense"], color="#202124", linestyle="--", linewidth=1)
+    panel.set_yscale("log")
+    panel.set_ylim(data["dense"] * 0.9, HIGHEST)
+    panel.set_yticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1,000", "2,000"])
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.set_xticks(sorted({ratio for points in data["lines"].values() for ratio, _ in points}))
+    panel.grid(axis="y", color="#dadce0")
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    lowest = 0.0
+    for perplexity, label, colour in sorted(ends):
+        lowest = max(perplexity, lowest * 1.16)
+        _name(panel, (last, lowest), label, colour)
+    _save(figure, data, file)
+
+
+def _name(panel, point: tuple[float, float], label: str, colour: str) -> None:
+    """Write the label to the right of a point."""
+    place = dict(xytext=(9, 0), textcoords="offset points", va="center")
+    panel.annotate(label, point, color=colour, weight="bold", **place)
 
 
 def _complete(folder: Path, device: str) -> list[dict]:
@@ -54,97 +138,30 @@ def _seconds(report: dict) -> dict[str, tuple[float, float]]:
     return {name: (of["published"], of["wanda_fast"]) for name, of in found.items() if len(of) == 2}
 
 
-def _group(report: dict, y: int) -> tuple[list[str], int]:
+def _job(report: dict) -> dict:
     work, times = report["workload"], _seconds(report)
-    where = f"{MODELS.get(work['model'], work['model'])}, {work['nsamples']} x {work['seqlen']} tokens, "
-    where += f"{report['runs'][-1]['dtype']}, {machine.name(report['machine'])}"
-    parts, top = [_text(16, y + 22, where, 13, "bold")], y + 34
-    scale = 440 / max(published for published, _ in times.values())
-    for index, method in enumerate(METHODS):
-        published, ours = times[method]
-        line = top + 40 * index
-        parts.append(_text(104, line + 19, method, 13, anchor="end"))
-        parts.append(_rect(112, line, published * scale, 13, GREY))
-        parts.append(_text(118 + published * scale, line + 11, f"{published:.0f} s", 12))
-        parts.append(_rect(112, line + 14, ours * scale, 13, BLUE))
-        label = f"{ours:.0f} s, {published / ours:.1f} times as fast"
-        parts.append(_text(118 + ours * scale, line + 25, label, 12, "bold"))
-    end = top + 40 * len(METHODS)
-    if work["published_blocks"] < work["blocks"]:
-        blocks = f"{work['published_blocks']} of {work['blocks']} blocks"
-        note = f"The published code ran on {blocks}; its time is scaled to all."
-        parts.append(_text(112, end + 4, note, 11))
-        end += 14
-    return parts, end - y
+    title = f"{MODELS.get(work['model'], work['model'])}, {work['nsamples']} x {work['seqlen']} tokens, "
+    title += f"{report['runs'][-1]['dtype']}, {machine.name(report['machine'])}"
+    scaled = work["published_blocks"] < work["blocks"]
+    blocks = f"{work['published_blocks']} of {work['blocks']} blocks"
+    note = f"The published code ran on {blocks}; its time is scaled."
+    seconds = {method: [round(each, 3) for each in times[method]] for method in METHODS}
+    return {"title": title, "note": note if scaled else "", "seconds": seconds}
 
 
-def quality(every: list[Results]) -> str:
-    """Lines: perplexity against sparsity, one for each method."""
-    found = next(results for results in every if results.label == DENSE_MODEL)
-    cells = {(method, ratio): found.perplexities(method, ratio, SIZE) for method in LINES for ratio in RATIOS}
-    cells = {case: list(of_seeds.values()) for case, of_seeds in cells.items() if of_seeds}
-    ratios = sorted({ratio for _, ratio in cells})
-    first, last = float(ratios[0]), float(ratios[-1])
-    left, right, top, bottom = 64, 560, 72, 402
-    low, high = math.log(found.dense * 0.9), math.log(TOP)
+def _pyplot():
+    import matplotlib
 
-    def at(ratio: float, perplexity: float) -> tuple[float, float]:
-        x = left + (right - left) * (ratio - first) / (last - first)
-        return x, bottom - (bottom - top) * (math.log(perplexity) - low) / (high - low)
+    matplotlib.use("svg")
+    # Text stays text, and the same data give the same bytes.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wanda_fast", "font.family": "sans-serif"}
+    import matplotlib.pyplot
 
-    seeds = sorted({len(of_seeds) for of_seeds in cells.values()})
-    about = f"{MODELS[DENSE_MODEL]}, WikiText-2 test, {SIZE} calibration windows of 512 tokens, "
-    about += f"mean over {seeds[0]} to {seeds[-1]} seeds"
-    parts = [_text(16, 28, "Perplexity against unstructured sparsity (lower is better)", 16, "bold")]
-    parts.append(_text(16, 46, about, 12))
-    for value in (50, 100, 200, 500, 1000, 2000):
-        y = at(first, value)[1]
-        parts.append(_line([(left, y), (right, y)], PALE, 1))
-        parts.append(_text(left - 8, y + 4, f"{value:,}", 12, anchor="end"))
-    for ratio in map(float, ratios):
-        parts.append(_text(at(ratio, TOP)[0], bottom + 20, f"{ratio:.0%}", 12, anchor="middle"))
-    dense = at(first, found.dense)[1]
-    parts.append(_line([(left, dense), (right, dense)], INK, 1, dashed=True))
-    frame = _rect(left - 4, top, right - left + 8, bottom - top, "none")
-    parts.append(f'<clipPath id="frame">{frame}</clipPath>')
-    ends = {f"dense {found.dense:.1f}": (dense, INK)}
-    for method, colour in LINES.items():
-        means = [(float(r), statistics.mean(cells[method, r])) for r in ratios if (method, r) in cells]
-        points = [at(*each) for each in means]
-        parts.append(f'<g clip-path="url(#frame)">{_line(points, colour, 2.5)}{_dots(points, colour)}</g>')
-        if points[-1][1] >= top:
-            ends[f"{method} {means[-1][1]:,.0f}"] = points[-1][1], colour
-        else:
-            x, y = next((x, y) for x, y in reversed(points) if y >= top)
-            label = f"{method} ({means[-1][1]:,.0f} at {means[-1][0]:.0%})"
-            parts.append(_text(x + 14, y + 5, label, 13, "bold", fill=colour))
-    previous = math.inf
-    for label, (y, colour) in sorted(ends.items(), key=lambda end: -end[1][0]):
-        previous = min(y, previous - 16)
-        parts.append(_text(right + 10, previous + 4, label, 13, "bold", fill=colour))
-    return _svg(parts, bottom + 32)
+    return matplotlib.pyplot
 
 
-def _svg(parts: Iterable[str], height: float) -> str:
-    size = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif">'
-    return "\n".join([head, _rect(0, 0, WIDTH, height, "white"), *parts, "</svg>"]) + "\n"
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"/>'
-
-
-def _text(x, y, text: str, size=13, weight="normal", anchor="start", fill=INK) -> str:
-    style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{fill}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{text}</text>'
-
-
-def _line(points: Iterable[tuple[float, float]], colour: str, width: float, dashed: bool = False) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dash = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>'
-
-
-def _dots(points: Iterable[tuple[float, float]], colour: str) -> str:
-    return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points)
+def _save(figure, data: object, file: Path) -> None:
+    figure.tight_layout()
+    file.parent.mkdir(exist_ok=True)
+    metadata = {"Date": None, "Creator": None, "Description": json.dumps(data)}
+    figure.savefig(file, format="svg", metadata=metadata, bbox_inches="tight", facecolor="white")

@@ -29,15 +29,19 @@ are slower. Every shape and provider is in `benchmarks/results/*/operations.csv`
 
 
 def write(root: Path, folder: Path) -> None:
-    """All pages and pictures below `root`, from the results in `folder`."""
+    """All pages below `root`, from the results in `folder`."""
     docs, every = root / "docs", Results.every(folder / "quality")
     for name, text in (("speed.md", speed(folder)), ("quality.md", quality(every))):
         page = docs / name
         by_hand = page.read_text(encoding="utf-8").split(MARKER)[0]
         replace_file(page, f"{by_hand}{MARKER}\n\n{text}\n")
-    (docs / "images").mkdir(exist_ok=True)
-    replace_file(docs / "images" / "speed.svg", charts.speed(folder))
-    replace_file(docs / "images" / "quality.svg", charts.quality(every))
+
+
+def draw(root: Path, folder: Path) -> None:
+    """The pictures below `root`; needs matplotlib (the bench extra)."""
+    images = root / "docs" / "images"
+    charts.draw_speed(charts.speed_data(folder), images / "speed.svg")
+    charts.draw_quality(charts.quality_data(Results.every(folder / "quality")), images / "quality.svg")
 
 
 def speed(folder: Path) -> str:
@@ -174,3 +178,4 @@ def windows_table(found: Results) -> str:
 
 if __name__ == "__main__":
     write(machine.ROOT, machine.RESULTS)
+    draw(machine.ROOT, machine.RESULTS)
