@@ -13,6 +13,7 @@ from benchmarks.core.results import Run, replace_file
 from benchmarks.core.rows import Row
 from benchmarks.jobs import model_table
 from benchmarks.quality.results import Results, mean_and_std
+from wanda_kernels.dispatch.backends import TABLE
 
 MARKER = "<!-- Everything below is written by `make pages`. -->"
 DEVICES = {"cuda": "GPU", "cpu": "CPU"}
@@ -80,9 +81,13 @@ def latest(folder: Path) -> dict[str, dict[str, tuple[Path, Run]]]:
 
 
 def headlines(run: Run, operation: str) -> list[Row]:
-    """The rows of our backends on the headline workloads; of plain torch if there is none."""
+    """The rows of our backends on the headline workloads; of plain torch if there is none.
+
+    A backend that has been removed since the run is left out.
+    """
+    served = set(OURS).intersection(TABLE.get(operation, OURS))
     rows = [row for row in run.rows if row.headline and row.operation == operation]
-    return [row for row in rows if row.provider in OURS] or [row for row in rows if row.provider == TORCH]
+    return [row for row in rows if row.provider in served] or [row for row in rows if row.provider == TORCH]
 
 
 def _operations(of_device: dict[str, tuple[Path, Run]]) -> list[str]:

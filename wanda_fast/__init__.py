@@ -1,7 +1,7 @@
 """One-shot pruning of transformers: magnitude, Wanda and its variant, CoNNect, gated, SparseGPT; any N:M."""
 
 from wanda_fast import errors
-from wanda_fast.api import prune
+from wanda_fast.api import evaluate, prune
 from wanda_fast.data.evaluation import perplexity
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
@@ -15,6 +15,7 @@ __all__ = [
     "Report",
     "Statistic",
     "errors",
+    "evaluate",
     "perplexity",
     "prune",
     "register_method",

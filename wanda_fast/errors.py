@@ -25,6 +25,14 @@ class UnknownMethodError(RefusedInputError):
     """An option's value is not one of its choices, e.g. a pruning method that is not registered."""
 
 
+class OptionError(RefusedInputError):
+    """A value that an option does not take."""
+
+
+class ScoreError(RefusedInputError):
+    """A method's score of the wrong shape, or with NaN."""
+
+
 class PatternError(RefusedInputError):
     """A sparsity pattern cannot be parsed, or does not fit a linear's in_features."""
 

@@ -10,13 +10,14 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import wraps
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.errors import CheckpointError, UnknownMethodError, WandaFastError
+from wanda_fast.errors import CheckpointError, OptionError, UnknownMethodError, WandaFastError
 
 PANELS = ("Model", "What to prune", "Calibration", "Evaluation", "Output", "Speed and memory")
 MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
@@ -36,8 +37,8 @@ def option(
     flag_help: str = "",
     choices: tuple[str, ...] = (),
     refused_with: type[WandaFastError] = UnknownMethodError,
+    decides: str | None,
     minimum: int | None = None,
-    decides: str | None = None,
     commands: tuple[str, ...] = ("prune",),
     flag_type: Any = None,
     flag_default: Any = MISSING,
@@ -50,7 +51,7 @@ def option(
         panel: of `--help`, one of PANELS.
         python_help, flag_help: what is true of the keyword alone, or of the flag alone.
         choices: all values that are accepted; any other is refused with `refused_with`.
-        minimum: the lowest number that the command line accepts.
+        minimum: the lowest number that is accepted.
         decides: BYTES, RESULTS, or None.
         commands: the commands that take it.
         flag_type, flag_default: of the flag, where they differ from the keyword's.
@@ -160,6 +161,7 @@ class Options:
         "a block could take more than half of its free memory.",
         panel=RESOURCES,
         choices=("auto", "device", "host"),
+        decides=None,
     )
     measure_error: bool | None = option(
         None,
@@ -206,6 +208,7 @@ class Options:
         "temporary files.",
         panel=RESOURCES,
         choices=("auto", "device", "host", "disk"),
+        decides=None,
     )
     device: str | torch.device | None = option(
         None,
@@ -214,6 +217,7 @@ class Options:
         panel=RESOURCES,
         commands=("prune", "eval"),
         flag_type=str | None,
+        decides=None,
     )
     dtype: str = option(
         "auto",
@@ -230,6 +234,7 @@ class Options:
         help="Folder for hub downloads. Default: Hugging Face's own cache.",
         panel=MODEL,
         commands=("prune", "eval", "inspect", "apply-mask", "verify"),
+        decides=None,
     )
     eval_dataset: str | Tensor | None = option(
         None,
@@ -262,15 +267,17 @@ class Options:
         help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json).",
         panel=OUTPUT,
         flag_type=Path | None,
+        decides=None,
     )
     save_model: str | Path | None = option(
         None,
         help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it.",
         panel=OUTPUT,
         flag_type=Path | None,
+        decides=None,
     )
     save_log: str | Path | None = option(
-        None, help="File for the log line and the report.", panel=OUTPUT, flag_type=Path | None
+        None, help="File for the log line and the report.", panel=OUTPUT, decides=None, flag_type=Path | None
     )
     save_mask: str | Path | None = option(
         None,
@@ -284,17 +291,22 @@ class Options:
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
         commands=("prune", "apply-mask"),
+        decides=None,
     )
     resume: bool = option(
         False,
         help="Continue the unfinished run of the same save_model folder, if there is one.",
         panel=OUTPUT,
+        decides=None,
     )
 
     def require_choices(self) -> None:
-        """Raise where an option has a value that is not among its choices."""
+        """Raise if an option's value is not among its choices, or below its minimum."""
         for each in fields(self):
-            choices, value = each.metadata["choices"], getattr(self, each.name)
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            least = each.metadata["minimum"]
+            if None not in (least, value) and not (isinstance(value, Integral) and value >= least):
+                raise OptionError(f"{each.name} must be a whole number from {least} on, got {value!r}")
             if choices and value not in choices:
                 listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise each.metadata["refused_with"](f"{each.name} must be {listed}, got {value!r}")

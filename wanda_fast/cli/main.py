@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -39,12 +40,26 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),
         "help_option_names": ["-h", "--help"],
     },
-    help="Set the least important weights of a pretrained transformer to zero, in one shot.",
 )
 console = Console()
 errors = Console(stderr=True)
 complain = partial(errors.print, style="red", highlight=False, markup=False, soft_wrap=True)
 say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"wanda_fast {metadata.version('wanda_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Set the least important weights of a pretrained transformer to zero, in one shot."""
 
 
 @app.command()

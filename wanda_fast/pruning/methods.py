@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 import wanda_kernels
-from wanda_fast.errors import PatternError, UnknownMethodError
+from wanda_fast.errors import PatternError, ScoreError, UnknownMethodError
 from wanda_fast.model.architecture import Linear
 from wanda_fast.pruning.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.pruning.hessian import Hessian, HessianUse
@@ -62,8 +62,18 @@ class Method:
     ) -> str:
         """Prune one weight in place. Returns the name of the operation that did it."""
         if self.score is not None:
-            return pattern.prune_by_score_(weight, self.score(weight, scale).float(), mask)
+            return pattern.prune_by_score_(weight, self._checked_score(weight, scale), mask)
         return pattern.prune_(weight, scale, mask=mask)
+
+    def _checked_score(self, weight: Tensor, acc: Tensor | None) -> Tensor:
+        scores = self.score(weight, acc).float()
+        if scores.shape != weight.shape or scores.isnan().any():
+            got = "NaN" if scores.shape == weight.shape else f"a score of shape {list(scores.shape)}"
+            raise ScoreError(
+                f"method {self.name!r} gave {got} for a weight {list(weight.shape)}: score must return one "
+                f"number for each weight"
+            )
+        return scores
 
     def prune_and_update_(
         self,
@@ -190,6 +200,12 @@ class Dense(Method):
     uses_activations = takes_variant = prunes = False
 
 
+def require_method(name: str) -> None:
+    """Raise `UnknownMethodError` unless a method of that name is registered."""
+    if name not in METHODS:
+        raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")
+
+
 def make_method(
     name: str,
     update: str = "none",
@@ -205,8 +221,7 @@ def make_method(
         measure_error: measure each linear's reconstruction error; None: if Hessians are gathered anyway.
     Raises: `UnknownMethodError`, `HessianError`.
     """
-    if name not in METHODS:
-        raise UnknownMethodError(f"unknown prune_method {name!r}: choose {', '.join(METHODS)}")
+    require_method(name)
     cls = METHODS[name]
     method = cls(**{option: options[option] for option in cls.options})
     updates = method.updates or update == "obs"

@@ -1,5 +1,6 @@
 """Which weights are pruned, given their scores: unstructured, N:M, and patterns that users register."""
 
+import inspect
 import re
 
 import torch
@@ -177,4 +178,6 @@ def parse_pattern(sparsity_type: str, ratio: float | None = None, use_variant: b
     try:
         return cls(*map(int, numbers), ratio=ratio)
     except TypeError as error:
-        raise PatternError(f"sparsity_type {sparsity_type!r}: {error}") from error
+        wanted = [name for name in inspect.signature(cls).parameters if name != "ratio"]
+        takes = f"takes {', '.join(wanted)} after colons" if wanted else "takes no numbers"
+        raise PatternError(f"sparsity_type {sparsity_type!r}: {name} {takes}") from error

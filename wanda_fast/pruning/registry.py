@@ -36,16 +36,28 @@ def load_plugin(plugin: str) -> None:
 
 
 def _import_file(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own, so that a plugin called statistics.py does not hide Python's module.
+    name = f"wanda_fast_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
 def _register_in(registry: dict[str, type], names: tuple[str, ...]) -> Callable[[type], type]:
+    if not names:
+        raise TypeError("a name is needed: @register_method('name')")
+
     def register(cls: type) -> type:
+        for name in names:
+            if name in registry and _is_ours(registry[name]) and not _is_ours(cls):
+                raise ValueError(f"{name!r} is built in: register {cls.__name__} under another name")
         cls.name = names[0]
         registry.update(dict.fromkeys(names, cls))
         return cls
 
     return register
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("wanda_fast.")

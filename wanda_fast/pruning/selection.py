@@ -45,7 +45,7 @@ def prune_block(
     """
     method = selection.method
     scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
-    _require_finite(block, scales)
+    _require_finite(block, scales, under_a_root=method.score is None)
     if method.hessians is not None:
         with phases("factor"):
             prepare(block, statistics.hessians, method.hessians)
@@ -106,12 +106,17 @@ def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -
     return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
 
 
-def _require_finite(block: Block, scales: dict[str, Tensor | None]) -> None:
-    """One check for the whole block, so that a GPU is waited for once."""
+def _require_finite(block: Block, scales: dict[str, Tensor | None], under_a_root: bool) -> None:
+    """One check for the whole block, so that a GPU is waited for once.
+
+    Args:
+        under_a_root: the score takes the root of the statistics, which must not be negative.
+    """
     weights = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
     statistics = {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
+    finite, non_negative = (weights, statistics) if under_a_root else (weights | statistics, {})
     try:
-        wanda_kernels.require_finite(weights, non_negative=statistics)
+        wanda_kernels.require_finite(finite, non_negative=non_negative)
     except ValueError as error:
         raise NonFiniteError(f"block {block.name}: {error}; this weight was not changed") from error
 

@@ -19,7 +19,7 @@ from wanda_fast.model.block_source import LiveModel
 from wanda_fast.options import Options
 from wanda_fast.output.resume import nothing_to_do, run_identity
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.pruning.methods import Method, make_method
+from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report import Report
 from wanda_fast.run.hessian_memory import place_hessians
@@ -57,6 +57,7 @@ def prune_model(options: Options, tokenizer: object = None, progress: Progress |
 
 
 def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
+    require_method(options.prune_method)
     name = "dense" if options.sparsity_ratio == 0 else options.prune_method
     method = make_method(
         name,
@@ -91,7 +92,8 @@ def _new_job(
 
 def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job) -> list[Block]:
     """The model's blocks; method and pattern fit them, and there is memory for their Hessians."""
-    ignore, use = tuple(options.ignore), job.method.hessians
+    ignore = (options.ignore,) if isinstance(options.ignore, str) else tuple(options.ignore)
+    use = job.method.hessians
     blocks = find_blocks(loaded.model, ignore)
     survey(loaded.model, blocks, job.method, job.pattern, ignore, options.use_variant, job.report)
     if use is not None:

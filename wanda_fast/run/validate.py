@@ -39,6 +39,8 @@ def survey(
             f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
+    if method.prunes and not any(block.linears for block in blocks):
+        warn("no linear is left to prune: --ignore matches all of them")
     if method.prunes:
         for block in blocks:
             for linear in block.linears:
@@ -47,7 +49,7 @@ def survey(
     if method.wants_gated_mlp and not gated:
         warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
     method.check(pattern)
-    if use_variant and not (pattern.is_variant and method.takes_variant):
+    if use_variant and not (pattern.is_variant and method.takes_variant and method.score is None):
         warn(f"--use_variant has no effect on {method.name} with {pattern}")
 
 

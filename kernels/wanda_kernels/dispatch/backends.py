@@ -76,8 +76,8 @@ def _triton_sparsegpt_(*operands: Any) -> None:
 
 # operation -> backend -> function. "auto" takes the first backend of a row that serves the operands' device
 # and can run here. On GPUs the order is by measurement: the CUDA selections take half to a quarter of
-# Triton's time except for the longest rows; the CUDA sum of squares is as fast as Triton's and is launched in
-# a third of the time.
+# Triton's time for all but the longest rows, and serve those too; the CUDA sum of squares is as fast as
+# Triton's and is launched in a third of the time.
 TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     "add_sq_norm_": {
         "cpu": native.add_sq_norm_,

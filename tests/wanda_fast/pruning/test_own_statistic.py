@@ -5,6 +5,7 @@ import torch
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
+from wanda_fast import errors
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.pruning import registry
 from wanda_fast.pruning.statistics import OutputStatistic, SquaredNorm, Statistic
@@ -129,3 +130,60 @@ def test_linears_that_read_one_tensor_share_a_statistic_of_one_kind_alone(method
         kept = model.get_submodule(f"{prefix}.{name}").weight != 0
         assert (kept == kept_lowest(weight, scores)).float().mean() > 0.999  # sums in another order
     assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("score", "sentence"),
+    [
+        (lambda weight, acc: acc, r"method 'odd' gave a score of shape \[64\] for a weight \[64, 64\]"),
+        (lambda weight, acc: weight * float("nan"), r"method 'odd' gave NaN for a weight \[64, 64\]"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_a_score_that_is_none_is_refused(methods, score, sentence, pattern):
+    odd = type("Odd", (wanda_fast.Method,), {"score": lambda self, weight, acc: score(weight, acc)})
+    wanda_fast.register_method("odd")(odd)
+    model = FAMILIES["llama2"]()
+    with pytest.raises(errors.ScoreError, match=sentence):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 16), prune_method="odd", sparsity_type=pattern)
+
+
+def test_a_statistic_may_be_negative_where_no_root_is_taken(methods):
+    class Sum(Statistic):
+        def __init__(self, linear):
+            self.acc = torch.zeros(linear.module.in_features)
+
+        def add(self, x):
+            self.acc += x.flatten(0, -2).float().sum(0)
+
+    @wanda_fast.register_method("signed")
+    class Signed(wanda_fast.Method):
+        def statistic(self, linear):
+            return Sum(linear)
+
+        def score(self, weight, acc):
+            return (weight.float() * acc).abs()
+
+    model = FAMILIES["llama2"]()
+    report = wanda_fast.prune(model, dataset=token_ids(model, 2, 16), prune_method="signed")
+    assert report.sparsity == 0.5
+
+
+def test_the_variant_is_not_ignored_without_a_word(methods):
+    model = FAMILIES["llama2"]()
+    report = wanda_fast.prune(
+        model, dataset=token_ids(model, 2, 16), prune_method="largest", use_variant=True
+    )
+    assert any("--use_variant has no effect on largest" in sentence for sentence in report.warnings)
+
+
+def test_a_built_in_name_stays_the_built_in_methods(tmp_path, methods):
+    with pytest.raises(ValueError, match="'wanda' is built in: register Odd under another name"):
+        wanda_fast.register_method("wanda")(type("Odd", (wanda_fast.Method,), {}))
+    assert registry.METHODS["wanda"].__name__ == "Wanda"
+    plugin = tmp_path / "statistics.py"
+    plugin.write_text("mine = True")
+    registry.load_plugin(str(plugin))
+    import statistics
+
+    assert not hasattr(statistics, "mine")
