@@ -50,7 +50,7 @@ class Text:
         replaced = [_without_half_surrogates(document) for document in documents]
         self.documents += [document for document, _ in replaced]
         if count := sum(count for _, count in replaced):
-            self.notes.append(f"{source}: {count} half surrogates are replaced by U+FFFD")
+            self.notes.append(f"{source}: half surrogates replaced by U+FFFD: {count}")
 
     def _document(self, value: object, number: int, column: str | None, tokenizer: object) -> str:
         if isinstance(value, str):

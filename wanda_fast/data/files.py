@@ -49,8 +49,8 @@ def _files_of(folder: Path, text: Text) -> list[Path]:
     others = [file for file in found if _kind(file) != ".json"]
     if others and len(others) < len(found):
         text.notes.append(
-            f"{folder}: {len(found) - len(others)} .json files are not read, because it holds other files "
-            f"of text"
+            f"{folder}: .json files not read, because it holds other files of text: "
+            f"{len(found) - len(others)}"
         )
     return others or found
 

@@ -100,7 +100,10 @@ def test_json_files_that_describe_others_are_passed_over_with_a_note(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "a.jsonl").write_text(LINES)
     text = calibration_text(str(tmp_path))
-    assert text.documents == WORDS and "1 .json files are not read" in text.notes[0]
+    assert (
+        text.documents == WORDS
+        and ".json files not read, because it holds other files of text: 1" in text.notes[0]
+    )
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "dataset_info.json").write_text(LINES)
     assert calibration_text(str(tmp_path)).documents == WORDS
@@ -129,7 +132,7 @@ def test_half_surrogates_are_replaced_and_counted(tmp_path):
     content = r'{"text": "a \ud83d b \ude00\ud83d"}' + "\n" + r'{"text": "\ud83d\ude00 whole"}'
     text = read(tmp_path / "half.jsonl", content)
     assert text.documents == ["a \ufffd b \ufffd\ufffd", "\U0001f600 whole"]
-    assert text.notes == [f"{text.label}: 3 half surrogates are replaced by U+FFFD"]
+    assert text.notes == [f"{text.label}: half surrogates replaced by U+FFFD: 3"]
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
@@ -188,5 +191,5 @@ def test_notes_are_logged(tmp_path, caplog):
     (tmp_path / "half.jsonl").write_text(r'{"text": "a long text with \ud83d in it"}')
     with caplog.at_level(logging.WARNING):
         ids = calibration_tokens(str(tmp_path / "half.jsonl"), TOKENIZER, 2, 8, seed=0)
-    assert ids.shape == (2, 8) and "1 half surrogates" in caplog.text
+    assert ids.shape == (2, 8) and "half surrogates replaced by U+FFFD: 1" in caplog.text
     assert read_files(tmp_path, None, None).documents == ["a long text with \ufffd in it"]

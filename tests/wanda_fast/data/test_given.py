@@ -147,7 +147,7 @@ def test_a_chat_from_python_gets_no_second_special_tokens():
     assert set(Chats.given) == {("<s>", False)}
 
 
-def test_a_document_is_tokenised_once():
+def test_a_document_is_tokenised_once(tmp_path):
     class Counting(CharacterTokenizer):
         texts = []
 
@@ -155,7 +155,9 @@ def test_a_document_is_tokenised_once():
             self.texts.append(text)
             return super().__call__(text, **options)
 
-    calibration_tokens(TEXTS, Counting(), 50, 16, seed=0)
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    calibration_tokens(str(tmp_path), Counting(), 50, 16, seed=0)
     assert sorted(Counting.texts) == sorted(TEXTS)
 
 
@@ -175,4 +177,4 @@ def test_the_report_counts_half_surrogates():
     words = dict(tokenizer=Small(), seqlen=16, nsamples=2)
     report = wanda_fast.prune(FAMILIES["llama2"](), dataset=["half \ud83d" * 9], **words)
     assert report.recipe["dataset"] == "list of 1"
-    assert report.warnings == ["dataset: 9 half surrogates are replaced by U+FFFD"]
+    assert report.warnings == ["dataset: half surrogates replaced by U+FFFD: 9"]
