@@ -1,5 +1,6 @@
 """What Python users call: `prune` and `evaluate`. Their keywords are the command line's flags."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -29,7 +30,11 @@ def prune(
 
 @takes_options("eval")
 def evaluate(
-    model: str, *, dataset: str | None = "wikitext2", progress: Progress | None = None, **options
+    model: str,
+    *,
+    dataset: str | Path | Iterable | None = "wikitext2",
+    progress: Progress | None = None,
+    **options,
 ) -> Report:
     """Measure a checkpoint's perplexity and zero-shot accuracy, without pruning it.
 

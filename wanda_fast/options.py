@@ -6,6 +6,7 @@ it where it takes effect.
 """
 
 import inspect
+import operator
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -104,14 +105,23 @@ class Options:
         panel=WHAT,
         decides=BYTES,
     )
-    dataset: str | Tensor = option(
+    dataset: str | Path | Iterable = option(
         "wikitext2",
         help="Calibration text: wikitext2, c4, ptb, pydoc (Python's own help topics, no download), or a "
-        ".txt, .jsonl or .parquet file or a folder of such files.",
-        python_help="Or token ids, int64 [nsamples, seqlen].",
+        ".txt, .json, .jsonl or .parquet file, also .gz or .zst, or a folder of such files.",
+        python_help="Or token ids, integers [nsamples, seqlen] (tensor, array, lists, BatchEncoding); or "
+        "strings, chats, a datasets.Dataset; or an iterable of these.",
         panel=CALIBRATION,
         decides=RESULTS,
         flag_type=str,
+    )
+    text_column: str | None = option(
+        None,
+        help="Column of a JSON or Parquet file that holds text, or chats for the tokenizer's template. "
+        "Default: the first of text, sentence, content and messages.",
+        panel=CALIBRATION,
+        decides=RESULTS,
+        commands=("prune", "eval"),
     )
     nsamples: int = option(
         128, help="Number of calibration windows.", panel=CALIBRATION, minimum=1, decides=BYTES
@@ -236,11 +246,11 @@ class Options:
         commands=("prune", "eval", "inspect", "apply-mask", "verify"),
         decides=None,
     )
-    eval_dataset: str | Tensor | None = option(
+    eval_dataset: str | Path | Iterable | None = option(
         None,
         help="Text to measure perplexity on, before and after pruning: wikitext2, ptb, c4, pydoc (its last "
         "fifth) or a local file.",
-        python_help="Or token ids. None: perplexity is not measured.",
+        python_help="Or what else dataset takes. None: perplexity is not measured.",
         flag_help="none: do not measure. auto: wikitext2 if --dataset is on the hub, else the same text.",
         panel=EVALUATION,
         decides=RESULTS,
@@ -313,7 +323,8 @@ class Options:
 
     def recipe(self) -> dict:
         """The options by name, as a report keeps them."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        recipe = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        return recipe | {name: _data_named(recipe[name]) for name in ("dataset", "eval_dataset")}
 
 
 def names_deciding(*what: str) -> list[str]:
@@ -376,3 +387,12 @@ def _plain(value: object) -> object:
     if isinstance(value, Tensor):
         return f"token ids {list(value.shape)}"
     return type(value).__name__ if isinstance(value, nn.Module) else value
+
+
+def _data_named(value: object) -> object:
+    """Data as the recipe keeps it: its name or path, or its kind and number of rows."""
+    if value is None or isinstance(value, (str, Path)):
+        return value
+    rows = operator.length_hint(value, -1)
+    size = f" {list(value.shape)}" if hasattr(value, "shape") else f" of {rows}" if rows >= 0 else ""
+    return type(value).__name__ + size

@@ -278,12 +278,12 @@ def test_a_configuration_at_odds_with_the_weights(changed, llama, run, tmp_path)
 
 
 ROWS = {
-    "not json": ('{"text": "fine"}\n{"text": \n', ["cannot be read"]),
+    "not json": ('{"text": "fine"}\n{"text": \n', ["line 2 is not JSON: Expecting value at column"]),
     "no column of text": ('{"body": "no text here"}\n', ["['body']", "text, sentence, content"]),
-    "a row of another kind": ('{"text": "fine"}\n[1, 2]\n', ["a line is not a JSON object: [1, 2]"]),
-    "a text that is none": ('{"text": "fine"}\n{"text": 7}\n', ["a row's text is 7"]),
+    "a row of another kind": ('{"text": "fine"}\n[1, 2]\n', ["row 2 is of type list"]),
+    "a text that is none": ('{"text": "fine"}\n{"text": 7}\n', ["row 2's text is of type int"]),
     "nulls only": ('{"text": null}\n', ["holds no text"]),
-    "empty": ("", ["its columns [] hold none"]),
+    "empty": ("", ["it holds no text"]),
 }
 
 

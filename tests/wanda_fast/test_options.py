@@ -102,5 +102,5 @@ def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
     identity += " ignore dtype sequential update dampening measure_error"
     assert set(names_deciding(BYTES)) == set(identity.split())
-    finished = "model dataset eval_dataset eval_windows eval_zero_shot batch_size save_mask"
+    finished = "model dataset text_column eval_dataset eval_windows eval_zero_shot batch_size save_mask"
     assert set(names_deciding(RESULTS)) == set(finished.split())

@@ -2,14 +2,16 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanda_fast.data.calibration import require_tokenizer, tokenize
+from wanda_fast.data.calibration import log_warning, require_tokenizer, tokenize
+from wanda_fast.data.given import given_text, ids_or_rows, require_ids
 from wanda_fast.data.text import evaluation_text
 from wanda_fast.errors import CalibrationError, MissingDependencyError
 from wanda_fast.model.block_forward import faster_forward
@@ -41,29 +43,40 @@ class EvaluationSet:
 
 
 def evaluation_set(
-    dataset: str | Tensor,
+    dataset: str | Path | Tensor | Iterable,
     tokenizer,
     seqlen: int,
     max_windows: int | None = None,
     cache_dir: str | None = None,
+    text_column: str | None = None,
+    warn: Callable[[str], None] = log_warning,
 ) -> EvaluationSet:
     """Consecutive windows of seqlen tokens from the start of the text. An incomplete last window is dropped.
 
     Args:
-        dataset: a name or path for `text.evaluation_text`, or token ids of any shape, which are flattened to
-            one text.
+        dataset: a name or path for `text.evaluation_text`; token ids of any shape, which are flattened to
+            one text; or what else `given.ids_or_rows` takes.
         tokenizer: the model's; not needed for token ids.
         max_windows: upper bound on the number of windows.
         cache_dir: for downloads from the hub.
+        text_column: of data that has columns.
+        warn: receives one sentence for each thing that was skipped or replaced.
     Raises: `CalibrationError` if the text cannot be read or has fewer than seqlen tokens, or no tokenizer is
         given for it.
     """
+    if not isinstance(dataset, (str, Path)):
+        dataset = ids_or_rows(dataset, text_column)
     if isinstance(dataset, Tensor):
-        ids, label = dataset.flatten().long(), "token ids"
+        ids, label = require_ids(dataset.flatten(), "of any shape"), "token ids"
     else:
         require_tokenizer(tokenizer, dataset)
-        text = evaluation_text(dataset, cache_dir)
-        ids, label = tokenize(tokenizer, text.documents[0]), text.label
+        if isinstance(dataset, list):
+            text = given_text(dataset, text_column, tokenizer).joined()
+        else:
+            text = evaluation_text(dataset, cache_dir, text_column, tokenizer)
+        for note in text.notes:
+            warn(note)
+        ids, label = tokenize(tokenizer, text.documents[0], text.special_tokens), text.label
     nwindows = len(ids) // seqlen
     if not nwindows:
         raise CalibrationError(
@@ -75,7 +88,7 @@ def evaluation_set(
 
 def perplexity(
     model: nn.Module,
-    data: str | Tensor | EvaluationSet,
+    data: str | Path | Tensor | Iterable | EvaluationSet,
     seqlen: int = 2048,
     *,
     tokenizer=None,
@@ -86,7 +99,8 @@ def perplexity(
 
     Args:
         model: a causal LM that returns `.logits`. It is not modified.
-        data: an `EvaluationSet`, or token ids, or the name or path of a text, which needs a `tokenizer`.
+        data: an `EvaluationSet`, token ids, or text (by name, path, or as `evaluation_set` takes it), which
+            needs a `tokenizer`.
         seqlen: tokens per window; ignored for an `EvaluationSet`.
         tokenizer: the model's.
         max_windows: upper bound on the number of windows; ignored for an `EvaluationSet`.

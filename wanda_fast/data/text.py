@@ -1,13 +1,12 @@
 """Text by name: datasets on the Hugging Face hub, local files, the standard library's help topics."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanda_fast.errors import CalibrationError
-
-# Columns of a JSON Lines or Parquet file that hold text; the first one found is read.
-TEXT_COLUMNS = ("text", "sentence", "content")
+from wanda_fast.data.documents import Text
+from wanda_fast.data.files import READERS, read_files
+from wanda_fast.errors import CalibrationError, MissingDependencyError
 
 
 @dataclass
@@ -51,31 +50,24 @@ HUB = {
     ),
 }
 NAMES = (*HUB, "pydoc")
+# A longer string is no name or path in a message.
+LONGEST_NAME = 200
 
 
-@dataclass
-class Text:
-    """One text, or many documents.
-
-    Attributes:
-        label: its name in reports and messages.
-    """
-
-    label: str
-    documents: list[str]
-
-    @property
-    def is_one(self) -> bool:
-        return len(self.documents) == 1
-
-
-def calibration_text(dataset: str, cache_dir: str | None = None) -> Text:
+def calibration_text(
+    dataset: str | Path,
+    cache_dir: str | None = None,
+    text_column: str | None = None,
+    tokenizer: object = None,
+) -> Text:
     """The text that calibration windows are drawn from.
 
     Args:
         dataset: "wikitext2", "c4", "ptb", "pydoc" (the first four fifths of it), or a local .txt, .raw,
-            .jsonl or .parquet file, or a folder of such files.
+            .json, .jsonl or .parquet file, also compressed (.gz, .zst), or a folder of such files.
         cache_dir: for downloads from the hub.
+        text_column: of a local file that has columns; None: the first of `documents.TEXT_COLUMNS`.
+        tokenizer: renders chats by its template.
     Raises: `CalibrationError` if it cannot be loaded or read.
     """
     if dataset == "pydoc":
@@ -85,16 +77,21 @@ def calibration_text(dataset: str, cache_dir: str | None = None) -> Text:
         hub = HUB[dataset]
         rows = _load_hub(dataset, hub, hub.train, cache_dir)
         return Text(f"{dataset} train", list(rows) if hub.joined_by is None else [hub.joined_by.join(rows)])
-    return _local_text(dataset)
+    return _local_text(dataset, text_column, tokenizer)
 
 
-def evaluation_text(dataset: str, cache_dir: str | None = None) -> Text:
+def evaluation_text(
+    dataset: str | Path,
+    cache_dir: str | None = None,
+    text_column: str | None = None,
+    tokenizer: object = None,
+) -> Text:
     """The text that perplexity is measured on, as one document.
 
     Args:
         dataset: as for `calibration_text`. It is the test split of wikitext2 and ptb, the first 1100
             documents of c4's validation split, the last fifth of pydoc, and all of a local file or folder.
-        cache_dir: for downloads from the hub.
+        cache_dir, text_column, tokenizer: as for `calibration_text`.
     Raises: `CalibrationError` if it cannot be loaded or read.
     """
     if dataset == "pydoc":
@@ -106,8 +103,7 @@ def evaluation_text(dataset: str, cache_dir: str | None = None) -> Text:
         if dataset == "c4":
             return Text("c4 validation, first 1100 documents", [" ".join(rows[:1100])])
         return Text(f"{dataset} test", [("\n\n" if dataset == "wikitext2" else " ").join(rows)])
-    local = _local_text(dataset)
-    return Text(local.label, ["\n\n".join(local.documents)])
+    return _local_text(dataset, text_column, tokenizer).joined()
 
 
 def _pydoc() -> str:
@@ -117,8 +113,12 @@ def _pydoc() -> str:
 
 
 def _load_hub(dataset: str, hub: HubText, split: dict, cache_dir: str | None) -> list[str]:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"dataset {dataset} needs the package datasets, which is not installed: pip install datasets"
+        ) from error
     try:
         return datasets.load_dataset(hub.path, hub.name, cache_dir=cache_dir, **split)[hub.column]
     # Offline, not in the cache, or removed from the hub: the remedy is the same.
@@ -130,64 +130,19 @@ def _load_hub(dataset: str, hub: HubText, split: dict, cache_dir: str | None) ->
         ) from error
 
 
-def _local_text(dataset: str) -> Text:
+def named(dataset: str | Path) -> str:
+    """A dataset's name in messages; its length where it cannot be a name, since it may be the text itself."""
+    name = str(dataset)
+    if len(name) > LONGEST_NAME or "\n" in name:
+        return f"of {len(name)} characters"
+    return repr(name)
+
+
+def _local_text(dataset: str | Path, text_column: str | None, tokenizer: object) -> Text:
     path = Path(dataset).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise CalibrationError(
-            f"dataset {dataset!r} is neither {', '.join(NAMES)} "
-            f"nor an existing .txt, .jsonl or .parquet file or folder"
+            f"dataset {named(dataset)} is neither {', '.join(NAMES)} "
+            f"nor an existing file or folder of {', '.join(READERS)}"
         )
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
-    if not files:
-        raise CalibrationError(f"dataset folder {dataset} holds no {', '.join(READERS)} file")
-    return Text(str(path), [document for file in files for document in _read_file(file)])
-
-
-def _read_file(file: Path) -> list[str]:
-    if file.suffix not in READERS:
-        raise CalibrationError(f"dataset file {file} is not of a known kind: {', '.join(READERS)}")
-    try:
-        return _documents(READERS[file.suffix](file))
-    # Unreadable, not UTF-8, not JSON, or without a text column.
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"dataset file {file} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _documents(rows: list[object]) -> list[str]:
-    """The rows that are not null."""
-    documents = [row for row in rows if row is not None]
-    if not documents:
-        raise ValueError("it holds no text")
-    if odd := next((row for row in documents if not isinstance(row, str)), None):
-        raise ValueError(f"a row's text is {odd!r}")
-    return documents
-
-
-def _read_plain(file: Path) -> list[str]:
-    return [file.read_text(encoding="utf-8")]
-
-
-def _read_jsonl(file: Path) -> list[object]:
-    with file.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if odd := next((row for row in rows if not isinstance(row, dict)), None):
-        raise ValueError(f"a line is not a JSON object: {json.dumps(odd)[:40]}")
-    column = _text_column(list(rows[0]) if rows else [])
-    return [row.get(column) for row in rows]
-
-
-def _read_parquet(file: Path) -> list[object]:
-    from pyarrow import parquet
-
-    column = _text_column(parquet.read_schema(file).names)
-    return parquet.read_table(file, columns=[column])[column].to_pylist()
-
-
-READERS = {".txt": _read_plain, ".raw": _read_plain, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _text_column(names: list[str]) -> str:
-    found = [name for name in TEXT_COLUMNS if name in names]
-    if not found:
-        raise ValueError(f"its columns {names} hold none of {', '.join(TEXT_COLUMNS)}")
-    return found[0]
+    return read_files(path, text_column, tokenizer)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -49,13 +50,25 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
     """Set the job's calibration tokens and evaluation windows; note them and their digests in the report."""
     model = loaded.model
     seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_of(model))
+
+    def warn(sentence: str) -> None:
+        if sentence not in job.report.warnings:  # calibration and evaluation may read the same files
+            logger.warning("%s", sentence)
+            job.report.warnings.append(sentence)
+
     with job.phase("calibration text"):
         if job.method.calibrates:
-            job.token_ids = _calibration(options, tokenizer, model, seqlen)
+            job.token_ids = _calibration(options, tokenizer, model, seqlen, warn)
             job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
         if options.eval_dataset is not None:
             job.evaluation = evaluation_set(
-                options.eval_dataset, tokenizer, seqlen, options.eval_windows, options.cache_dir
+                options.eval_dataset,
+                tokenizer,
+                seqlen,
+                options.eval_windows,
+                options.cache_dir,
+                options.text_column,
+                warn,
             )
             require_fit(model, job.evaluation.windows, "evaluation")
             job.report.perplexity["protocol"] = job.evaluation.protocol
@@ -63,9 +76,18 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
         job.report.digests = input_digests(loaded, job.token_ids, job.evaluation)
 
 
-def _calibration(options: Options, tokenizer: object, model: nn.Module, seqlen: int) -> Tensor:
+def _calibration(
+    options: Options, tokenizer: object, model: nn.Module, seqlen: int, warn: Callable[[str], None]
+) -> Tensor:
     token_ids = calibration_tokens(
-        options.dataset, tokenizer, options.nsamples, seqlen, options.seed, options.cache_dir
+        options.dataset,
+        tokenizer,
+        options.nsamples,
+        seqlen,
+        options.seed,
+        options.cache_dir,
+        options.text_column,
+        warn,
     )
     require_fit(model, token_ids, "calibration")
     return token_ids

@@ -20,35 +20,35 @@ BLOCK = dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12, nu
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
 METHODS, NSAMPLES = ("wanda", "connect"), (4, 32)
 
+# The clock counts this process's CPU time, which does not depend on what else the machine does. The peak is
+# the kernel's own record: a thread that samples the memory can be late.
 MEASURED = """
-import gc, json, sys, threading, time, torch, wanda_fast
+import gc, json, sys, time, torch, wanda_fast
+from types import SimpleNamespace
+from wanda_fast import timer
 from wanda_fast.memory import release_freed_memory
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+timer.time = SimpleNamespace(perf_counter=time.process_time)
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+def forget_peak():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 def run(model, out, method="wanda", nsamples=8, evaluate=True, batch_size=2, dtype="bfloat16"):
     tokens = torch.randint(256, (nsamples, 128))
     return wanda_fast.prune(model, prune_method=method, sparsity_type="2:4", dataset=tokens, seqlen=128,
                             eval_dataset=tokens[:4] if evaluate else None, batch_size=batch_size,
                             device="cpu", dtype=dtype, save_model=out)
-def watch():
-    while not done:
-        seen.append(resident())
-        time.sleep(0.002)
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
 run(folder + "/tiny", folder + "/tiny.out", "connect")
 for number, (model, *case) in enumerate(cases):
     gc.collect()
     release_freed_memory()
-    before, seen, done = resident(), [], False
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
+    forget_peak()
+    before, began = peak(), time.process_time()
     report = run(f"{folder}/{model}", f"{folder}/{number}.out", *case)
-    wall = time.perf_counter() - began
-    done = True
-    watcher.join()
-    print(json.dumps({"peak": max(seen) - before, "wall": wall, "seconds": report.seconds,
+    total = time.process_time() - began
+    print(json.dumps({"peak": peak() - before, "total": total, "seconds": report.seconds,
                       "predicted": report.predicted_memory["host"]}))
 """
 
@@ -88,7 +88,7 @@ def measured(tmp_path_factory):
 
 
 needs_proc = pytest.mark.skipif(
-    not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc"
+    not os.path.exists("/proc/self/clear_refs"), reason="resident memory is read from /proc"
 )
 
 
@@ -108,9 +108,9 @@ def test_the_formula_predicts_the_peak(method, nsamples, measured):
     assert run["predicted"] <= 2 * run["peak"]
 
 
-def test_phases_add_up_to_the_wall_time(measured):
+def test_phases_add_up_to_the_run(measured):
     for _, run in (measured[12,], measured[24,]):
-        assert sum(run["seconds"].values()) == pytest.approx(run["wall"], rel=0.05)
+        assert sum(run["seconds"].values()) == pytest.approx(run["total"], rel=0.05)
         assert {"load", "read", "dense pass", "statistics", "selection", "pruned pass", "evaluation"} <= set(
             run["seconds"]
         )
