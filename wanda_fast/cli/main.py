@@ -27,6 +27,7 @@ from wanda_fast.cli.tables import (
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
+from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.pruning.registry import load_plugin
 from wanda_kernels import BackendError, diagnose
@@ -98,10 +99,12 @@ def apply_mask(
     **options,
 ) -> None:
     """Zero again the weights that a mask prunes, after a pruned model was fine-tuned or merged."""
-    saving.require_empty(save_model, options["overwrite"])
-    loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
-    changed = masks.apply_masks_(loaded.model, mask)
-    saving.save(loaded, save_model)
+    require_one_process()
+    with locked(save_model):
+        saving.require_empty(save_model, options["overwrite"])
+        loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
+        changed = masks.apply_masks_(loaded.model, mask)
+        saving.save(loaded, save_model)
     say(f"{changed:,} weights set to zero; written: {save_model}")
 
 
