@@ -73,6 +73,10 @@ class OutputError(WandaFastError, OSError):
     """An output folder is not empty, or cannot be written."""
 
 
+class PathError(RefusedInputError):
+    """A path begins with `~` and the home folder is unknown."""
+
+
 class OutputInUseError(OutputError):
     """Another run is writing the output folder."""
 

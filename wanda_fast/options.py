@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.errors import CheckpointError, UnknownMethodError, WandaFastError
+from wanda_fast.errors import CheckpointError, PathError, UnknownMethodError, WandaFastError
 
 PANELS = ("Model", "What to prune", "Calibration", "Evaluation", "Output", "Speed and memory")
 MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
@@ -25,6 +25,8 @@ MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
 # with the same value. RESULTS: only a finished run is compared; an unfinished one records the digest of what
 # the option names, or the value that was chosen for it.
 BYTES, RESULTS = "bytes", "results"
+# Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
+PATHS = ("model", "dataset", "eval_dataset", "cache_dir", "save", "save_model", "save_log", "save_mask")
 
 
 def option(
@@ -291,6 +293,11 @@ class Options:
         panel=OUTPUT,
     )
 
+    def __post_init__(self) -> None:
+        for name in PATHS:
+            # The class is frozen.
+            object.__setattr__(self, name, at_home(getattr(self, name)))
+
     def require_choices(self) -> None:
         """Raise where an option has a value that is not among its choices."""
         for each in fields(self):
@@ -302,6 +309,22 @@ class Options:
     def recipe(self) -> dict:
         """The options by name, as a report keeps them."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def at_home(path: Any) -> Any:
+    """A path with `~` or `~user` replaced by the home folder; any other value is returned as it is.
+
+    Raises: `PathError` if that folder is unknown.
+    """
+    if not isinstance(path, str | Path) or not str(path).startswith("~"):
+        return path
+    try:
+        return type(path)(Path(path).expanduser())
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise PathError(
+            f"path {path} begins with {user}, whose home folder is unknown: write ./{path} if it is a name"
+        ) from error
 
 
 def names_deciding(*what: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The commands of `wanda-fast`. Flags, also the published programs', take dashes or underscores."""
 
+import io
 import logging
 import os
 import shlex
@@ -152,6 +153,7 @@ def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
 
 def main() -> None:
     """The console script. wanda_fast's own errors end in one sentence on standard error and exit code 2."""
+    _print_any_character()
     _quiet_libraries()
     prefer_huge_pages()
     try:
@@ -166,6 +168,13 @@ def main() -> None:
 
 def _resuming(words: list[str]) -> str:
     return shlex.join(["wanda-fast", *words] if "--resume" in words else ["wanda-fast", *words, "--resume"])
+
+
+def _print_any_character() -> None:
+    """Escape characters that the output's encoding lacks: printing must not end a run that has finished."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
