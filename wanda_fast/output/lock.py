@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     file = partial_of(folder).absolute()
     file = file.with_name(file.name + ".lock")
-    made = [parent for parent in file.parents if not parent.exists()]
+    with writing(folder):
+        made = [parent for parent in file.parents if not parent.exists()]
     try:
         with writing(folder):
             descriptor = _acquire(file, folder)
@@ -54,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
         _remove_empty(made)
 
 
-def require_one_process(environment: dict[str, str] | os._Environ = os.environ) -> None:
+def require_one_process(environment: Mapping[str, str] = os.environ) -> None:
     """Raise `RanksError` under torchrun, which starts the same command once for each rank."""
     ranks = environment.get("WORLD_SIZE", "")
     if ranks.isdecimal() and int(ranks) > 1:
