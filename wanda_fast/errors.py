@@ -81,6 +81,18 @@ class OutputError(WandaFastError, OSError):
     """An output folder is not empty, or cannot be written."""
 
 
+class PathError(RefusedInputError):
+    """A path begins with `~` and the home folder is unknown."""
+
+
+class OutputInUseError(OutputError):
+    """Another run is writing the output folder."""
+
+
+class RanksError(RefusedInputError):
+    """The run was started once for each of several ranks, as torchrun does."""
+
+
 class MaskError(RefusedInputError):
     """A file is not a mask file, or does not fit the model."""
 

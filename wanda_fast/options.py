@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.errors import CheckpointError, OptionError, UnknownMethodError, WandaFastError
+from wanda_fast.errors import CheckpointError, OptionError, PathError, UnknownMethodError, WandaFastError
 
 PANELS = ("Model", "What to prune", "Calibration", "Evaluation", "Output", "Speed and memory")
 MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
@@ -27,6 +27,8 @@ MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
 # with the same value. RESULTS: only a finished run is compared; an unfinished one records the digest of what
 # the option names, or the value that was chosen for it.
 BYTES, RESULTS = "bytes", "results"
+# Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
+PATHS = ("model", "dataset", "eval_dataset", "cache_dir", "save", "save_model", "save_log", "save_mask")
 
 
 def option(
@@ -310,6 +312,11 @@ class Options:
         decides=None,
     )
 
+    def __post_init__(self) -> None:
+        for name in PATHS:
+            # The class is frozen.
+            object.__setattr__(self, name, at_home(getattr(self, name)))
+
     def require_choices(self) -> None:
         """Raise if an option's value is not among its choices, or below its minimum."""
         for each in fields(self):
@@ -325,6 +332,22 @@ class Options:
         """The options by name, as a report keeps them."""
         recipe = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
         return recipe | {name: _data_named(recipe[name]) for name in ("dataset", "eval_dataset")}
+
+
+def at_home(path: Any) -> Any:
+    """A path with `~` or `~user` replaced by the home folder; any other value is returned as it is.
+
+    Raises: `PathError` if that folder is unknown.
+    """
+    if not isinstance(path, str | Path) or not str(path).startswith("~"):
+        return path
+    try:
+        return type(path)(Path(path).expanduser())
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise PathError(
+            f"path {path} begins with {user}, whose home folder is unknown: write ./{path} if it is a name"
+        ) from error
 
 
 def names_deciding(*what: str) -> list[str]:

@@ -2,8 +2,13 @@
 
 import json
 import platform
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
+
+# Packages whose version can change a mask.
+DECIDING = ("wanda_fast", "torch", "triton", "transformers")
 
 
 @dataclass
@@ -168,6 +173,30 @@ def _listed(names: list[str], most: int = 4) -> str:
     if len(names) <= most:
         return ", ".join(names)
     return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more linears"
+
+
+def version_warnings(notes: Iterable[dict]) -> list[str]:
+    """A sentence for each set of other versions that pruned blocks of a resumed run.
+
+    Args:
+        notes: of the finished blocks; `versions` is what `deciding_versions` returned.
+    """
+    now = deciding_versions()
+    changes = Counter()
+    for note in notes:
+        before = now | note.get("versions", {})
+        changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
+        changes["; ".join(changed)] += 1
+    return [
+        f"{count} blocks were pruned by other versions, whose masks may differ: {changed}"
+        for changed, count in changes.items()
+        if changed
+    ]
+
+
+def deciding_versions() -> dict[str, str]:
+    """Versions of the packages that can change a mask."""
+    return {name: version for name, version in versions().items() if name in DECIDING}
 
 
 def block_name(linear: str) -> str:

@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import Field, fields
+from functools import wraps
 from typing import Annotated
 
 import typer
 
-from wanda_fast.options import PANELS, WHAT, Options, add_parameters, options_of
+from wanda_fast.options import PANELS, WHAT, Options, add_parameters, at_home, options_of
 
 WIDEST_METAVAR = 24  # of 80 columns; longer lists of choices are in the help
 MODEL = next(each for each in fields(Options) if each.name == "model")
@@ -21,18 +22,24 @@ Plugin = Annotated[
 ]
 
 
-def takes_flags(command: str, *, model: bool = False) -> Callable[[Callable], Callable]:
-    """Decorator: the options of `command` are the function's flags, which arrive in its `**options`.
+def takes_flags(name: str, *, model: bool = False) -> Callable[[Callable], Callable]:
+    """Decorator: the options of the command `name` are the function's flags, which arrive in its `**options`.
+
+    `~` at the beginning of a value is the home folder: a shell does not expand `--mask=~/file`.
 
     Args:
         model: the model is a flag too, `--model`, and `--help` shows the flags in panels.
     """
-    options = [MODEL] * model + options_of(command)
+    options = [MODEL] * model + options_of(name)
     ordered = sorted(options, key=lambda each: PANELS.index(each.metadata["panel"]))
 
     def decorate(function: Callable) -> Callable:
-        function.__signature__ = add_parameters(function, [_flag(each, in_panel=model) for each in ordered])
-        return function
+        @wraps(function)
+        def command(**flags):
+            return function(**{flag: at_home(value) for flag, value in flags.items()})
+
+        command.__signature__ = add_parameters(function, [_flag(each, in_panel=model) for each in ordered])
+        return command
 
     return decorate
 

@@ -1,5 +1,6 @@
 """The commands of `wanda-fast`. Flags, also the published programs', take dashes or underscores."""
 
+import io
 import logging
 import os
 import shlex
@@ -28,6 +29,7 @@ from wanda_fast.cli.tables import (
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
+from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.pruning.registry import load_plugin
 from wanda_kernels import BackendError, diagnose
@@ -113,10 +115,12 @@ def apply_mask(
     **options,
 ) -> None:
     """Zero again the weights that a mask prunes, after a pruned model was fine-tuned or merged."""
-    saving.require_empty(save_model, options["overwrite"])
-    loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
-    changed = masks.apply_masks_(loaded.model, mask)
-    saving.save(loaded, save_model)
+    require_one_process()
+    with locked(save_model):
+        saving.require_empty(save_model, options["overwrite"])
+        loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
+        changed = masks.apply_masks_(loaded.model, mask)
+        saving.save(loaded, save_model)
     say(f"{changed:,} weights set to zero; written: {save_model}")
 
 
@@ -164,6 +168,7 @@ def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
 
 def main() -> None:
     """The console script. wanda_fast's own errors end in one sentence on standard error and exit code 2."""
+    _print_any_character()
     _quiet_libraries()
     prefer_huge_pages()
     try:
@@ -178,6 +183,13 @@ def main() -> None:
 
 def _resuming(words: list[str]) -> str:
     return shlex.join(["wanda-fast", *words] if "--resume" in words else ["wanda-fast", *words, "--resume"])
+
+
+def _print_any_character() -> None:
+    """Escape characters that the output's encoding lacks: printing must not end a run that has finished."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

@@ -1,1 +1,1 @@
-"""A run's folder: shards as blocks are done, resume, interrupts."""
+"""A run's folder: its lock, shards as blocks are done, resume, interrupts."""

@@ -39,7 +39,7 @@ from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
 from wanda_fast.hidden_states import Activations
 from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
-from wanda_fast.report import LinearReport, Report
+from wanda_fast.report import LinearReport, Report, deciding_versions
 
 
 class StreamedOutput:
@@ -66,8 +66,8 @@ class StreamedOutput:
         self.interrupts = Interrupts()
         self.writer = BackgroundWriter()
         self.abandoned = threading.Event()
-        # block -> its note
-        self.finished: dict[int, dict] = {}
+        self.finished: dict[int, dict] = {}  # block -> its note
+        self.versions = deciding_versions()
 
     def __enter__(self) -> "StreamedOutput":
         restore_replaced(self.folder)
@@ -145,7 +145,8 @@ class StreamedOutput:
         def commit() -> None:
             files = begun or begin()
             digests = {str(file.relative_to(self.partial)): finish() for file, finish in files.items()}
-            note = {"files": digests, "linears": {name: asdict(linear) for name, linear in linears.items()}}
+            held = {name: asdict(linear) for name, linear in linears.items()}
+            note = {"files": digests, "linears": held, "versions": self.versions}
             self.journal.write(self._note(index), note)
             self.finished[index] = note
 

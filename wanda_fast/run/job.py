@@ -22,7 +22,7 @@ from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import Report, update_warnings
+from wanda_fast.report import Report, update_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,13 @@ class Job:
             sequential=self.sequential,
         )
         if self.method.hessians is not None:
-            warnings = update_warnings(self.report.linears, self.method.hessians.dampening)
-            self.report.warnings += warnings
-            for sentence in warnings:
-                logger.warning("%s", sentence)
+            self.warn(update_warnings(self.report.linears, self.method.hessians.dampening))
+
+    def warn(self, sentences: list[str]) -> None:
+        """Log the sentences, and keep them in the report."""
+        self.report.warnings += sentences
+        for sentence in sentences:
+            logger.warning("%s", sentence)
 
     def write_masks(self) -> None:
         if self.masks is not None:
@@ -112,6 +115,8 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
     pruned, advance block by block with those of the calibration."""
     offload = Offload(job.activations, source.device, output and output.partial)
     with closing(source), output or nullcontext(), closing(offload):
+        if output is not None:
+            job.warn(version_warnings(output.finished.values()))
         with job.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(

@@ -1,5 +1,6 @@
 """What a run writes: refused before the work if it could not be written or would replace something."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -9,9 +10,22 @@ from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.errors import ResumeError
 from wanda_fast.memory import peak_memory
 from wanda_fast.options import Options
+from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.output.resume import finished_run
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.report import Report
+
+
+def sole_writer(options: Options) -> AbstractContextManager:
+    """Context in which no other run writes `save_model`.
+
+    Raises: `OutputInUseError` if one does; `RanksError` under torchrun, unless each rank prunes a model of
+        its own in memory and writes nothing.
+    """
+    writes = any((options.save_model, options.save, options.save_log, options.save_mask))
+    if writes or not isinstance(options.model, nn.Module):
+        require_one_process()
+    return locked(Path(options.save_model)) if options.save_model else nullcontext()
 
 
 def require_outputs(options: Options, recipe: dict) -> Report | None:

@@ -25,7 +25,7 @@ from wanda_fast.report import Report
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.inputs import open_model, read_tokens
 from wanda_fast.run.job import Job, run_in_memory, run_streamed
-from wanda_fast.run.outputs import path_of, require_outputs, write_logs, write_report
+from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
 from wanda_fast.run.resources import choose_resources, default_device, usable_device
 from wanda_fast.run.validate import survey
 from wanda_fast.timer import Clock, Progress
@@ -37,10 +37,16 @@ def prune_model(options: Options, tokenizer: object = None, progress: Progress |
     """Prune the model that `options` name, measure and save what they request."""
     method, pattern = _method_and_pattern(options)
     recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
-    finished = require_outputs(options, recipe)
+    job = _new_job(options, method, pattern, recipe, progress)
+    with sole_writer(options):
+        return _prune(options, tokenizer, job)
+
+
+def _prune(options: Options, tokenizer: object, job: Job) -> Report:
+    """The run, once its output folder is its own."""
+    finished = require_outputs(options, job.report.recipe)
     if options.eval_zero_shot:
         require_zero_shot()
-    job = _new_job(options, method, pattern, recipe, progress)
     loaded = open_model(options, tokenizer, job)
     tokenizer = tokenizer or loaded.tokenizer
     blocks = _surveyed_blocks(options, loaded, job)
