@@ -22,7 +22,7 @@ from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import Report, update_warnings
+from wanda_fast.report import Report, pruning_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class Job:
             store=output,
             sequential=self.sequential,
         )
-        if self.method.hessians is not None:
-            warnings = update_warnings(self.report.linears, self.method.hessians.dampening)
-            self.report.warnings += warnings
-            for sentence in warnings:
-                logger.warning("%s", sentence)
+        hessians = self.method.hessians
+        warnings = pruning_warnings(self.report.linears, hessians and hessians.dampening)
+        self.report.warnings += warnings
+        for sentence in warnings:
+            logger.warning("%s", sentence)
 
     def write_masks(self) -> None:
         if self.masks is not None:
