@@ -55,7 +55,7 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device | str, on_host: bool = False):
         self.in_features = in_features
         where = {"pin_memory": True} if on_host else {"device": device}
-        self.acc: Tensor | None = torch.zeros(in_features, in_features, **where)
+        self.acc: Tensor | None = torch.zeros(in_features, in_features, dtype=torch.float32, **where)
         self.factor: Factor | None = None
         # Set by `make_factor`: every input was zero in every token.
         self.blind = False

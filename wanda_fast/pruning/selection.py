@@ -1,5 +1,7 @@
 """Selection: the linears of one block are judged, pruned by their statistics, and counted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +42,13 @@ def prune_block(
     Raises: `NonFiniteError`, `HessianError`, before a linear of `block` is changed; `NonFiniteError` after it
         if an update made a weight infinite.
     """
+    with _own_arithmetic(block):
+        return _prune_block(block, selection, statistics, phases)
+
+
+def _prune_block(
+    block: Block, selection: Selection, statistics: BlockStatistics | None, phases: Phases
+) -> dict[str, LinearReport]:
     method = selection.method
     scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
     _require_finite(block, scales)
@@ -58,6 +67,19 @@ def prune_block(
             statistics.hessians.pop(linear.name, None)
     _require_finite_updates(block, outcomes)
     return linear_reports(block, outcomes, method, statistics)
+
+
+@contextmanager
+def _own_arithmetic(block: Block) -> Iterator[None]:
+    """Context without the caller's autocast, in which weights made in inference mode can be changed too."""
+    weights = [linear.module.weight for linear in block.linears]
+    inference = torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in weights)
+    device = weights[0].device.type if weights else "cpu"
+    # Leaving inference mode would turn gradients on, so `no_grad` comes second.
+    with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+    # A caller's autocast keeps 16-bit copies of weights, which are dense.
+    torch.clear_autocast_cache()
 
 
 def _prune_linear(
