@@ -5,7 +5,7 @@ gathered.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,15 @@ class HessianUse:
         measure_error: the reconstruction error of each linear is measured.
         dampening: share of the mean diagonal that is added to the diagonal before factoring.
         on_host: linears of these in_features have their Hessians kept and factored in host memory.
-        stored: dtype of the output, to which updated weights are rounded; None: the weight's own.
+        rounded: by weight name, the dtype to which updated weights are rounded, since the output has it. A
+            weight that is absent keeps what the update gave.
     """
 
     update: bool
     measure_error: bool
     dampening: float = 0.01
     on_host: frozenset[int] = frozenset()
-    stored: torch.dtype | None = None
+    rounded: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self):
         if not (self.dampening > 0 and math.isfinite(self.dampening)):

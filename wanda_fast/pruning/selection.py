@@ -96,6 +96,9 @@ def _prune_linear(
     before = weight.clone() if measures else None
     begin = mark(weight.device)
     outcome = _prune_(weight, selection, by, scale, hessian, mask)
+    if outcome.dampening is not None:
+        rounded = selection.method.hessians.rounded.get(f"{linear.name}.weight", weight.dtype)
+        weight.copy_(weight.to(rounded))
     outcome.lap = (begin, mark(weight.device))
     if before is not None:
         with phases("error"):
@@ -123,8 +126,6 @@ def _prune_(
     if not updates:
         return Outcome(by.prune_(weight, scale, pattern, mask), fallback=fallback)
     operation = by.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
-    if use.stored is not None:
-        weight.copy_(weight.to(use.stored))
     return Outcome(operation, hessian.factor.dampening, fallback)
 
 
