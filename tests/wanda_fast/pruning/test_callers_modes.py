@@ -8,6 +8,7 @@ from torch import nn
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
+from wanda_fast import errors
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.selection import Selection
 
@@ -102,3 +103,12 @@ def test_reconstruction_errors_under_autocast():
     expected = errors()[:3]  # q, k and v of the first block: autocast leaves their input in fp32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert errors()[:3] == expected
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_live_float64_model_is_refused_before_the_work(method):
+    model = built().double()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(errors.DtypeError, match=r"layers\.0\.self_attn\.q_proj is torch\.float64 \[64, 64\]"):
+        pruned(method, model)
+    assert same(model.parameters(), before)
