@@ -122,9 +122,9 @@ def load_tokenizer(path: str, **options: object):
 
 def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
     """Whether weights of dtype `stored` on disk are computed in float32; see `load`."""
-    # No kernel takes float64.
+    # No kernel takes float64. Commands that compute nothing pass "any".
     slow = device == "cpu" and not _fast_on_cpu(stored)
-    return dtype == "auto" and (slow or stored == torch.float64)
+    return dtype == "auto" and (slow or (stored == torch.float64 and device != "any"))
 
 
 def locate(path: str) -> tuple[str, str | None]:
