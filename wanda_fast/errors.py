@@ -61,6 +61,10 @@ class IgnorePatternError(RefusedInputError):
     """An --ignore pattern matches no linear, or is not a valid regular expression."""
 
 
+class DtypeError(RefusedInputError):
+    """A weight of a model in memory has a dtype that no operation takes."""
+
+
 class NonFiniteError(RefusedInputError):
     """A weight, or the activations that a linear receives, hold NaN or infinity."""
 

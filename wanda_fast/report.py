@@ -43,7 +43,7 @@ class LinearReport:
         error: ||(W - W') X||^2 over the calibration tokens; relative_error: its ratio to ||W X||^2. None: not
             measured.
         dampening: of the Hessian whose factor updated the weight.
-        fallback: the method that pruned it because its input was zero in every token.
+        fallback: the method that pruned it because its statistic was zero.
     """
 
     sparsity: float
@@ -156,23 +156,33 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def update_warnings(linears: dict[str, LinearReport], dampening: float) -> list[str]:
-    """A sentence for each way in which Hessians differ from the request, which was `dampening`."""
+def pruning_warnings(linears: dict[str, LinearReport], dampening: float | None) -> list[str]:
+    """A sentence for each way in which the pruning differs from the request.
+
+    Args:
+        dampening: that was requested for Hessians; None: there are none.
+    """
     found: dict[str, list[str]] = {}
     for name, linear in linears.items():
         if linear.fallback is not None:
-            what = f"saw no calibration token, or zeros alone, and fell back to {linear.fallback}"
+            what = f"pruned by {linear.fallback}, since no calibration token reached them, or zeros alone"
             found.setdefault(what, []).append(name)
-        elif linear.dampening is not None and linear.dampening > dampening:
-            what = f"had a Hessian that is not positive definite at a dampening of {dampening:g}"
-            found.setdefault(f"{what}; factored with {linear.dampening:g}", []).append(name)
-    return [f"{_listed(names)} {what}" for what, names in found.items()]
+        elif None not in (linear.dampening, dampening) and linear.dampening > dampening:
+            what = (
+                f"factored with a dampening of {linear.dampening:g}, since {dampening:g} leaves their Hessian"
+            )
+            found.setdefault(f"{what} not positive definite", []).append(name)
+    return [f"{_counted(names)} {what}: {_listed(names)}" for what, names in found.items()]
+
+
+def _counted(names: list[str]) -> str:
+    return "1 linear was" if len(names) == 1 else f"{len(names):,} linears were"
 
 
 def _listed(names: list[str], most: int = 4) -> str:
     if len(names) <= most:
         return ", ".join(names)
-    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more linears"
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
 
 
 def version_warnings(notes: Iterable[dict]) -> list[str]:

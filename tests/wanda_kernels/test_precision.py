@@ -31,6 +31,24 @@ def test_operations_run_in_full_precision(lower_precision, monkeypatch):
     assert inside == ["highest"] * 2 and lower_precision() == before
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_autocast_does_not_reach_an_operation(backend):
+    def summed():
+        acc = torch.zeros(24, 24)
+        wanda_kernels.add_hessian_(acc, x, backend=backend)
+        factor = wanda_kernels.factor_hessian(acc)
+        pruned = weight.clone()
+        wanda_kernels.sparsegpt_(pruned, factor, 0.5, backend=backend)
+        return acc, factor.upper, pruned
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 24, generator=generator) for n in (64, 5))
+    expected = summed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, summed(), expected))
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_hessians_on_the_host_are_summed_in_full_precision(lower_precision, monkeypatch):
     inside = []
     spy = lambda *operands: inside.append(torch.get_float32_matmul_precision())  # noqa: E731

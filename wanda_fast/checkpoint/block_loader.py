@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint.meta_model import MetaModel
+from wanda_fast.checkpoint.own_dtypes import holds, pruned_original
 from wanda_fast.checkpoint.shards import mapped_memory, pinned_memory
 from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
@@ -46,6 +47,8 @@ class StreamedModel:
         self.names = [self._names_under(block.name + ".") for block in blocks]
         inside = {name for names in self.names for name in names}
         self.outside = [name for name in meta_model.names if name not in inside]
+        self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.names).items()}
+        self._prunable = {f"{linear.name}.weight" for block in blocks for linear in block.linears}
         self._meta = meta_model.model.state_dict(keep_vars=True)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-read")
         self._ahead: dict[int, Future] = {}
@@ -105,15 +108,36 @@ class StreamedModel:
         The conversion is exact: weights came from that dtype, or were rounded to it when they were updated.
         On a GPU the tensors are copies that may be under way, on a CPU they can be the model's own.
         """
-        state = {name: self._get(name).detach() for name in names}
-        dtype = self.meta_model.dtype
-        state = {name: _cast(t, dtype) if t.is_floating_point() else t for name, t in state.items()}
+        again = self._not_held(names)
+        state = {name: self._get(name).detach() for name in names if name not in again}
+        state = {name: _cast(tensor, self._saved_dtype(name)) for name, tensor in state.items()}
+        state |= self._from_files(again)
         if self.device.type != "cuda":
             return Stored(state)
         copies = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in state.items()}
         for name, tensor in state.items():
             copies[name].copy_(tensor, non_blocking=True)
         return Stored(copies, True, torch.cuda.current_stream(self.device).record_event().synchronize)
+
+    def _saved_dtype(self, name: str) -> torch.dtype:
+        own = self._own[name]
+        return self.meta_model.saved or own if own.is_floating_point else own
+
+    def _not_held(self, names: list[str]) -> list[str]:
+        """Tensors whose values on disk are not all in the dtypes that they are read and computed in."""
+        if self.meta_model.saved is not None:
+            return []
+        dtypes = {self.meta_model.dtype, self.dtype}
+        floating = [name for name in names if self._own[name].is_floating_point]
+        return [name for name in floating if not all(holds(dtype, self._own[name]) for dtype in dtypes)]
+
+    def _from_files(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors as the checkpoint has them, with the model's zeros and updates if they are prunable."""
+        tensors = {name: t.to(self.device) for name, t in self.meta_model.files.read(names).items()}
+        for name in self._prunable.intersection(names):
+            pruned = self._get(name).detach()
+            tensors[name] = pruned_original(tensors[name], self.meta_model.dtype, pruned)
+        return tensors
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors in the checkpoint's dtype, as `from_pretrained` reads them; in pinned memory for a GPU.

@@ -42,6 +42,10 @@ class Checkpoint:
     dtype: torch.dtype
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
+    def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
+        """By name of each weight, the dtype to which it is rounded when it is updated."""
+        return {name: self.dtypes.get(name, self.dtype) for name in weights}
+
 
 def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
     """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or the folder of one).
@@ -117,8 +121,10 @@ def load_tokenizer(path: str, **options: object):
 
 
 def computed_in_float32(stored: torch.dtype, dtype: str, device: str) -> bool:
-    """Whether weights of dtype `stored` on disk are widened for the computation; see `load`."""
-    return dtype == "auto" and device == "cpu" and not _fast_on_cpu(stored)
+    """Whether weights of dtype `stored` on disk are computed in float32; see `load`."""
+    # No kernel takes float64. Commands that compute nothing pass "any".
+    slow = device == "cpu" and not _fast_on_cpu(stored)
+    return dtype == "auto" and (slow or (stored == torch.float64 and device != "any"))
 
 
 def locate(path: str) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from wanda_fast.checkpoint.load import (
     refuse_pickles,
     require_dtype,
 )
+from wanda_fast.checkpoint.own_dtypes import update_dtype
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import NotStreamableError
 from wanda_fast.model.architecture import require_untied_blocks
@@ -30,7 +31,8 @@ class MetaModel:
         model: on the meta device, except for its non-persistent buffers, which are computed. `model.dtype` is
             the dtype of the computation.
         tokenizer: None if the checkpoint has none.
-        dtype: of the weights that will be saved.
+        dtype: that the tensors are read in, which is the checkpoint's main one unless `saved` is given.
+        saved: dtype of the output; None: each tensor keeps its own.
         files: where the tensors are.
         names: tensor name on disk -> its names in the model; several if weights are tied.
     """
@@ -40,6 +42,12 @@ class MetaModel:
     dtype: torch.dtype
     files: TensorFiles
     names: dict[str, list[str]]
+    saved: torch.dtype | None = None
+
+    def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
+        """By name of each weight, the dtype to which it is rounded when it is updated."""
+        own = {name: tensor.dtype for name, tensor in self.files.on_meta(weights).items()}
+        return {name: self.saved or update_dtype(dtype, self.dtype) for name, dtype in own.items()}
 
 
 def open_meta_model(
@@ -72,7 +80,7 @@ def open_meta_model(
         model.float()
     model.generation_config = _generation_config(folder, cache_dir) or model.generation_config
     tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
-    return MetaModel(model.eval(), tokenizer, stored, files, names)
+    return MetaModel(model.eval(), tokenizer, stored, files, names, DTYPES.get(dtype))
 
 
 def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:

@@ -146,7 +146,7 @@ def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], boo
 
     Raises: `InterruptedError` between two pieces of 4 MiB once `abandoned()` is true.
     """
-    files, dtype = source.meta_model.files, source.meta_model.dtype
+    files, dtype = source.meta_model.files, source.meta_model.saved
 
     def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
         for piece in files.pieces(name, dtype):

@@ -22,7 +22,9 @@ class Coactivation(OutputStatistic):
     def __init__(self, linear: Linear, activated: bool = True):
         weight, self.mlp = linear.module.weight, linear.gated
         self.reads, self.norm_of = (self.mlp.gate,), self.mlp.gate
-        self._products = torch.zeros(self.mlp.width, weight.shape[1], device=weight.device)
+        self._products = torch.zeros(
+            self.mlp.width, weight.shape[1], dtype=torch.float32, device=weight.device
+        )
         self._norm = SquaredNorm(linear) if self.mlp.fused else None
         self.kernel_activation, self.activation = None, None
         if activated:
@@ -59,7 +61,8 @@ class GatedCoactivation(OutputStatistic):
     def __init__(self, linear: Linear):
         self.module, self.mlp = linear.module, linear.gated
         self.reads = (self.mlp.gate,) if self.mlp.fused else (self.mlp.gate, self.mlp.up)
-        self.acc = torch.zeros(self.module.weight.shape, device=self.module.weight.device)
+        weight = self.module.weight
+        self.acc = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         self.kernel_activation = kernel_activation(self.mlp.activation)
 
     def add_outputs(
@@ -88,8 +91,9 @@ class GatedCoactivation(OutputStatistic):
 
 def _effects(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(act(gate), up * act'(gate)), by autograd, of an elementwise activation unknown to the kernels."""
-    with torch.enable_grad():
-        gate = gate.detach().requires_grad_()
+    # Tensors of the inference mode have no gradients; their clones have, outside of it.
+    with torch.inference_mode(False), torch.enable_grad():
+        gate, up = gate.detach().clone().requires_grad_(), up.detach().clone()
         activated = activation(gate)
-    (effect,) = torch.autograd.grad(activated, gate, up)
+        (effect,) = torch.autograd.grad(activated, gate, up)
     return activated.detach(), effect

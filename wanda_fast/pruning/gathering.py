@@ -96,7 +96,7 @@ class BlockStatistics:
     """The statistics of one block's linears.
 
     `by_name[linear.name].acc` is the statistic, `hessians[linear.name]` the Hessian. A linear that received
-    no token is in neither.
+    no token is in neither. `without` names the linears for which the method has no statistic.
 
     Args:
         block: the block that will run.
@@ -121,6 +121,7 @@ class BlockStatistics:
         # Set when no more inputs will come.
         self.complete = False
         made = {linear.name: statistic(linear) for linear in block.linears}
+        self.without = {name for name, own in made.items() if own is None}
         self._inputs = SharedByInput(lambda linear: made[linear.name], lambda linear: type(made[linear.name]))
         self._hessians = SharedByInput(hessian or (lambda _: None), lambda _: Hessian)
         self.by_name: dict[str, Statistic] = self._inputs.by_name

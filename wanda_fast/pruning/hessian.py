@@ -5,7 +5,7 @@ gathered.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,15 @@ class HessianUse:
         measure_error: the reconstruction error of each linear is measured.
         dampening: share of the mean diagonal that is added to the diagonal before factoring.
         on_host: linears of these in_features have their Hessians kept and factored in host memory.
-        stored: dtype of the output, to which updated weights are rounded; None: the weight's own.
+        rounded: by weight name, the dtype to which updated weights are rounded, since the output has it. A
+            weight that is absent keeps what the update gave.
     """
 
     update: bool
     measure_error: bool
     dampening: float = 0.01
     on_host: frozenset[int] = frozenset()
-    stored: torch.dtype | None = None
+    rounded: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self):
         if not (self.dampening > 0 and math.isfinite(self.dampening)):
@@ -55,7 +56,7 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device | str, on_host: bool = False):
         self.in_features = in_features
         where = {"pin_memory": True} if on_host else {"device": device}
-        self.acc: Tensor | None = torch.zeros(in_features, in_features, **where)
+        self.acc: Tensor | None = torch.zeros(in_features, in_features, dtype=torch.float32, **where)
         self.factor: Factor | None = None
         # Set by `make_factor`: every input was zero in every token.
         self.blind = False

@@ -1,6 +1,7 @@
 """Selection: the linears of one block are judged, pruned by their statistics, and counted."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +18,6 @@ from wanda_fast.pruning.methods import Magnitude, Method
 from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, mark
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,9 +42,17 @@ def prune_block(
     Raises: `NonFiniteError`, `HessianError`, before a linear of `block` is changed; `NonFiniteError` after it
         if an update made a weight infinite.
     """
+    with _own_arithmetic(block):
+        return _prune_block(block, selection, statistics, phases)
+
+
+def _prune_block(
+    block: Block, selection: Selection, statistics: BlockStatistics | None, phases: Phases
+) -> dict[str, LinearReport]:
     method = selection.method
     scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
     _require_finite(block, scales, under_a_root=method.score is None)
+    blind = _blind(scales, method, statistics)
     if method.hessians is not None:
         with phases("factor"):
             prepare(block, statistics.hessians, method.hessians)
@@ -53,7 +60,8 @@ def prune_block(
     for linear in block.linears:
         phases.tell("selection", linear.name)
         hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
-        outcomes[linear.name] = _prune_linear(linear, selection, scales[linear.name], hessian, phases)
+        by = Magnitude() if linear.name in blind else method
+        outcomes[linear.name] = _prune_linear(linear, selection, by, scales[linear.name], hessian, phases)
         if statistics is not None and statistics.complete:
             # The last linear that shares a Hessian frees it.
             statistics.hessians.pop(linear.name, None)
@@ -61,15 +69,36 @@ def prune_block(
     return linear_reports(block, outcomes, method, statistics)
 
 
+@contextmanager
+def _own_arithmetic(block: Block) -> Iterator[None]:
+    """Context without the caller's autocast, in which weights made in inference mode can be changed too."""
+    weights = [linear.module.weight for linear in block.linears]
+    inference = torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in weights)
+    device = weights[0].device.type if weights else "cpu"
+    # Leaving inference mode would turn gradients on, so `no_grad` comes second.
+    with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+    # A caller's autocast keeps 16-bit copies of weights, which are dense.
+    torch.clear_autocast_cache()
+
+
 def _prune_linear(
-    linear: Linear, selection: Selection, scale: Tensor | None, hessian: Hessian | None, phases: Phases
+    linear: Linear,
+    selection: Selection,
+    by: Method,
+    scale: Tensor | None,
+    hessian: Hessian | None,
+    phases: Phases,
 ) -> Outcome:
     weight, masks = linear.module.weight.data, selection.masks
     mask = None if masks is None else empty_mask(weight)
     measures = hessian is not None and selection.method.hessians.measure_error
     before = weight.clone() if measures else None
     begin = mark(weight.device)
-    outcome = _prune_(weight, selection, scale, hessian, mask)
+    outcome = _prune_(weight, selection, by, scale, hessian, mask)
+    if outcome.dampening is not None:
+        rounded = selection.method.hessians.rounded.get(f"{linear.name}.weight", weight.dtype)
+        weight.copy_(weight.to(rounded))
     outcome.lap = (begin, mark(weight.device))
     if before is not None:
         with phases("error"):
@@ -81,29 +110,50 @@ def _prune_linear(
 
 
 def _prune_(
-    weight: Tensor, selection: Selection, scale: Tensor | None, hessian: Hessian | None, mask: Tensor | None
+    weight: Tensor,
+    selection: Selection,
+    by: Method,
+    scale: Tensor | None,
+    hessian: Hessian | None,
+    mask: Tensor | None,
 ) -> Outcome:
-    method, pattern = selection.method, selection.pattern
-    use = method.hessians
-    if use is None or not use.update:
-        return Outcome(method.prune_(weight, scale, pattern, mask))
-    if hessian is None or hessian.blind:
-        # No token reached this linear (an expert's), or only zeros did: every score but magnitude's is zero.
-        return Outcome(Magnitude().prune_(weight, None, pattern, mask), fallback=Magnitude.name)
-    operation = method.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
-    if use.stored is not None:
-        weight.copy_(weight.to(use.stored))
-    return Outcome(operation, hessian.factor.dampening)
+    """Prune `weight` by the method `by`. Update what it keeps if the run does and the Hessian is not zero."""
+    method, pattern, use = selection.method, selection.pattern, selection.method.hessians
+    updates = use is not None and use.update
+    if updates and (hessian is None or hessian.blind):
+        by, updates = Magnitude(), False
+    fallback = None if by is method else by.name
+    if not updates:
+        return Outcome(by.prune_(weight, scale, pattern, mask), fallback=fallback)
+    operation = by.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
+    return Outcome(operation, hessian.factor.dampening, fallback)
 
 
 def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:
+    """What the linear's score takes; None if it takes nothing, or no token reached the linear."""
     if statistics is None or not method.uses_activations:
         return None
     if linear.name in statistics.by_name:
         return statistics.by_name[linear.name].acc
-    if method.hessians is None or not method.hessians.update:
-        logger.warning("%s saw no calibration token; its scores are all zero", linear.name)
-    return torch.zeros(linear.module.in_features, device=linear.module.weight.device)
+    if method.score is None or linear.name not in statistics.without:
+        return None
+    weight = linear.module.weight
+    return torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+
+
+def _blind(scales: dict[str, Tensor | None], method: Method, statistics: BlockStatistics | None) -> set[str]:
+    """Linears that no calibration token reached (an expert's), or zeros alone.
+
+    Their scores would all be zero, and ties prune the first columns, so magnitude prunes them. One wait for
+    the device serves the whole block.
+    """
+    if statistics is None or not method.uses_activations:
+        return set()
+    seen = {name: scale for name, scale in scales.items() if scale is not None}
+    live = [scale.numel() - wanda_kernels.count_zeros(scale) for scale in seen.values()]
+    counts = torch.stack(live).tolist() if live else []
+    zeros = {name for name, count in zip(seen, counts, strict=True) if not count}
+    return ((scales.keys() - seen.keys()) | zeros) - statistics.without
 
 
 def _require_finite(block: Block, scales: dict[str, Tensor | None], under_a_root: bool) -> None:

@@ -9,8 +9,8 @@ every thread, which takes 70 ms each.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -72,10 +72,12 @@ class _Stop(BaseException):
 class _Batch:
     """One batch on its way through the block. `at`: the linear that it waits for; None at the end."""
 
-    def __init__(self, forward: Callable[[], None], on_gpu: bool):
+    def __init__(
+        self, forward: Callable[[], None], on_gpu: bool, modes: Callable[[], AbstractContextManager]
+    ):
         self.at: Linear | None = None
         self.error: BaseException | None = None
-        self._forward, self._stopped = forward, False
+        self._forward, self._modes, self._stopped = forward, modes, False
         self._asked: Callable[[], object] | None = None
         self._elsewhere = _AttentionElsewhere(self) if on_gpu else nullcontext()
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
@@ -119,12 +121,11 @@ class _Batch:
         if self._stopped:
             raise _Stop
 
-    @torch.no_grad()
     def _run(self) -> None:
         self._go.acquire()
         try:
             if not self._stopped:
-                with self._elsewhere:
+                with self._modes(), self._elsewhere:
                     self._forward()
         except _Stop:
             pass
@@ -150,6 +151,21 @@ def _on_gpu(block: Block) -> bool:
     return any(parameter.is_cuda for parameter in block.module.parameters())
 
 
+def _callers_modes(device: str) -> Callable[[], AbstractContextManager]:
+    """Makes contexts that give a new thread this thread's inference mode and autocast, and no gradients."""
+    inference = torch.is_inference_mode_enabled()
+    autocast = dict(enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
+
+    @contextmanager
+    def modes() -> Iterator[None]:
+        # Autocast's copies of weights would be dense.
+        cast = torch.autocast(device, cache_enabled=False, **autocast)
+        with torch.inference_mode(inference), torch.no_grad(), cast:
+            yield
+
+    return modes
+
+
 def run_in_lockstep(
     block: Block, forwards: list[Callable[[], None]], prune: Callable[[Linear], None]
 ) -> None:
@@ -159,7 +175,8 @@ def run_in_lockstep(
     order is pruned first.
     """
     on_gpu = _on_gpu(block)
-    batches = [_Batch(forward, on_gpu) for forward in forwards]
+    modes = _callers_modes("cuda" if on_gpu else "cpu")
+    batches = [_Batch(forward, on_gpu, modes) for forward in forwards]
     of_thread = {batch.thread.ident: batch for batch in batches}
     order = {id(linear): index for index, linear in enumerate(block.linears)}
     pruned: set[str] = set()

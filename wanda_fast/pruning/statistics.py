@@ -69,7 +69,8 @@ class SquaredNorm(Statistic):
     reads_column_squares = True
 
     def __init__(self, linear: Linear):
-        self.acc = torch.zeros(linear.module.in_features, device=linear.module.weight.device)
+        weight = linear.module.weight
+        self.acc = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
 
     def add(self, x: Tensor) -> None:
         saved = saved_column_squares(x)

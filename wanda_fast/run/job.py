@@ -22,7 +22,7 @@ from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import Report, update_warnings, version_warnings
+from wanda_fast.report import Report, pruning_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ class Job:
             store=output,
             sequential=self.sequential,
         )
-        if self.method.hessians is not None:
-            self.warn(update_warnings(self.report.linears, self.method.hessians.dampening))
+        hessians = self.method.hessians
+        self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))
 
     def warn(self, sentences: list[str]) -> None:
         """Log the sentences, and keep them in the report."""

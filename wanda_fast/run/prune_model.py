@@ -106,7 +106,8 @@ def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job)
         before = _chosen_before(options, "hessians_on_host")
         place_hessians(blocks, job.device, options.hessian_device, use, before)
         kept_in_memory = isinstance(options.model, nn.Module) and options.save_model is None
-        use.stored = None if kept_in_memory else loaded.dtype
+        weights = [f"{linear.name}.weight" for block in blocks for linear in block.linears]
+        use.rounded = {} if kept_in_memory else loaded.update_dtypes(weights)
     return blocks
 
 

@@ -4,7 +4,9 @@ import logging
 
 from torch import nn
 
-from wanda_fast.model.architecture import Block, ignored_linears
+from wanda_fast.checkpoint.load import DTYPES
+from wanda_fast.errors import DtypeError
+from wanda_fast.model.architecture import Block, Linear, ignored_linears
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.report import Reach, Report
@@ -23,7 +25,7 @@ def survey(
 ) -> None:
     """Note how many weights can be pruned. Warn if model or flags keep the method from what its name says.
 
-    Raises: `PatternError` if the pattern does not fit a linear or the method.
+    Raises: `PatternError` if the pattern does not fit a linear or the method; `DtypeError`.
     """
 
     def warn(sentence: str) -> None:
@@ -44,6 +46,7 @@ def survey(
     if method.prunes:
         for block in blocks:
             for linear in block.linears:
+                _require_dtype(linear)
                 pattern.check(linear.name, linear.module.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
     if method.wants_gated_mlp and not gated:
@@ -51,6 +54,15 @@ def survey(
     method.check(pattern)
     if use_variant and not (pattern.is_variant and method.takes_variant and method.score is None):
         warn(f"--use_variant has no effect on {method.name} with {pattern}")
+
+
+def _require_dtype(linear: Linear) -> None:
+    weight = linear.module.weight
+    if weight.dtype not in DTYPES.values():
+        raise DtypeError(
+            f"{linear.name} is {weight.dtype} {list(weight.shape)}: a model in memory is pruned in "
+            f"{', '.join(DTYPES)}; convert it first, e.g. with model.float(), or pass the checkpoint's folder"
+        )
 
 
 def reach(model: nn.Module, blocks: list[Block]) -> Reach:

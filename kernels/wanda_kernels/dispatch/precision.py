@@ -1,27 +1,43 @@
 """Full fp32 precision for an operation's matmuls, even if the caller allows TF32 (11 bits) or bf16 (8)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 
+DEVICES = ("cpu", "cuda")
 P, R = ParamSpec("P"), TypeVar("R")
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run the function with torch's fp32 matmul precision at "highest", then restore the caller's."""
+    """Run the function with torch's fp32 matmul precision at "highest" and without autocast.
+
+    The caller's settings are restored.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         precision = _precision()
-        if precision == "highest":
+        if precision == "highest" and not _autocasts():
             return function(*args, **kwargs)
-        with _highest(precision):
+        with _highest(precision), _without_autocast():
             return function(*args, **kwargs)
 
     return run
+
+
+def _autocasts() -> bool:
+    return any(map(torch.is_autocast_enabled, DEVICES))
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, DEVICES):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _precision() -> str | None:
