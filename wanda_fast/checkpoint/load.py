@@ -9,7 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
-from wanda_fast.errors import CheckpointError
+from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
+from wanda_fast.checkpoint.shards import TensorFiles
+from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.block_forward import multiplies_bf16
 
@@ -62,18 +64,20 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
+    _refuse(path, folder, gguf, cache_dir)
     # Tensors of another shape are reported this way, and refused below with their names.
     readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
+                folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
     # RuntimeError: transformers cannot convert a tensor.
     except (*UNLOADABLE, RuntimeError) as error:
         raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
     _require_whole(path, found)
+    refuse_unused(path, found["unexpected_keys"])
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
@@ -82,6 +86,16 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
         loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.float()
     return loaded
+
+
+def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None) -> None:
+    """Raise an error if the checkpoint's files say that it cannot be loaded and pruned."""
+    refuse_folder(path, folder, gguf, cache_dir)
+    if not gguf:
+        try:
+            refuse_quantized(path, TensorFiles.of(safetensors_of(folder, cache_dir)))
+        except NotStreamableError as error:
+            raise CheckpointError(f"model {path} cannot be loaded: {error}") from error
 
 
 def _require_whole(path: str, found: dict) -> None:
@@ -109,7 +123,7 @@ def load_tokenizer(path: str, **options: object):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     # TypeError: the file of the vocabulary is missing.
     except (*UNLOADABLE, TypeError) as error:
         logger.warning("no tokenizer in %s: %s", path, first_line(error))
@@ -151,6 +165,26 @@ def locate(path: str) -> tuple[str, str | None]:
             f"model folder {path} holds {len(gguf)} GGUF files ({', '.join(gguf)}): name one of them"
         )
     return str(local), gguf[0]
+
+
+def safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
+    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id.
+
+    Raises: `NotStreamableError` if there is none; `CheckpointError` if there are only pickles.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
+    try:
+        if single := cached_file(folder, "model.safetensors", **options):
+            return [Path(single)]
+        if index := cached_file(folder, "model.safetensors.index.json", **options):
+            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
+    except UNLOADABLE as caught:
+        error = caught
+    refuse_pickles(folder, cache_dir)
+    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
 
 
 def refuse_pickles(repository: str, cache_dir: str | None) -> None:
