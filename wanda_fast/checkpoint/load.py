@@ -9,7 +9,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
-from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
+from wanda_fast.checkpoint.refusals import (
+    odd_value,
+    read_json,
+    refuse_folder,
+    refuse_quantized,
+    refuse_unused,
+)
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.memory import out_of_memory_explained
@@ -24,8 +30,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Missing tensors that a message names.
 NAMED = 3
-# Exceptions of transformers for a checkpoint that it cannot load.
-UNLOADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError)
+# Exceptions of transformers and torch for a checkpoint that they cannot load. Those in SPEAKING have messages
+# that can be read without their type. The others come from a configuration that contradicts itself.
+SPEAKING = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)
+UNLOADABLE = (*SPEAKING, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass
@@ -73,9 +81,9 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
-    # RuntimeError: transformers cannot convert a tensor.
-    except (*UNLOADABLE, RuntimeError) as error:
-        raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    except UNLOADABLE as error:
+        odd = odd_value(read_json(folder, "config.json", cache_dir))
+        raise CheckpointError(f"model {path} cannot be loaded: {odd}{first_line(error)}") from error
     _require_whole(path, found)
     refuse_unused(path, found["unexpected_keys"])
     tokenizer = load_tokenizer(folder, **options)
@@ -124,8 +132,7 @@ def load_tokenizer(path: str, **options: object):
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    # TypeError: the file of the vocabulary is missing.
-    except (*UNLOADABLE, TypeError) as error:
+    except UNLOADABLE as error:
         logger.warning("no tokenizer in %s: %s", path, first_line(error))
         return None
 
@@ -220,5 +227,13 @@ def _fast_on_cpu(dtype: torch.dtype) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank, or else the exception's type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception's message, and the next one if it ends with a colon.
+
+    With the exception's type if that is not in SPEAKING, and the type alone for an empty message.
+    """
+    kind = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return kind
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if isinstance(error, SPEAKING) else f"{kind}: {line}"

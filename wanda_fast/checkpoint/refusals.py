@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import AdapterError, CheckpointError, QuantizedModelError
 
@@ -100,6 +102,23 @@ def read_json(folder: str, name: str, cache_dir: str | None) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return content
+
+
+def odd_value(config: dict) -> str:
+    """The value of config.json that no model can be made of, as the begin of a sentence; "" if unknown."""
+    for where, part in _parts(config):
+        pad, vocabulary = part.get("pad_token_id"), part.get("vocab_size")
+        if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
+            return f"pad_token_id in {where} is {pad}, outside the vocabulary of {vocabulary}: "
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(name := part.get(key), str) and not _is_float(name):
+                return f"{key} in {where} is {name!r}, not the name of a floating-point dtype of torch: "
+    return ""
+
+
+def _is_float(name: str) -> bool:
+    dtype = getattr(torch, name, None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _find(folder: str, name: str, cache_dir: str | None) -> Path | None:

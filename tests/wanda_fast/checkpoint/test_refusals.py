@@ -147,6 +147,40 @@ def test_a_known_model_that_also_brings_code_is_loaded_by_transformers_own(folde
     assert inspect(str(folder)).model == "LlamaForCausalLM"
 
 
+ODD = {
+    "padding beyond the vocabulary": (
+        dict(pad_token_id=320),
+        ["pad_token_id", "is 320", "vocabulary of 320"],
+    ),
+    "padding below the vocabulary": (dict(pad_token_id=-321), ["is -321", "vocabulary of 320"]),
+    "no such dtype": (dict(dtype="bfloat17"), ["dtype in config.json is 'bfloat17'"]),
+    "a function's name for a dtype": (dict(dtype="load"), ["'load'"]),
+    "a dtype of integers": (dict(dtype="int8"), ["'int8'"]),
+    "a dtype with its module": (dict(dtype="torch.bfloat16"), ["'torch.bfloat16'"]),
+    "no such activation": (dict(hidden_act="nonesuch"), ["KeyError: 'nonesuch'"]),
+    "no heads": (dict(num_attention_heads=0), ["cannot be loaded"]),
+    "a negative size": (dict(intermediate_size=-1), ["cannot be loaded"]),
+    "a size that is text": (dict(hidden_size="many"), ["cannot be loaded"]),
+    "a list for a number": (dict(num_key_value_heads=[2]), ["cannot be loaded"]),
+    "layers of an unknown kind": (dict(layer_types=["x", "y"]), ["validate_layer_type", "full_attention"]),
+    "no such model": (dict(model_type="nonesuch"), ["nonesuch"]),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_configuration_that_no_model_can_be_made_of(case, folder):
+    changes, words = ODD[case]
+    edit(folder / "config.json", **changes)
+    refused(folder, errors.CheckpointError, folder, *words)
+
+
+def test_a_padding_token_beyond_the_vocabulary_of_a_model_that_does_not_look_it_up(tmp_path, pydoc_text):
+    folder = tmp_path / "model"
+    save_checkpoint(FAMILIES["gpt_neox"](), folder, pydoc_text[:20000])
+    edit(folder / "config.json", pad_token_id=320)
+    assert len(inspect(str(folder)).blocks) == 2
+
+
 def shards(folder):
     """The folder's tensors in two shards; returns the second."""
     tensors = load_file(folder / "model.safetensors")
