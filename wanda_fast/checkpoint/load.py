@@ -84,8 +84,8 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     except UNLOADABLE as error:
         odd = odd_value(read_json(folder, "config.json", cache_dir))
         raise CheckpointError(f"model {path} cannot be loaded: {odd}{first_line(error)}") from error
-    _require_whole(path, found)
     refuse_unused(path, found["unexpected_keys"])
+    _require_whole(path, found)
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)

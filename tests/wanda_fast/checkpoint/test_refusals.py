@@ -133,6 +133,14 @@ def test_a_model_that_was_saved_with_its_adapter_in_it(folder):
     refused(folder, errors.AdapterError, f"{LINEAR}.lora_A.default.weight", "merge the adapter first")
 
 
+def test_a_model_whose_weights_are_under_an_adapters_names(folder):
+    """`save_pretrained` of the model inside of a PeftModel."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LINEAR}.base_layer.weight"] = tensors.pop(f"{LINEAR}.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, errors.AdapterError, f"{LINEAR}.base_layer.weight", "merge the adapter first")
+
+
 def test_code_of_the_repository_is_neither_run_nor_asked_about(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
