@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
@@ -32,7 +33,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NAMED = 3
 # Exceptions of transformers and torch for a checkpoint that they cannot load. Those in SPEAKING have messages
 # that can be read without their type. The others come from a configuration that contradicts itself.
-SPEAKING = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)
+SPEAKING = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 UNLOADABLE = (*SPEAKING, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
 

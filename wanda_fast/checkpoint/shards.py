@@ -242,7 +242,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _whole_header(file: Path) -> dict[str, dict]:
     """The header of a file. Raises: `CheckpointError` if the file has fewer bytes than its header says."""
     begin, header = _header(file)
-    needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
+    try:
+        needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header names no offsets") from error
     if (size := file.stat().st_size) < needed:
         raise CheckpointError(f"{file} is truncated: it has {size} bytes, its header names {needed}")
     return header
@@ -263,5 +266,7 @@ def _header(file: Path) -> tuple[int, dict[str, dict]]:
         header = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     return 8 + length, header

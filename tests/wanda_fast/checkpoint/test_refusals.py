@@ -212,6 +212,13 @@ def test_a_truncated_shard_is_found_before_the_work(lost, folder):
     refused(folder, errors.CheckpointError, shard, "truncated", f"{size - lost} bytes", size)
 
 
+@pytest.mark.parametrize("header", ["[1]", '{"a": 1}', '{"a": {"dtype": "F32"}}', "{"])
+def test_a_header_of_another_form(header, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    refused(folder, errors.CheckpointError, file, "not a safetensors file")
+
+
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "tokenizer.json", "config.json"])
 def test_a_git_lfs_pointer(name, folder):
     shards(folder)
