@@ -81,6 +81,18 @@ class CheckpointError(WandaFastError, OSError):
     """A model's folder or file cannot be loaded."""
 
 
+class QuantizedModelError(RefusedInputError):
+    """A model's weights are quantised."""
+
+
+class AdapterError(RefusedInputError):
+    """A model is an adapter, or has adapters that are not merged into its weights."""
+
+
+class LiveModelError(RefusedInputError):
+    """A model in memory is not whole, or is not a transformers model."""
+
+
 class OutputError(WandaFastError, OSError):
     """An output folder is not empty, or cannot be written."""
 

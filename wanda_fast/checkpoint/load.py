@@ -6,10 +6,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
-from wanda_fast.errors import CheckpointError
+from wanda_fast.checkpoint.refusals import (
+    odd_value,
+    read_json,
+    refuse_folder,
+    refuse_quantized,
+    refuse_unused,
+)
+from wanda_fast.checkpoint.shards import TensorFiles
+from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.block_forward import multiplies_bf16
 
@@ -22,8 +31,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Missing tensors that a message names.
 NAMED = 3
-# Exceptions of transformers for a checkpoint that it cannot load.
-UNLOADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError)
+# Exceptions of transformers and torch for a checkpoint that they cannot load. Those in SPEAKING have messages
+# that can be read without their type. The others come from a configuration that contradicts itself.
+SPEAKING = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+UNLOADABLE = (*SPEAKING, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass
@@ -66,17 +77,19 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
+    _refuse(path, folder, gguf, cache_dir)
     # Tensors of another shape are reported this way, and refused below with their names.
     readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
+                folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
-    # RuntimeError: transformers cannot convert a tensor.
-    except (*UNLOADABLE, RuntimeError) as error:
-        raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    except UNLOADABLE as error:
+        odd = odd_value(read_json(folder, "config.json", cache_dir))
+        raise CheckpointError(f"model {path} cannot be loaded: {odd}{first_line(error)}") from error
+    refuse_unused(path, found["unexpected_keys"])
     _require_whole(path, found)
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
@@ -86,6 +99,16 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
         loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.float()
     return loaded
+
+
+def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None) -> None:
+    """Raise an error if the checkpoint's files say that it cannot be loaded and pruned."""
+    refuse_folder(path, folder, gguf, cache_dir)
+    if not gguf:
+        try:
+            refuse_quantized(path, TensorFiles.of(safetensors_of(folder, cache_dir)))
+        except NotStreamableError as error:
+            raise CheckpointError(f"model {path} cannot be loaded: {error}") from error
 
 
 def _require_whole(path: str, found: dict) -> None:
@@ -113,9 +136,8 @@ def load_tokenizer(path: str, **options: object):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    # TypeError: the file of the vocabulary is missing.
-    except (*UNLOADABLE, TypeError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    except UNLOADABLE as error:
         logger.warning("no tokenizer in %s: %s", path, first_line(error))
         return None
 
@@ -161,6 +183,26 @@ def locate(path: str) -> tuple[str, str | None]:
     return str(local), gguf[0]
 
 
+def safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
+    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id.
+
+    Raises: `NotStreamableError` if there is none; `CheckpointError` if there are only pickles.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
+    try:
+        if single := cached_file(folder, "model.safetensors", **options):
+            return [Path(single)]
+        if index := cached_file(folder, "model.safetensors.index.json", **options):
+            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
+    except UNLOADABLE as caught:
+        error = caught
+    refuse_pickles(folder, cache_dir)
+    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
+
+
 def refuse_pickles(repository: str, cache_dir: str | None) -> None:
     """Raise `CheckpointError` if a hub repository has pickles. Downloads nothing."""
     from transformers.utils import has_file
@@ -194,5 +236,13 @@ def _fast_on_cpu(dtype: torch.dtype) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank, or else the exception's type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception's message, and the next one if it ends with a colon.
+
+    With the exception's type if that is not in SPEAKING, and the type alone for an empty message.
+    """
+    kind = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return kind
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if isinstance(error, SPEAKING) else f"{kind}: {line}"

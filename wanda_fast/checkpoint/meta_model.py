@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,10 +13,11 @@ from wanda_fast.checkpoint.load import (
     first_line,
     load_tokenizer,
     locate,
-    refuse_pickles,
     require_dtype,
+    safetensors_of,
 )
 from wanda_fast.checkpoint.own_dtypes import update_dtype
+from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import NotStreamableError
 from wanda_fast.model.architecture import require_untied_blocks
@@ -64,17 +64,20 @@ def open_meta_model(
     transformers_logging.disable_progress_bar()
     folder, gguf = locate(path)
     require_dtype(dtype)
+    refuse_folder(path, folder, gguf, cache_dir)
     if gguf:
         raise NotStreamableError("GGUF files are read whole")
-    files = TensorFiles.of(_safetensors_of(folder, cache_dir))
+    files = TensorFiles.of(safetensors_of(folder, cache_dir))
+    refuse_quantized(path, files)
     try:
-        config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir)
+        config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
         stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
         model = _without_weights(config, stored)
     except UNLOADABLE as error:
         raise NotStreamableError(first_line(error)) from error
     _refuse_conversions(model, files, stored)
     names = _names_on_disk(model, files)
+    refuse_unused(path, files.location.keys() - names.keys())
     require_untied_blocks(model, names.values())
     if computed_in_float32(stored, dtype, device):
         model.float()
@@ -83,32 +86,13 @@ def open_meta_model(
     return MetaModel(model.eval(), tokenizer, stored, files, names, DTYPES.get(dtype))
 
 
-def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
-    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id."""
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
-    try:
-        if single := cached_file(folder, "model.safetensors", **options):
-            return [Path(single)]
-        if index := cached_file(folder, "model.safetensors.index.json", **options):
-            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
-    except UNLOADABLE as caught:
-        error = caught
-    refuse_pickles(folder, cache_dir)
-    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
-
-
 def _without_weights(config, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantised")
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     # Parameters on the meta device need no initial values. Buffers do: `from_config` has computed them in
     # `dtype`, but `from_pretrained` computes them in float32.
     for parameter in model.parameters():

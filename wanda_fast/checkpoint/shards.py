@@ -57,8 +57,11 @@ class TensorFiles:
 
     @classmethod
     def of(cls, files: Iterable[Path]) -> "TensorFiles":
-        """The tensors in these files. Raises: `CheckpointError` if a file is missing or invalid."""
-        return cls({name: file for file in files for name in _header(file)[1]})
+        """The tensors in these files.
+
+        Raises: `CheckpointError` if a file is missing or invalid, or ends before its last tensor.
+        """
+        return cls({name: file for file in files for name in _whole_header(file)})
 
     def read(
         self,
@@ -119,10 +122,14 @@ class TensorFiles:
             found[name] = _converted(tensor, dtype)
         return found
 
+    def dtypes(self) -> dict[str, str]:
+        """Tensor name -> the name of its dtype in the file."""
+        headers = [_header(file)[1] for file in self.files]
+        return {name: about["dtype"] for header in headers for name, about in header.items()}
+
     def unknown_dtypes(self) -> list[str]:
         """Names of dtypes in the files that this module does not know."""
-        used = {about["dtype"] for file in self.files for about in _header(file)[1].values()}
-        return sorted(used - set(DTYPES))
+        return sorted(set(self.dtypes().values()) - set(DTYPES))
 
     def nbytes(self) -> int:
         """Bytes of all tensors in the files."""
@@ -232,6 +239,18 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
+def _whole_header(file: Path) -> dict[str, dict]:
+    """The header of a file. Raises: `CheckpointError` if the file has fewer bytes than its header says."""
+    begin, header = _header(file)
+    try:
+        needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header names no offsets") from error
+    if (size := file.stat().st_size) < needed:
+        raise CheckpointError(f"{file} is truncated: it has {size} bytes, its header names {needed}")
+    return header
+
+
 def _header(file: Path) -> tuple[int, dict[str, dict]]:
     """(offset of the data in the file, tensor name -> {dtype, shape, data_offsets})."""
     if not file.exists():
@@ -247,5 +266,7 @@ def _header(file: Path) -> tuple[int, dict[str, dict]]:
         header = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     return 8 + length, header

@@ -9,6 +9,7 @@ import wanda_kernels
 from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.report import Reach
+from wanda_fast.run.live_model import require_plain
 from wanda_fast.run.validate import reach
 
 COMMON_PATTERNS = ((2, 4), (4, 8), (1, 4), (8, 16), (16, 32))
@@ -45,6 +46,7 @@ def inspect(model: nn.Module | str, cache_dir: str | None = None) -> Inspection:
     """Inspect a model in memory, or a hub id, folder or GGUF file in the dtype it is stored in."""
     if not isinstance(model, nn.Module):
         model = checkpoints.load(model, cache_dir=cache_dir, device="any").model
+    require_plain(model)
     blocks = find_blocks(model)
     linears = [_facts(linear.name, linear.module.weight.data) for block in blocks for linear in block.linears]
     return Inspection(type(model).__name__, [block.name for block in blocks], linears, reach(model, blocks))

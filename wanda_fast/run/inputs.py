@@ -15,6 +15,7 @@ from wanda_fast.errors import CalibrationError, NotStreamableError
 from wanda_fast.options import Options
 from wanda_fast.output.resume import input_digests
 from wanda_fast.run.job import Job
+from wanda_fast.run.live_model import dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
     """The model in memory, or the checkpoint: without its weights if it can be streamed."""
     if isinstance(options.model, nn.Module):
         with job.clock.phase("load"):
-            return Checkpoint(options.model, tokenizer, options.model.dtype)
+            return Checkpoint(options.model, tokenizer, dtype_of(options.model))
     path = str(options.model)
     gguf = checkpoints.locate(path)[1]
     if gguf:

@@ -23,6 +23,7 @@ from wanda_fast.model.offload import MAX_PENDING_COPIES
 from wanda_fast.pruning.methods import Method
 from wanda_fast.run.hessian_memory import block_bytes, visiting_bytes
 from wanda_fast.run.job import Job
+from wanda_fast.run.live_model import dtype_of
 
 FP32 = 4
 
@@ -84,7 +85,8 @@ def footprint(
         stored: dtype of a streamed checkpoint. None for a model in memory: its weights exist already and do
             not count, nor do its perplexities, which its own forward computes.
     """
-    config, size = model.config.get_text_config(), model.dtype.itemsize
+    config, dtype = model.config.get_text_config(), dtype_of(model)
+    size = dtype.itemsize
     widths = [linear.module.in_features for block in blocks for linear in block.linears]
     hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
     calibration, windows = job.token_ids, None
@@ -94,8 +96,8 @@ def footprint(
         weights, surroundings = max(each), _weights(model) - sum(each)
         windows = job.evaluation and job.evaluation.windows
     # Bytes of a weight in the checkpoint's dtype, beside its copy in the dtype of the computation.
-    widened = stored.itemsize if stored not in (None, model.dtype) else 0
-    in_fp32 = model.dtype == torch.bfloat16 and not multiplies_bf16()
+    widened = stored.itemsize if stored not in (None, dtype) else 0
+    in_fp32 = dtype == torch.bfloat16 and not multiplies_bf16()
     # Bytes of one value of the hidden states between blocks.
     hidden_value = FP32 if getattr(config, "residual_in_fp32", False) else size
     tokens = 0 if calibration is None else calibration.numel()

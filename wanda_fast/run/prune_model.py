@@ -25,6 +25,7 @@ from wanda_fast.report import Report
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.inputs import open_model, read_tokens
 from wanda_fast.run.job import Job, run_in_memory, run_streamed
+from wanda_fast.run.live_model import device_of, plain_model
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
 from wanda_fast.run.resources import choose_resources, default_device, usable_device
 from wanda_fast.run.validate import survey
@@ -35,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 def prune_model(options: Options, tokenizer: object = None, progress: Progress | None = None) -> Report:
     """Prune the model that `options` name, measure and save what they request."""
+    with plain_model(options) as plain:
+        return _prune_model(plain, tokenizer, progress)
+
+
+def _prune_model(options: Options, tokenizer: object, progress: Progress | None) -> Report:
     method, pattern = _method_and_pattern(options)
     recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
     job = _new_job(options, method, pattern, recipe, progress)
@@ -82,7 +88,7 @@ def _new_job(
 ) -> Job:
     """The job before anything is read; its clock and its report begin here."""
     live = isinstance(options.model, nn.Module)
-    clock = Clock(usable_device(options.device or (options.model.device if live else default_device())))
+    clock = Clock(usable_device(options.device or (device_of(options.model) if live else default_device())))
     return Job(
         method,
         pattern,
