@@ -37,7 +37,8 @@ class StreamedModel:
 
     Attributes:
         names: for each block, its tensors' names on disk.
-        outside: names of all other tensors on disk.
+        outside: names of all other tensors on disk that the model reads.
+        copied: names of all tensors on disk that are in no block.
     """
 
     def __init__(self, meta_model: MetaModel, blocks: list[Block], device: torch.device, clock: Clock):
@@ -46,6 +47,7 @@ class StreamedModel:
         self.names = [self._names_under(block.name + ".") for block in blocks]
         inside = {name for names in self.names for name in names}
         self.outside = [name for name in meta_model.names if name not in inside]
+        self.copied = [name for name in meta_model.files.location if name not in inside]
         self._meta = meta_model.model.state_dict(keep_vars=True)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-read")
         self._ahead: dict[int, Future] = {}

@@ -9,7 +9,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
-from wanda_fast.errors import CheckpointError
+from wanda_fast.checkpoint.model_class import model_class
+from wanda_fast.checkpoint.save_as_source import unused_names
+from wanda_fast.checkpoint.shards import TensorFiles
+from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.block_forward import multiplies_bf16
 
@@ -35,12 +38,18 @@ class Checkpoint:
         dtype: of the weights on disk.
         dtypes: the dtype on disk of each tensor, if they were widened for the computation; transformers keeps
             some tensors in another dtype than the model's.
+        files: that the model came from; None: a GGUF file, or a model of the caller's.
+        requested: the dtype that the caller named; None: each tensor keeps its own.
+        unused: tensors of the files that the model does not take. They are copied to the output unchanged.
     """
 
     model: nn.Module
     tokenizer: object
     dtype: torch.dtype
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    files: TensorFiles | None = None
+    requested: torch.dtype | None = None
+    unused: list[str] = field(default_factory=list)
 
 
 def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
@@ -67,9 +76,12 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForCausalLM if gguf else _class_of(path, folder, cache_dir)
+            model, found = kind.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), **readable, **options
             )
+    except CheckpointError:
+        raise
     # RuntimeError: transformers cannot convert a tensor.
     except (*UNLOADABLE, RuntimeError) as error:
         raise CheckpointError(f"model {path} cannot be loaded: {first_line(error)}") from error
@@ -77,11 +89,28 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
-    loaded = Checkpoint(model.eval(), tokenizer, model.dtype)
+    loaded = Checkpoint(model.eval(), tokenizer, model.dtype, requested=DTYPES.get(dtype))
+    if not gguf:
+        _note_files(loaded, folder, cache_dir)
     if computed_in_float32(loaded.dtype, dtype, device):
         loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.float()
     return loaded
+
+
+def _class_of(path: str, folder: str, cache_dir: str | None) -> type:
+    from transformers import AutoConfig
+
+    return model_class(path, AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False))
+
+
+def _note_files(loaded: Checkpoint, folder: str, cache_dir: str | None) -> None:
+    try:
+        loaded.files = TensorFiles.of(safetensors_of(folder, cache_dir))
+    # transformers knows other names for files of weights.
+    except NotStreamableError:
+        return
+    loaded.unused = unused_names(loaded.model, loaded.files)
 
 
 def _require_whole(path: str, found: dict) -> None:
@@ -151,6 +180,26 @@ def locate(path: str) -> tuple[str, str | None]:
             f"model folder {path} holds {len(gguf)} GGUF files ({', '.join(gguf)}): name one of them"
         )
     return str(local), gguf[0]
+
+
+def safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
+    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id.
+
+    Raises: `NotStreamableError` if there is none; `CheckpointError` if there are only pickles.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
+    try:
+        if single := cached_file(folder, "model.safetensors", **options):
+            return [Path(single)]
+        if index := cached_file(folder, "model.safetensors.index.json", **options):
+            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
+    except UNLOADABLE as caught:
+        error = caught
+    refuse_pickles(folder, cache_dir)
+    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
 
 
 def refuse_pickles(repository: str, cache_dir: str | None) -> None:

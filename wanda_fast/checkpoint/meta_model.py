@@ -1,8 +1,6 @@
 """Opens a checkpoint without its weights: a model on the meta device, and the file of each of its tensors."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,11 +12,12 @@ from wanda_fast.checkpoint.load import (
     first_line,
     load_tokenizer,
     locate,
-    refuse_pickles,
     require_dtype,
+    safetensors_of,
 )
+from wanda_fast.checkpoint.model_class import new_model
 from wanda_fast.checkpoint.shards import TensorFiles
-from wanda_fast.errors import NotStreamableError
+from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.model.architecture import require_untied_blocks
 
 
@@ -31,6 +30,7 @@ class MetaModel:
             the dtype of the computation.
         tokenizer: None if the checkpoint has none.
         dtype: of the weights that will be saved.
+        requested: the dtype that the caller named; None: tensors outside of the blocks keep their own.
         files: where the tensors are.
         names: tensor name on disk -> its names in the model; several if weights are tied.
     """
@@ -40,6 +40,13 @@ class MetaModel:
     dtype: torch.dtype
     files: TensorFiles
     names: dict[str, list[str]]
+    requested: torch.dtype | None = None
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors on disk that the model does not take. They are copied to the output unchanged."""
+        taken = {alias for aliases in self.names.values() for alias in aliases}
+        return [name for name in self.files.location if name not in taken]
 
 
 def open_meta_model(
@@ -58,11 +65,13 @@ def open_meta_model(
     require_dtype(dtype)
     if gguf:
         raise NotStreamableError("GGUF files are read whole")
-    files = TensorFiles.of(_safetensors_of(folder, cache_dir))
+    files = TensorFiles.of(safetensors_of(folder, cache_dir))
     try:
         config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir)
         stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
-        model = _without_weights(config, stored)
+        model = _without_weights(path, config, stored)
+    except CheckpointError:
+        raise
     except UNLOADABLE as error:
         raise NotStreamableError(first_line(error)) from error
     _refuse_conversions(model, files, stored)
@@ -70,37 +79,18 @@ def open_meta_model(
     require_untied_blocks(model, names.values())
     if computed_in_float32(stored, dtype, device):
         model.float()
-    model.generation_config = _generation_config(folder, cache_dir) or model.generation_config
     tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
-    return MetaModel(model.eval(), tokenizer, stored, files, names)
+    return MetaModel(model.eval(), tokenizer, stored, files, names, DTYPES.get(dtype))
 
 
-def _safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
-    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id."""
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
-    try:
-        if single := cached_file(folder, "model.safetensors", **options):
-            return [Path(single)]
-        if index := cached_file(folder, "model.safetensors.index.json", **options):
-            return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
-    except UNLOADABLE as caught:
-        error = caught
-    refuse_pickles(folder, cache_dir)
-    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
-
-
-def _without_weights(config, dtype: torch.dtype) -> nn.Module:
+def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     if getattr(config, "quantization_config", None) is not None:
         raise NotStreamableError("its weights are quantised")
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = new_model(path, config, dtype)
     # Parameters on the meta device need no initial values. Buffers do: `from_config` has computed them in
     # `dtype`, but `from_pretrained` computes them in float32.
     for parameter in model.parameters():
@@ -144,18 +134,17 @@ def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]
             same = files.read([held[0], other])
             if not torch.equal(same[held[0]], same[other]):
                 raise NotStreamableError(f"{held[0]} and {other}, which are one weight, differ in the file")
+        if len(held) > 1 and not _is_embedding(model, aliases):
+            raise NotStreamableError(f"{held[0]} and {held[1]} are one weight under two names")
         names[held[0]] = aliases
     return names
 
 
+def _is_embedding(model: nn.Module, names: list[str]) -> bool:
+    """Whether one of these names is an embedding's, which no pruning changes."""
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    return any(isinstance(owner, nn.Embedding) for owner in owners)
+
+
 def _first_dtype(files: TensorFiles) -> torch.dtype:
     return files.read([next(iter(files.location))]).popitem()[1].dtype
-
-
-def _generation_config(folder: str, cache_dir: str | None):
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(folder, cache_dir=cache_dir)
-    except (*UNLOADABLE, json.JSONDecodeError):
-        return None
