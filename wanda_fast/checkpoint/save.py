@@ -113,7 +113,7 @@ def _save_model(checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
     files = checkpoint.files
     values = None if files is None else names_on_disk(checkpoint.model, files)
     if values is not None:
-        shards = save_as_source(values, files, checkpoint.requested, folder)
+        shards = save_as_source(values, files, checkpoint.dtype, checkpoint.requested, folder)
         if len(shards) > 1:
             _save_index(TensorFiles.of(shards), folder)
         copied = copy_surroundings(files.folder, folder, checkpoint.requested)

@@ -55,12 +55,17 @@ def unused_names(model: nn.Module, files: TensorFiles) -> list[str]:
 
 
 def save_as_source(
-    values: dict[str, Tensor], files: TensorFiles, dtype: torch.dtype | None, folder: Path
+    values: dict[str, Tensor],
+    files: TensorFiles,
+    read_as: torch.dtype,
+    dtype: torch.dtype | None,
+    folder: Path,
 ) -> list[Path]:
     """Write the shards of `files` again, with the values that differ.
 
     Args:
         values: by name on disk, as `names_on_disk`; converted by less than their dtype on disk.
+        read_as: the dtype in which the model was loaded, before it was widened for the computation.
         dtype: of the floating-point values in the output; None: that on disk.
     Returns: the shards.
     """
@@ -70,7 +75,7 @@ def save_as_source(
             yield from files.pieces(name)
             return
         stored = files.read([name])[name]
-        yield changed_only(stored, values[name].cpu(), dtype if stored.is_floating_point() else None)
+        yield changed_only(stored, values[name].cpu(), read_as, dtype if stored.is_floating_point() else None)
 
     shards = []
     for file in files.files:
@@ -81,10 +86,16 @@ def save_as_source(
     return shards
 
 
-def changed_only(stored: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`stored` in `dtype`, with the elements of `value` where it is no longer `stored` in its own dtype."""
+def changed_only(
+    stored: Tensor, value: Tensor, read_as: torch.dtype, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`stored` in `dtype`, with the elements of `value` where it is no longer what was read of `stored`."""
     dtype = dtype or stored.dtype
-    return torch.where(stored.to(value.dtype) == value, stored.to(dtype), value.to(dtype))
+    kept = stored.to(value.dtype) == value
+    if stored.is_floating_point():
+        # A value that was rounded to zero may be one that is pruned.
+        kept |= (stored.to(read_as).to(value.dtype) == value) & (value != 0)
+    return torch.where(kept, stored.to(dtype), value.to(dtype))
 
 
 def _renaming(model: nn.Module, state: dict[str, Tensor]):

@@ -210,3 +210,15 @@ def test_tied_weights_under_two_names_keep_both(tmp_path, pydoc_text):
         report = prune(folder, tmp_path / f"out{whole}", whole)
         assert_only_zeros_differ(stored, tensors_of(tmp_path / f"out{whole}"), report.linears)
         assert report.copied["tensors"] == []
+
+
+def test_tensors_of_other_dtypes_keep_their_bits_in_a_model_loaded_whole(tmp_path, pydoc_text):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    save_checkpoint(FAMILIES["smollm"]().bfloat16(), folder, pydoc_text[:2000])
+    stored = load_file(folder / "model.safetensors")
+    for name in stored:
+        if "norm" in name or "q_proj" in name:
+            stored[name] = stored[name].float() + 2**-20
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    report = prune(folder, out, whole=True)
+    assert_only_zeros_differ(stored, tensors_of(out), report.linears)
