@@ -162,6 +162,8 @@ def compare(folder: Path) -> str:
     files = [_tensors(folder / kind) for kind in ("whole", "streamed")]
     if files[0].keys() != files[1].keys():
         return f"wrong: tensors {sorted(files[0].keys() ^ files[1].keys())} in one of two"
+    if files[0].keys() != (before := _tensors(folder / "model").keys()):
+        return f"wrong: tensors {sorted(files[0].keys() ^ before)} are lost or new"
     if different := [key for key, tensor in files[0].items() if not _same(tensor, files[1][key])]:
         return f"wrong: {len(different)} tensors differ, {different[0]} first"
     for which in ("dense", "pruned"):

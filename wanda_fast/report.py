@@ -77,6 +77,8 @@ class Report:
         peak_memory: bytes by device.
         warnings: as they were logged.
         digests: of model and tokens; none for a model in memory.
+        copied: names of "tensors" that the model does not take, and of "files" around the weights, which are
+            copied to the output unchanged.
         complete: all that was requested is measured and written.
     """
 
@@ -92,6 +94,7 @@ class Report:
     peak_memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, str | None] = field(default_factory=dict)
+    copied: dict[str, list[str]] = field(default_factory=dict)
     complete: bool = False
 
     @property

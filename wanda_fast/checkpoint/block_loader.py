@@ -38,7 +38,8 @@ class StreamedModel:
 
     Attributes:
         names: for each block, its tensors' names on disk.
-        outside: names of all other tensors on disk.
+        outside: names of all other tensors on disk that the model reads.
+        copied: names of all tensors on disk that are in no block.
     """
 
     def __init__(self, meta_model: MetaModel, blocks: list[Block], device: torch.device, clock: Clock):
@@ -49,6 +50,7 @@ class StreamedModel:
         self.outside = [name for name in meta_model.names if name not in inside]
         self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.names).items()}
         self._prunable = {f"{linear.name}.weight" for block in blocks for linear in block.linears}
+        self.copied = [name for name in meta_model.files.location if name not in inside]
         self._meta = meta_model.model.state_dict(keep_vars=True)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-read")
         self._ahead: dict[int, Future] = {}
@@ -121,11 +123,11 @@ class StreamedModel:
 
     def _saved_dtype(self, name: str) -> torch.dtype:
         own = self._own[name]
-        return self.meta_model.saved or own if own.is_floating_point else own
+        return self.meta_model.requested or own if own.is_floating_point else own
 
     def _not_held(self, names: list[str]) -> list[str]:
         """Tensors whose values on disk are not all in the dtypes that they are read and computed in."""
-        if self.meta_model.saved is not None:
+        if self.meta_model.requested is not None:
             return []
         dtypes = {self.meta_model.dtype, self.dtype}
         floating = [name for name in names if self._own[name].is_floating_point]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wanda_fast.checkpoint.journal import unfinished_run
+from wanda_fast.checkpoint.model_class import model_class
 from wanda_fast.checkpoint.refusals import (
     odd_value,
     read_json,
@@ -17,6 +18,7 @@ from wanda_fast.checkpoint.refusals import (
     refuse_quantized,
     refuse_unused,
 )
+from wanda_fast.checkpoint.save_as_source import unused_names
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.memory import out_of_memory_explained
@@ -46,12 +48,18 @@ class Checkpoint:
         dtype: of the weights on disk.
         dtypes: the dtype on disk of each tensor, if they were widened for the computation; transformers keeps
             some tensors in another dtype than the model's.
+        files: that the model came from; None: a GGUF file, or a model of the caller's.
+        requested: the dtype that the caller named; None: each tensor keeps its own.
+        unused: tensors of the files that the model does not take. They are copied to the output unchanged.
     """
 
     model: nn.Module
     tokenizer: object
     dtype: torch.dtype
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    files: TensorFiles | None = None
+    requested: torch.dtype | None = None
+    unused: list[str] = field(default_factory=list)
 
     def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
         """By name of each weight, the dtype to which it is rounded when it is updated."""
@@ -83,9 +91,12 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForCausalLM if gguf else _class_of(path, folder, cache_dir)
+            model, found = kind.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
+    except CheckpointError:
+        raise
     except UNLOADABLE as error:
         odd = odd_value(read_json(folder, "config.json", cache_dir))
         raise CheckpointError(f"model {path} cannot be loaded: {odd}{first_line(error)}") from error
@@ -94,7 +105,9 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
-    loaded = Checkpoint(model.eval(), tokenizer, model.dtype)
+    loaded = Checkpoint(model.eval(), tokenizer, model.dtype, requested=DTYPES.get(dtype))
+    if not gguf:
+        _note_files(loaded, folder, cache_dir)
     if computed_in_float32(loaded.dtype, dtype, device):
         loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.float()
@@ -109,6 +122,21 @@ def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None) -> 
             refuse_quantized(path, TensorFiles.of(safetensors_of(folder, cache_dir)))
         except NotStreamableError as error:
             raise CheckpointError(f"model {path} cannot be loaded: {error}") from error
+
+
+def _class_of(path: str, folder: str, cache_dir: str | None) -> type:
+    from transformers import AutoConfig
+
+    return model_class(path, AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False))
+
+
+def _note_files(loaded: Checkpoint, folder: str, cache_dir: str | None) -> None:
+    try:
+        loaded.files = TensorFiles.of(safetensors_of(folder, cache_dir))
+    # transformers knows other names for files of weights.
+    except NotStreamableError:
+        return
+    loaded.unused = unused_names(loaded.model, loaded.files)
 
 
 def _require_whole(path: str, found: dict) -> None:

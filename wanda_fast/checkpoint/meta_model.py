@@ -1,6 +1,5 @@
 """Opens a checkpoint without its weights: a model on the meta device, and the file of each of its tensors."""
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,11 @@ from wanda_fast.checkpoint.load import (
     require_dtype,
     safetensors_of,
 )
+from wanda_fast.checkpoint.model_class import new_model
 from wanda_fast.checkpoint.own_dtypes import update_dtype
 from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
 from wanda_fast.checkpoint.shards import TensorFiles
-from wanda_fast.errors import NotStreamableError
+from wanda_fast.errors import CheckpointError, NotStreamableError
 from wanda_fast.model.architecture import require_untied_blocks
 
 
@@ -31,8 +31,8 @@ class MetaModel:
         model: on the meta device, except for its non-persistent buffers, which are computed. `model.dtype` is
             the dtype of the computation.
         tokenizer: None if the checkpoint has none.
-        dtype: that the tensors are read in, which is the checkpoint's main one unless `saved` is given.
-        saved: dtype of the output; None: each tensor keeps its own.
+        dtype: that the tensors are read in, which is the checkpoint's main one unless `requested` is given.
+        requested: the dtype that the caller named for the output; None: each tensor keeps its own.
         files: where the tensors are.
         names: tensor name on disk -> its names in the model; several if weights are tied.
     """
@@ -42,12 +42,18 @@ class MetaModel:
     dtype: torch.dtype
     files: TensorFiles
     names: dict[str, list[str]]
-    saved: torch.dtype | None = None
+    requested: torch.dtype | None = None
 
     def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
         """By name of each weight, the dtype to which it is rounded when it is updated."""
         own = {name: tensor.dtype for name, tensor in self.files.on_meta(weights).items()}
-        return {name: self.saved or update_dtype(dtype, self.dtype) for name, dtype in own.items()}
+        return {name: self.requested or update_dtype(dtype, self.dtype) for name, dtype in own.items()}
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors on disk that the model does not take. They are copied to the output unchanged."""
+        taken = {alias for aliases in self.names.values() for alias in aliases}
+        return [name for name in self.files.location if name not in taken]
 
 
 def open_meta_model(
@@ -72,27 +78,28 @@ def open_meta_model(
     try:
         config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
         stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
-        model = _without_weights(config, stored)
+        model = _without_weights(path, config, stored)
+    except CheckpointError:
+        raise
     except UNLOADABLE as error:
         raise NotStreamableError(first_line(error)) from error
     _refuse_conversions(model, files, stored)
     names = _names_on_disk(model, files)
-    refuse_unused(path, files.location.keys() - names.keys())
+    taken = {alias for aliases in names.values() for alias in aliases}
+    refuse_unused(path, files.location.keys() - taken)
     require_untied_blocks(model, names.values())
     if computed_in_float32(stored, dtype, device):
         model.float()
-    model.generation_config = _generation_config(folder, cache_dir) or model.generation_config
     tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
     return MetaModel(model.eval(), tokenizer, stored, files, names, DTYPES.get(dtype))
 
 
-def _without_weights(config, dtype: torch.dtype) -> nn.Module:
+def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = new_model(path, config, dtype)
     # Parameters on the meta device need no initial values. Buffers do: `from_config` has computed them in
     # `dtype`, but `from_pretrained` computes them in float32.
     for parameter in model.parameters():
@@ -136,18 +143,17 @@ def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]
             same = files.read([held[0], other])
             if not torch.equal(same[held[0]], same[other]):
                 raise NotStreamableError(f"{held[0]} and {other}, which are one weight, differ in the file")
+        if len(held) > 1 and not _is_embedding(model, aliases):
+            raise NotStreamableError(f"{held[0]} and {held[1]} are one weight under two names")
         names[held[0]] = aliases
     return names
 
 
+def _is_embedding(model: nn.Module, names: list[str]) -> bool:
+    """Whether one of these names is an embedding's, which no pruning changes."""
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    return any(isinstance(owner, nn.Embedding) for owner in owners)
+
+
 def _first_dtype(files: TensorFiles) -> torch.dtype:
     return files.read([next(iter(files.location))]).popitem()[1].dtype
-
-
-def _generation_config(folder: str, cache_dir: str | None):
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(folder, cache_dir=cache_dir)
-    except (*UNLOADABLE, json.JSONDecodeError):
-        return None

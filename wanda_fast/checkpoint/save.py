@@ -1,10 +1,11 @@
 """Writes models: folders that `from_pretrained` loads, and that are complete or do not exist.
 
 A model is written to DIR.partial/model, which a rename turns into DIR. `save` writes a model in memory. A
-streamed model's blocks are written by its output, and the rest by `save_outside` and `save_config_and_index`.
+streamed model's blocks are written by its output, and the rest by `save_outside` and `save_surroundings`.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,11 +19,14 @@ from wanda_fast.checkpoint.atomic_write import sync_folder, write_atomically
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import RUN, partial_of
 from wanda_fast.checkpoint.load import Checkpoint, first_line
+from wanda_fast.checkpoint.save_as_source import names_on_disk, save_as_source
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
+from wanda_fast.checkpoint.surroundings import REPORT, copy_surroundings
 from wanda_fast.errors import OutputError, ResumeError, WandaFastError
 from wanda_fast.report import Report
 
-REPORT = "wanda_fast.json"
+logger = logging.getLogger(__name__)
+
 # Subfolders of DIR.partial: the model that becomes DIR, and the folder that was DIR before.
 MODEL, REPLACED = "model", "replaced"
 # Bytes up to which a streamed model becomes one model.safetensors instead of a shard for each block.
@@ -88,11 +92,9 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.mkdir(parents=True)
-            with _stored_dtypes(checkpoint):
-                checkpoint.model.save_pretrained(model)
-            if checkpoint.tokenizer is not None:
-                checkpoint.tokenizer.save_pretrained(model)
+            copied = _save_model(checkpoint, model)
             if report is not None:
+                report.copied = copied
                 save_report(report, model)
             sync_folder(model, files=True)
         except BaseException:
@@ -101,6 +103,30 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
     with writing(folder, f"; the model is kept in {model}"):
         move_into_place(model, folder)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_model(checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
+    """Write weights, configurations and tokenizer: as in the checkpoint's files, if it has files.
+
+    Returns: as `save_surroundings`.
+    """
+    files = checkpoint.files
+    values = None if files is None else names_on_disk(checkpoint.model, files)
+    if values is not None:
+        shards = save_as_source(values, files, checkpoint.dtype, checkpoint.requested, folder)
+        if len(shards) > 1:
+            _save_index(TensorFiles.of(shards), folder)
+        copied = copy_surroundings(files.folder, folder, checkpoint.requested)
+        return {"tensors": checkpoint.unused, "files": copied}
+    if files is not None:
+        logger.warning(
+            "%s: the output has transformers' names of tensors, not the checkpoint's", files.folder
+        )
+    with _stored_dtypes(checkpoint):
+        checkpoint.model.save_pretrained(folder)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(folder)
+    return {}
 
 
 def move_into_place(model: Path, folder: Path) -> None:
@@ -144,29 +170,33 @@ def _stored_dtypes(checkpoint: Checkpoint) -> Iterator[None]:
 def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], bool]) -> None:
     """Copy the tensors outside of the blocks, which pruning does not change, from file to file.
 
+    Those that the model does not take are copied too. A dtype that the caller named is that of the others.
+
     Raises: `InterruptedError` between two pieces of 4 MiB once `abandoned()` is true.
     """
-    files, dtype = source.meta_model.files, source.meta_model.saved
+    meta_model, files = source.meta_model, source.meta_model.files
+    dtypes = {name: meta_model.requested for name in source.copied}
+    dtypes |= dict.fromkeys(meta_model.unused)
 
     def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
-        for piece in files.pieces(name, dtype):
+        for piece in files.pieces(name, dtypes[name]):
             if abandoned():
                 raise InterruptedError(f"{shard} was abandoned")
             yield piece
 
-    begin_tensors(shard, files.on_meta(source.outside, dtype), pieces)()
+    tensors = files.on_meta(source.copied, meta_model.requested) | files.on_meta(meta_model.unused)
+    begin_tensors(shard, tensors, pieces)()
 
 
-def save_config_and_index(source: StreamedModel, folder: Path, shards: list[Path]) -> None:
-    """Write configurations and tokenizer, and the index of the shards, which must be in `folder` already."""
-    config, tokenizer = source.model.config, source.meta_model.tokenizer
-    config.dtype = str(source.meta_model.dtype).removeprefix("torch.")
-    config.architectures = [type(source.model).__name__]
-    config.save_pretrained(folder)
-    source.model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -> dict[str, list[str]]:
+    """Copy the small files, and write the index of the shards, which must be in `folder` already.
+
+    Returns: the names of "tensors" that the model does not take, and of "files" that were copied.
+    """
+    meta_model = source.meta_model
+    copied = copy_surroundings(meta_model.files.folder, folder, meta_model.requested)
     _save_index(TensorFiles.of(shards), folder)
+    return {"tensors": meta_model.unused, "files": copied}
 
 
 def _save_index(shards: TensorFiles, folder: Path) -> None:

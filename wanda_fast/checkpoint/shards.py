@@ -112,6 +112,11 @@ class TensorFiles:
         """All files, ordered by name."""
         return sorted(set(self.location.values()), key=lambda file: file.name)
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are, beside the checkpoint's other files."""
+        return self.files[0].parent
+
     def on_meta(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The result of `read` on the meta device, from the headers alone."""
         headers = {file: _header(file)[1] for file in self.files}

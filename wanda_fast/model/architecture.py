@@ -196,6 +196,8 @@ def _router_names(model: nn.Module) -> set[str]:
     `gate` is a router only in a model that has experts.
     """
     config = getattr(model, "config", None)
+    # The language model's part, in a model of text and images.
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     has_experts = any(getattr(config, count, None) for count in EXPERT_COUNTS)
     return ROUTER_NAMES | {"gate"} if has_experts else ROUTER_NAMES
 

@@ -29,9 +29,9 @@ from wanda_fast.checkpoint.save import (
     MODEL,
     move_into_place,
     restore_replaced,
-    save_config_and_index,
     save_outside,
     save_report,
+    save_surroundings,
     writing,
 )
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
@@ -173,7 +173,7 @@ class StreamedOutput:
         with self._writing():
             self.writer.wait()
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
-            save_config_and_index(self.source, self.model, shards)
+            report.copied = save_surroundings(self.source, self.model, shards)
             save_report(report, self.model)
             sync_folder(self.model, files=True)
             move_into_place(self.model, self.folder)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
+from wanda_fast.checkpoint.model_class import predicts_tokens
 from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
@@ -32,7 +33,15 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
     if gguf:
         logger.info("converting %s: this can take minutes", gguf)
     with job.phase("load", "converting" if gguf else "loading", gguf or path):
-        return _open(path, options, job.device.type)
+        loaded = _open(path, options, job.device.type)
+    if unused := loaded.unused:
+        logger.info(
+            "%d tensors that %s does not take are copied unchanged (e.g. %s)",
+            len(unused),
+            type(loaded.model).__name__,
+            unused[0],
+        )
+    return loaded
 
 
 def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
@@ -61,7 +70,7 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
         if job.method.calibrates:
             job.token_ids = _calibration(options, tokenizer, model, seqlen, warn)
             job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
-        if options.eval_dataset is not None:
+        if options.eval_dataset is not None and _has_perplexity(model, job):
             job.evaluation = evaluation_set(
                 options.eval_dataset,
                 tokenizer,
@@ -75,6 +84,21 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
             job.report.perplexity["protocol"] = job.evaluation.protocol
     if not isinstance(options.model, nn.Module):
         job.report.digests = input_digests(loaded, job.token_ids, job.evaluation)
+
+
+def _has_perplexity(model: nn.Module, job: Job) -> bool:
+    """Whether the model predicts tokens. If it does not, the report says that nothing is measured.
+
+    Raises: `CalibrationError` if there is nothing else to do.
+    """
+    if predicts_tokens(model):
+        return True
+    sentence = f"{type(model).__name__} predicts no tokens: it has no perplexity"
+    if not job.method.prunes:
+        raise CalibrationError(sentence)
+    logger.warning("%s", sentence)
+    job.report.warnings.append(sentence)
+    return False
 
 
 def _calibration(

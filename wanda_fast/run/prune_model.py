@@ -36,16 +36,12 @@ logger = logging.getLogger(__name__)
 
 def prune_model(options: Options, tokenizer: object = None, progress: Progress | None = None) -> Report:
     """Prune the model that `options` name, measure and save what they request."""
-    with plain_model(options) as plain:
-        return _prune_model(plain, tokenizer, progress)
-
-
-def _prune_model(options: Options, tokenizer: object, progress: Progress | None) -> Report:
-    method, pattern = _method_and_pattern(options)
-    recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
-    job = _new_job(options, method, pattern, recipe, progress)
-    with sole_writer(options):
-        return _prune(options, tokenizer, job)
+    with plain_model(options) as options:
+        method, pattern = _method_and_pattern(options)
+        recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
+        job = _new_job(options, method, pattern, recipe, progress)
+        with sole_writer(options):
+            return _prune(options, tokenizer, job)
 
 
 def _prune(options: Options, tokenizer: object, job: Job) -> Report:

@@ -1,0 +1,114 @@
+"""Writes a model that was loaded from safetensors files under the names, dtypes and bytes that it had there.
+
+Only what pruning changed is taken from the model. All else is copied from file to file: tensors that the
+model does not take, and bits that the dtype of the computation does not hold.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
+
+
+def names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, Tensor] | None:
+    """Tensor name on disk -> its value in the model now, under the names and in the form of the files.
+
+    Names that the model does not take are missing.
+
+    Returns: None if a weight of a linear is under no name of the files, as if transformers merged it with
+        another in a way that it cannot revert.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    reverted = revert_weight_conversion(model, state)
+    stored, rename, values = files.on_meta(files.location), _renaming(model, state), {}
+    for name, tensor in stored.items():
+        renamed, conversion = rename(name)
+        found = reverted.get(name)
+        if found is None and conversion is None:
+            found = state.get(renamed)
+        if found is not None and found.shape == tensor.shape:
+            values[name] = found
+    return None if _loose(model, state, reverted, values) else values
+
+
+def _loose(
+    model: nn.Module, state: dict[str, Tensor], reverted: dict[str, Tensor], values: dict[str, Tensor]
+) -> list[str]:
+    """Tensors, linears' weights among them, that are under no name of the files."""
+    held = {tensor.data_ptr() for tensor in values.values()}
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Others of the model may be absent from the files: transformers computes them.
+    matters = [name for name in reverted if name in linears or name not in state]
+    return [name for name in matters if name not in values and reverted[name].data_ptr() not in held]
+
+
+def unused_names(model: nn.Module, files: TensorFiles) -> list[str]:
+    """Tensors on disk that the model does not take."""
+    state = model.state_dict()
+    rename = _renaming(model, state)
+    return [name for name in files.location if rename(name)[0] not in state]
+
+
+def save_as_source(
+    values: dict[str, Tensor],
+    files: TensorFiles,
+    read_as: torch.dtype,
+    dtype: torch.dtype | None,
+    folder: Path,
+) -> list[Path]:
+    """Write the shards of `files` again, with the values that differ.
+
+    Args:
+        values: by name on disk, as `names_on_disk`; converted by less than their dtype on disk.
+        read_as: the dtype in which the model was loaded, before it was widened for the computation.
+        dtype: of the floating-point values in the output; None: that on disk.
+    Returns: the shards.
+    """
+
+    def parts(name: str, _tensor: Tensor) -> Iterator[Tensor]:
+        if name not in values:
+            yield from files.pieces(name)
+            return
+        stored = files.read([name])[name]
+        yield changed_only(stored, values[name].cpu(), read_as, dtype if stored.is_floating_point() else None)
+
+    shards = []
+    for file in files.files:
+        names = [name for name, where in files.location.items() if where == file]
+        tensors = {name: files.on_meta([name], dtype if name in values else None)[name] for name in names}
+        shards.append(folder / file.name)
+        begin_tensors(shards[-1], tensors, parts)()
+    return shards
+
+
+def changed_only(
+    stored: Tensor, value: Tensor, read_as: torch.dtype, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`stored` in `dtype`, with the elements of `value` where it is no longer what was read of `stored`."""
+    dtype = dtype or stored.dtype
+    kept = stored.to(value.dtype) == value
+    if stored.is_floating_point():
+        # A value that was rounded to zero may be one that is pruned.
+        kept |= (stored.to(read_as).to(value.dtype) == value) & (value != 0)
+    return torch.where(kept, stored.to(dtype), value.to(dtype))
+
+
+def _renaming(model: nn.Module, state: dict[str, Tensor]):
+    """A function: tensor name on disk -> (its name in the model, the conversion's pattern or None)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, str | None]:
+        found = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return (name, None) if found[0] not in state and name in state else found
+
+    return rename
