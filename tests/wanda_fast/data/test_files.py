@@ -173,7 +173,11 @@ def test_a_chat_without_a_template(tmp_path):
         read(tmp_path / "chat.jsonl", json.dumps({"messages": CHAT}), tokenizer=object())
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b\x08\x00", gzip.compress(LINES.encode())[:-9], b"plain"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8b\x08\x00", gzip.compress(LINES.encode())[:-9], b"plain"],
+    ids=["header", "truncated", "plain"],
+)
 def test_a_broken_archive(content, tmp_path):
     with pytest.raises(CalibrationError, match=r"rows\.jsonl\.gz cannot be read: \w+"):
         read(tmp_path / "rows.jsonl.gz", content)
