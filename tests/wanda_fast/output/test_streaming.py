@@ -194,7 +194,7 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with (
-        pytest.raises(errors.CheckpointError, match="cannot be loaded"),
+        pytest.raises(errors.CheckpointError, match="holds its weights as pickles only"),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(checkpoint, "locate", lambda path: (path, None))
@@ -204,7 +204,7 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda content: content[:-1000], "ends before its last tensor"),
+        (lambda content: content[:-1000], "is truncated: it has"),
         (lambda content: b"a web page, not a model", "is not a safetensors file: its header would be"),
         (
             lambda content: content[:9] + b"{" + content[10:],
@@ -228,7 +228,9 @@ def test_a_checkpoint_truncated_in_a_tensor_outside_the_blocks(folder_of, tmp_pa
     tensors = load_file(file)
     shards.begin_tensors(file, tensors | {"lm_head.weight": tensors.pop("lm_head.weight")})()  # now the last
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(errors.CheckpointError, match="model.safetensors ends before its last tensor"):
+    with pytest.raises(
+        errors.CheckpointError, match=r"model.safetensors is truncated: it has \d+ bytes, its header names"
+    ):
         wanda_fast.prune(str(file.parent), dataset="pydoc", save_model=tmp_path / "out", **QUICK)
     assert not any(tmp_path.iterdir())
 
