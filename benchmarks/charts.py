@@ -82,10 +82,7 @@ def draw_speed(groups: list[dict], file: Path) -> None:
 
 def draw_quality(data: dict, file: Path) -> None:
     """A line for each method, named at its end."""
-    plt = _pyplot()
-    from matplotlib.ticker import PercentFormatter
-
-    figure, panel = plt.subplots(figsize=(7, 4.4))
+    figure, panel = _pyplot().subplots(figsize=(7, 4.4))
     panel.set_title("Perplexity against unstructured sparsity (lower is better)\n", loc="left", weight="bold")
     panel.text(0, 1.03, data["about"], transform=panel.transAxes, size=9)
     last = max(points[-1][0] for points in data["lines"].values())
@@ -103,7 +100,7 @@ def draw_quality(data: dict, file: Path) -> None:
     panel.set_ylim(data["dense"] * 0.9, HIGHEST)
     panel.set_yticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1,000", "2,000"])
     panel.minorticks_off()
-    panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.xaxis.set_major_formatter("{x:.0%}")
     panel.set_xticks(sorted({ratio for points in data["lines"].values() for ratio, _ in points}))
     panel.grid(axis="y", color="#dadce0")
     panel.spines[:].set_visible(False)
