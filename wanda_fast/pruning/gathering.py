@@ -162,7 +162,7 @@ class BlockStatistics:
             self.complete = True
 
     def reads_output_of(self, name: str) -> bool:
-        """Whether a statistic reads what this linear of the block puts out."""
+        """Whether a statistic reads the output of this linear of the block."""
         module = self.block.module.get_submodule(name.removeprefix(f"{self.block.name}."))
         return any(module in group.reads for group in self._groups)
 

@@ -35,7 +35,7 @@ class Statistic:
 
 
 class OutputStatistic(Statistic):
-    """A statistic that also reads what modules put out, such as a gated MLP's gate.
+    """A statistic that also reads outputs of modules, such as that of a gated MLP's gate.
 
     Attributes:
         reads: these modules; they receive the same tensor as the linear.

@@ -26,7 +26,7 @@ class LargestInput(Statistic):
 
 
 class OutputNorm(OutputStatistic):
-    """acc[i, j] = (sum of y[t, i]^2) * (sum of x[t, j]^2), y what the linear itself puts out."""
+    """acc[i, j] = (sum of y[t, i]^2) * (sum of x[t, j]^2), where y is the linear's output."""
 
     operation = "output_norm"
 
