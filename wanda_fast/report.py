@@ -44,6 +44,7 @@ class LinearReport:
             measured.
         dampening: of the Hessian whose factor updated the weight.
         fallback: the method that pruned it because its statistic was zero.
+        tokens: calibration tokens that its expert saw; None: it is no expert's.
     """
 
     sparsity: float
@@ -58,6 +59,7 @@ class LinearReport:
     relative_error: float | None = None
     dampening: float | None = None
     fallback: str | None = None
+    tokens: int | None = None
 
 
 @dataclass

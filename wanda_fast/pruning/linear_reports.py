@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.methods import Method
@@ -60,7 +61,7 @@ def _report(
     statistics: BlockStatistics | None,
     energies: list[float] | None,
 ) -> LinearReport:
-    device, weights = linear.module.weight.device.type, linear.module.weight.numel()
+    device, weights = linear.weight.device.type, linear.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
     error, whole = energies or (None, None)
     return LinearReport(
@@ -77,6 +78,7 @@ def _report(
         relative_error=error / whole if whole else error,
         dampening=outcome.dampening,
         fallback=outcome.fallback,
+        tokens=statistics.tokens.get(linear.name) if statistics else None,
     )
 
 
@@ -89,7 +91,7 @@ def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> d
     """Hessian and update: the operations beside selection and its statistic, with their backends."""
     further = {}
     if outcome.energies is not None or outcome.dampening is not None:
-        on_host = linear.module.in_features in method.hessians.on_host
+        on_host = linear.in_features in method.hessians.on_host
         further[Hessian.operation] = "torch" if on_host else choose_backend(Hessian.operation, device)
     if outcome.dampening is not None:
         further["sparsegpt_"] = choose_backend("sparsegpt_", device)
