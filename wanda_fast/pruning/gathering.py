@@ -4,15 +4,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
 from wanda_fast.model.architecture import Block
-from wanda_fast.model.experts import ExpertLinear, Experts
+from wanda_fast.model.experts import ExpertLinear, Experts, Projection
 from wanda_fast.model.linears import Linear
-from wanda_fast.pruning.expert_statistics import ExpertOptions, ExpertStatistics
+from wanda_fast.pruning.expert_statistics import ExpertOptions, ExpertStatistics, ExpertSums
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.statistics import DenseInputs, OutputStatistic, SquaredNorm, Statistic
 from wanda_kernels.forward import saving_column_squares
@@ -156,9 +156,13 @@ class BlockStatistics:
         """The stages in the order of their calls in the latest forward."""
         return self._now.calls
 
-    @cached_property
+    def expert_sums(self) -> dict[Projection, dict[str, ExpertSums]]:
+        """The statistics of every projection of experts, by part."""
+        projections = [sums for each in self.experts for sums in (each.first, each.down)]
+        return {sums.projection: sums.by_part for sums in projections}
+
     def tokens(self) -> dict[str, int]:
-        """Calibration tokens of each expert's linear, once all are counted."""
+        """The calibration tokens that each linear of an expert has seen so far."""
         return {name: count for each in self.experts for name, count in each.tokens().items()}
 
     @contextmanager

@@ -24,6 +24,7 @@ class Outcome:
         dampening: of the Hessian that the weight was updated with; None: not updated.
         fallback: the method that pruned it in place of the one asked for.
         lap: the clock's marks before and after.
+        share: of that time, for one of several weights that were pruned at once.
         energies: ||(W - W') X||^2 and ||W X||^2, if measured.
     """
 
@@ -31,6 +32,7 @@ class Outcome:
     dampening: float | None = None
     fallback: str | None = None
     lap: tuple = ()
+    share: float = 1.0
     zeros: Tensor | None = None
     energies: tuple[Tensor, Tensor] | None = None
 
@@ -45,11 +47,12 @@ def linear_reports(
     measured = {name: outcome.energies for name, outcome in outcomes.items() if outcome.energies is not None}
     energies = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist() if measured else []
     errors = dict(zip(measured, energies, strict=True))
+    tokens = {} if statistics is None else statistics.tokens()
     return {
-        linear.name: _report(
-            linear, outcomes[linear.name], count, method, statistics, errors.get(linear.name)
+        name: _report(
+            linear, outcomes[name], count, method, statistics, errors.get(name), tokens.get(name)
         )
-        for linear, count in zip(block.linears, zeros, strict=True)
+        for (name, linear), count in zip(((x.name, x) for x in block.linears), zeros, strict=True)
     }
 
 
@@ -60,6 +63,7 @@ def _report(
     method: Method,
     statistics: BlockStatistics | None,
     energies: list[float] | None,
+    tokens: int | None,
 ) -> LinearReport:
     device, weights = linear.weight.device.type, linear.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
@@ -67,7 +71,7 @@ def _report(
     return LinearReport(
         sparsity=zeros / max(weights, 1),
         weights=weights,
-        seconds=seconds_between(*outcome.lap),
+        seconds=outcome.share * seconds_between(*outcome.lap),
         operation=outcome.operation,
         backend=_backend(outcome.operation, device),
         statistic=gathered and gathered.operation,
@@ -78,7 +82,7 @@ def _report(
         relative_error=error / whole if whole else error,
         dampening=outcome.dampening,
         fallback=outcome.fallback,
-        tokens=statistics.tokens.get(linear.name) if statistics else None,
+        tokens=tokens,
     )
 
 

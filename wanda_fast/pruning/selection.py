@@ -13,6 +13,7 @@ from wanda_fast.errors import NonFiniteError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.expert_statistics import ExpertOptions
+from wanda_fast.pruning.expert_selection import prune_stacks_
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.pruning.linear_reports import Outcome, linear_reports
@@ -61,8 +62,10 @@ def _prune_block(
     if method.hessians is not None:
         with phases("factor"):
             prepare(block, statistics.hessians, method.hessians)
-    outcomes: dict[str, Outcome] = {}
+    outcomes = prune_stacks_(block, method, selection.pattern, statistics, blind, selection.masks)
     for linear in block.linears:
+        if linear.name in outcomes:
+            continue
         phases.tell("selection", linear.name)
         hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
         by = Magnitude() if linear.name in blind else method
