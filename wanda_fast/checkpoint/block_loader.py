@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint.conversions import Conversion
-from wanda_fast.checkpoint.meta_model import MetaModel, parameter_name
+from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.own_dtypes import holds, pruned_original
 from wanda_fast.checkpoint.shards import TensorFiles, mapped_memory, pinned_memory
 from wanda_fast.memory import release_freed_memory
@@ -51,7 +51,7 @@ class StreamedModel:
         self.outside = [name for name in meta_model.names if name not in inside]
         self.copied = [name for name in meta_model.files.location if name not in inside]
         self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.conversion).items()}
-        weights = {parameter_name(linear) for block in blocks for linear in block.linears}
+        weights = {linear.parameter for block in blocks for linear in block.linears}
         self._prunable = {
             name for name, made in meta_model.conversion.items() if not weights.isdisjoint(made.targets)
         }

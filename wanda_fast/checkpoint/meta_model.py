@@ -22,7 +22,7 @@ from wanda_fast.checkpoint.own_dtypes import update_dtype
 from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError
-from wanda_fast.model.architecture import Linear, find_blocks, require_untied_blocks
+from wanda_fast.model.architecture import find_blocks, require_untied_blocks
 
 
 @dataclass
@@ -134,16 +134,11 @@ def _conversions(
 
 def _require_inverses(opened: MetaModel) -> None:
     """Raise `NotStreamableError` if a weight that may be pruned cannot be converted back."""
-    weights = {parameter_name(linear) for block in find_blocks(opened.model) for linear in block.linears}
+    weights = {linear.parameter for block in find_blocks(opened.model) for linear in block.linears}
     stored = opened.files.on_meta(opened.conversion)
     for conversion in opened.conversions:
         if not weights.isdisjoint(conversion.targets):
             conversion.require_inverse(stored)
-
-
-def parameter_name(linear: Linear) -> str:
-    """The full name of the model's parameter that holds a linear's weight."""
-    return f"{linear.name}.weight"
 
 
 def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
