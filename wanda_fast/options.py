@@ -196,15 +196,15 @@ class Options:
     )
     expert_shrinkage: float = option(
         0.0,
-        help="TAU: the statistics of an expert that saw few tokens, n, are drawn towards those of all tokens: "
-        "n parts of its own mean and TAU of theirs. 0: not at all.",
+        help="TAU: the statistics of an expert that saw few tokens, n, are drawn towards those of all: n "
+        "parts of its own mean and TAU of theirs. 0: not at all.",
         panel=WHAT,
         decides=BYTES,
     )
     expert_tokens: str = option(
         "routed",
-        help="Tokens in an expert's statistics: those routed to it, or all, which go through every expert for "
-        "the statistics alone.",
+        help="Tokens in an expert's statistics: those routed to it, or all, which go through every expert "
+        "for the statistics alone.",
         panel=WHAT,
         choices=("routed", "all"),
         decides=BYTES,

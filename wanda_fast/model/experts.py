@@ -28,7 +28,7 @@ ROUTED_ARGUMENTS = 2
 class Projection(nn.Module):
     """One projection of every expert, called with tokens sorted by expert: `projection(x, offsets)`.
 
-    It is to experts what an `nn.Linear` is to a dense block: hooks see the input and the output of all experts.
+    It is to experts what an `nn.Linear` is to a dense block. Hooks see input and output of all experts.
 
     Attributes:
         parts: names of the matrices that the parameter holds for each expert: gate_proj and up_proj, or one.
@@ -279,6 +279,6 @@ def _dim(module: nn.Module, name: str) -> int | None:
 
 
 def _multiplies_groups(x: Tensor, stack: Tensor) -> bool:
-    """Whether torch multiplies all segments at once: on a GPU, in bf16, with rows of multiples of 16 bytes."""
+    """Whether torch multiplies all segments at once: on a GPU, in bf16, with rows of 16, 32, ... bytes."""
     fits = x.is_cuda and x.dtype == stack.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
     return fits and all(size % 8 == 0 for size in stack.shape[1:])

@@ -16,9 +16,10 @@ class Coactivation(OutputStatistic):
     """
 
     operation = "add_coactivation_"
+    sums = "_products"
 
     def __init__(self, linear: Linear, activated: bool = True):
-        weight, self.mlp = linear.weight, linear.gated
+        weight, self.mlp, self.part = linear.weight, linear.gated, linear.part
         self.reads, self.norm_of = (self.mlp.gate,), self.mlp.gate
         both = linear.part == "both"
         rows = len(weight) // 2 if both else len(weight)
@@ -41,6 +42,10 @@ class Coactivation(OutputStatistic):
         gate = self._gate(outputs)
         wanda_kernels.add_coactivation_(self._products, gate, x, self.kernel_activation, sq_norm=acc)
 
+    def add_expert_outputs(self, sums: dict[str, Tensor], x: Tensor, output: Tensor, offsets: Tensor) -> None:
+        gate = self._gate([output])
+        wanda_kernels.add_coactivation_(sums["up"], gate, x, self.kernel_activation, offsets=offsets)
+
     def _gate(self, outputs: list[Tensor]) -> Tensor:
         """The gate's output; behind its activation, if the kernels do not have that."""
         gate, up = self.mlp.halves(outputs) if self.mlp.fused else (outputs[0], None)
@@ -61,6 +66,7 @@ class GatedCoactivation(OutputStatistic):
     """
 
     operation = "add_gated_coactivation_"
+    sums = "acc"
 
     def __init__(self, linear: Linear):
         self.part, self.mlp = linear.part, linear.gated
@@ -72,16 +78,23 @@ class GatedCoactivation(OutputStatistic):
     def add_outputs(
         self, x: Tensor, outputs: list[Tensor], others: list[OutputStatistic], sq_norm: SquaredNorm | None
     ) -> None:
-        gate, up = self.mlp.halves(outputs)
-        if self.kernel_activation is None:
-            gate, up = self.mlp.effects(gate, up)
         accs: dict[str, Tensor] = {}
         for statistic in (self, *others):
             accs |= statistic._halves()
+        self._add(accs, x, outputs)
+
+    def add_expert_outputs(self, sums: dict[str, Tensor], x: Tensor, output: Tensor, offsets: Tensor) -> None:
+        self._add(dict(sums), x, [output], offsets=offsets)
+
+    def _add(self, accs: dict[str, Tensor], x: Tensor, outputs: list[Tensor], **segments: Tensor) -> None:
+        gate, up = self.mlp.halves(outputs)
+        if self.kernel_activation is None:
+            gate, up = self.mlp.effects(gate, up)
         # The operation adds to both. A projection that is not pruned gets a sum that is thrown away.
         for missing in {"gate", "up"} - set(accs):
-            accs[missing] = torch.zeros_like(self.acc)
-        wanda_kernels.add_gated_coactivation_(accs["gate"], accs["up"], gate, up, x, self.kernel_activation)
+            accs[missing] = torch.zeros_like(next(iter(accs.values())))
+        accs = accs["gate"], accs["up"]
+        wanda_kernels.add_gated_coactivation_(*accs, gate, up, x, self.kernel_activation, **segments)
 
     def kept(self, module: nn.Module, output: Tensor) -> Tensor:
         in_place = getattr(self.mlp.activation, "inplace", False)

@@ -15,9 +15,8 @@ from wanda_fast.model.experts import ExpertLinear, Experts, Projection, segments
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.statistics import OutputStatistic, Statistic
+from wanda_fast.report import STARVED_TOKENS
 
-# An expert is starved if it saw fewer tokens.
-STARVED_TOKENS = 256
 # Evenly spaced tokens that stand for all; the sample has between this many and twice as many.
 SAMPLE_TOKENS = 1024
 
@@ -43,7 +42,13 @@ Make = Callable[[Linear], Statistic | None]
 
 
 class ExpertSums:
-    """One statistic or Hessian of each expert: in one tensor, if the class says which attribute holds sums."""
+    """One statistic or Hessian of each expert.
+
+    Attributes:
+        own: by the expert's index.
+        joint: the sums of all experts, `[experts, ...]`, of which each one's are a part; None: the class does
+            not say which attribute holds sums.
+    """
 
     def __init__(self, linears: list[ExpertLinear], make: Callable[[Linear], Statistic | Hessian | None]):
         self.own: dict[int, Statistic | Hessian] = {}
@@ -71,6 +76,10 @@ class ExpertSums:
 
     def add_outputs(self, x: Tensor, output: Tensor, offsets: Tensor, others: "list[ExpertSums]") -> None:
         """Add to this sum and to others of its class, which read the same output."""
+        if self.joint is not None:
+            joint = {sums.first.part: sums.joint for sums in (self, *others)}
+            self.first.add_expert_outputs(joint, x, output, offsets)
+            return
         for expert, begin, end in segments(offsets):
             own = [sums.own[expert] for sums in (self, *others) if expert in sums.own]
             if own:
@@ -87,7 +96,7 @@ class ProjectionSums:
     """The statistics and Hessians of one projection's matrices.
 
     Attributes:
-        by_part: the statistics, by gate_proj, up_proj or down_proj; parts that read the input alone share one.
+        by_part: the statistics, by gate_proj, up_proj or down_proj; parts that read the input alone share.
         hessians: of the input; None: not gathered.
     """
 
@@ -127,10 +136,9 @@ class ProjectionSums:
             first.add_outputs(x, output, offsets, others)
 
     def shrink_(self, other: "ProjectionSums", factor: float) -> None:
-        for part in dict.fromkeys(self.by_part.values()):
-            part.shrink_(
-                next(other.by_part[name] for name, sums in self.by_part.items() if sums is part), factor
-            )
+        pairs = {sums: other.by_part[part] for part, sums in self.by_part.items()}
+        for sums, added in pairs.items():
+            sums.shrink_(added, factor)
         if self.hessians is not None:
             self.hessians.shrink_(other.hessians, factor)
 

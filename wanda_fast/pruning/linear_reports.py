@@ -49,9 +49,7 @@ def linear_reports(
     errors = dict(zip(measured, energies, strict=True))
     tokens = {} if statistics is None else statistics.tokens()
     return {
-        name: _report(
-            linear, outcomes[name], count, method, statistics, errors.get(name), tokens.get(name)
-        )
+        name: _report(linear, outcomes[name], count, method, statistics, errors.get(name), tokens.get(name))
         for (name, linear), count in zip(((x.name, x) for x in block.linears), zeros, strict=True)
     }
 

@@ -12,8 +12,8 @@ import wanda_kernels
 from wanda_fast.errors import NonFiniteError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
-from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.expert_selection import prune_stacks_
+from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.pruning.linear_reports import Outcome, linear_reports

@@ -23,8 +23,8 @@ class Statistic:
         acc: fp32 `[in]` or `[out, in]`, on the weight's device: what `Method.score` receives.
         operation: the name under which the report lists it.
         reads_column_squares: `add` uses column sums of squares that a forward's kernel may have saved.
-        sums: the attribute that holds the sums, if those of all experts may be parts of one tensor: `add_experts`
-            adds to it, and few tokens are made up for by others. None: each expert has its own.
+        sums: the attribute that holds the sums, if those of all experts may be parts of one tensor, to which
+            `add_experts` adds. None: each expert has its own.
     """
 
     operation = "statistic"
@@ -65,6 +65,14 @@ class OutputStatistic(Statistic):
             outputs: of the modules in `reads`, in that order.
             others: statistics of the same class that read the same modules; they are added here as well.
             sq_norm: the statistic of `norm_of`, if it has yet to be added.
+        """
+        raise NotImplementedError
+
+    def add_expert_outputs(self, sums: dict[str, Tensor], x: Tensor, output: Tensor, offsets: Tensor) -> None:
+        """Add one batch of a projection's inputs and outputs to the sums of all experts, as `add_experts`.
+
+        Args:
+            sums: `[experts, out, in]` of the projection's parts that have this statistic, by `Linear.part`.
         """
         raise NotImplementedError
 
