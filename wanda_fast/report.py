@@ -135,8 +135,8 @@ class Report:
         return {name: sum(found) / len(found) for name, found in errors.items()}
 
     def expert_tokens(self) -> dict[str, dict[str, float]]:
-        """For each module of experts, by its name: how many experts it has, the smallest and the median number
-        of calibration tokens that they saw, and how many saw fewer than STARVED_TOKENS.
+        """For each module of experts, by its name: how many experts it has, the smallest and the median
+        number of calibration tokens that they saw, and how many saw fewer than STARVED_TOKENS.
         """
         counts: dict[str, list[int]] = {}
         for name, tokens in _tokens_by_expert(self.linears).items():

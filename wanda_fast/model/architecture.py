@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
@@ -44,6 +44,16 @@ class Block:
     def dense(self) -> list[Linear]:
         """The linears that are no expert's."""
         return [linear for linear in self.linears if not isinstance(linear, ExpertLinear)]
+
+    def in_passes(self, count: int) -> list["Block"]:
+        """The block in `count` parts of its experts, the last of which has its other linears too."""
+        most = max((each.count for each in self.experts), default=1)
+        count = min(count, most)
+        parts: list[list[Linear]] = [[] for _ in range(count)]
+        for linear in self.linears:
+            last = not isinstance(linear, ExpertLinear)
+            parts[-1 if last else linear.index * count // most].append(linear)
+        return [replace(self, linears=part) for part in parts]
 
     @cached_property
     def stages(self) -> list[Stage]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wanda_fast.hidden_states import Activations
+from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.experts import sorted_by_expert
@@ -141,14 +142,31 @@ class SequentialBlock:
     def dense_pass(self, turn: Turn) -> BlockStatistics | None:
         if turn.inputs is None:
             return None
-        with turn.phases("dense pass"):
-            statistics = self.selection.statistics(turn.block, self.clock)
-            dense_pass(turn.block, statistics, turn.inputs, turn.index, self.last_stage)
-        return statistics
+        *parts, last = self._parts(turn.block)
+        for part in parts:
+            # No linear of the block reads what an expert gives, so the later passes are dense ones too.
+            turn.reports |= self._prune_part(turn, part, self._statistics(turn, part))
+        return self._statistics(turn, last)
 
     def prune(self, turn: Turn, statistics: BlockStatistics | None) -> dict[str, LinearReport]:
+        found = turn.reports | self._prune_part(turn, self._parts(turn.block)[-1], statistics)
+        return {linear.name: found[linear.name] for linear in turn.block.linears}
+
+    def _parts(self, block: Block) -> list[Block]:
+        use = self.selection.method.hessians
+        return block.in_passes(1 if use is None else use.passes)
+
+    def _statistics(self, turn: Turn, part: Block) -> BlockStatistics:
+        with turn.phases("dense pass"):
+            statistics = self.selection.statistics(part, self.clock)
+            dense_pass(part, statistics, turn.inputs, turn.index, self.last_stage)
+        return statistics
+
+    def _prune_part(
+        self, turn: Turn, part: Block, statistics: BlockStatistics | None
+    ) -> dict[str, LinearReport]:
         with self.clock.phase("selection"):
-            return prune_block(turn.block, self.selection, statistics, turn.phases)
+            return prune_block(part, self.selection, statistics, turn.phases)
 
     def pruned_pass(self, turn: Turn) -> None:
         pruned_pass(turn)

@@ -32,6 +32,7 @@ class HessianUse:
         on_host: linears of these in_features have their Hessians kept and factored in host memory.
         rounded: by weight name, the dtype to which updated weights are rounded, since the output has it. A
             weight that is absent keeps what the update gave.
+        passes: over a block's inputs: each gathers the Hessians of a part of the experts.
     """
 
     update: bool
@@ -39,6 +40,7 @@ class HessianUse:
     dampening: float = 0.01
     on_host: frozenset[int] = frozenset()
     rounded: dict[str, torch.dtype] = field(default_factory=dict)
+    passes: int = 1
 
     def __post_init__(self):
         if not (self.dampening > 0 and math.isfinite(self.dampening)):

@@ -9,6 +9,8 @@ import torch
 from wanda_fast.errors import OutOfMemoryError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
+from wanda_fast.model.experts import ExpertLinear
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.hessian import HessianUse
 from wanda_kernels import host_hessian_bytes
 
@@ -36,10 +38,12 @@ def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
 
 
 def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
-    """Peak bytes on the device, of the largest block. Each linear counts with a Hessian of its own."""
+    """Peak bytes on the device, of the largest block. Each linear counts with a Hessian of its own, an
+    expert's gate and up with one."""
     if use is None:
         return 0
-    return max(peak_bytes(_widths(block, use, on_host=False), use) for block in blocks)
+    parts = (part for block in blocks for part in block.in_passes(use.passes))
+    return max(peak_bytes(_widths(part, use, on_host=False), use) for part in parts)
 
 
 def visiting_bytes(use: HessianUse | None) -> int:
@@ -48,8 +52,12 @@ def visiting_bytes(use: HessianUse | None) -> int:
 
 
 def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
-    widths = (linear.in_features for linear in block.linears)
-    return [width for width in widths if (width in use.on_host) is on_host]
+    by_input = {_input_of(linear): linear.in_features for linear in block.linears}
+    return [width for width in by_input.values() if (width in use.on_host) is on_host]
+
+
+def _input_of(linear: Linear) -> object:
+    return (linear.module, linear.index) if isinstance(linear, ExpertLinear) else linear
 
 
 def place_hessians(
@@ -59,7 +67,7 @@ def place_hessians(
     use: HessianUse,
     before: list[int] | None = None,
 ) -> None:
-    """Set `use.on_host`, and refuse a Hessian that does not fit into free memory.
+    """Set `use.on_host` and `use.passes`, and refuse a Hessian that does not fit into free memory.
 
     Args:
         where: "device", "host", or "auto": the widest linears' Hessians move to the host until those of any
@@ -70,6 +78,7 @@ def place_hessians(
     if device.type != "cpu":
         again = where == "auto" and before is not None
         use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
+    use.passes = _passes(blocks, free_memory(device), use)
     for place, on_host in ((device, False), (torch.device("cpu"), True)):
         widths = (_widths(block, use, on_host) for block in blocks)
         _require_fit(max(widths, key=lambda widths: peak_bytes(widths, use)), place, use)
@@ -84,6 +93,17 @@ def _too_wide(blocks: list[Block], free: int, where: str, use: HessianUse) -> fr
         if where == "host" or block_bytes(blocks, left) > SHARE_OF_DEVICE * free:
             left.on_host |= {width}
     return left.on_host
+
+
+def _passes(blocks: list[Block], free: int, use: HessianUse) -> int:
+    """Passes over a block's inputs: the fewest, a power of two, with room for the Hessians of each."""
+    experts = max((each.count for block in blocks for each in block.experts), default=1)
+    needed = replace(use)
+    while needed.passes < experts and block_bytes(blocks, needed) > SHARE_OF_DEVICE * free:
+        needed.passes *= 2
+    if needed.passes > 1:
+        logger.info("Hessians of the experts are gathered in %d passes over a block's inputs", needed.passes)
+    return needed.passes
 
 
 def _require_fit(widths: list[int], place: torch.device, use: HessianUse) -> None:

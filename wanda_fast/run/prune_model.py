@@ -137,6 +137,8 @@ def _choose_resources(
     )
     job.batch_size, job.activations = resources.batch_size, resources.activations
     job.report.resources, job.report.predicted_memory = resources.chosen, resources.predicted
+    if job.method.hessians is not None:
+        job.report.resources["passes"] = job.method.hessians.passes
 
 
 def _chosen_before(options: Options, name: str) -> object:
