@@ -23,6 +23,8 @@ struct Context {
 // CPU and GPU.
 
 void add_sq_norm(const Context&, const Matrix& x, float* acc);
+// acc has a row for each segment.
+void add_sq_norm_segments(const Context&, const Matrix& x, const Segments&, const Matrix& acc);
 void prune_rows(const Context&, const Selection&, int64_t num_pruned);
 void prune_matrix(const Context&, const Selection&, int64_t rank);
 void prune_variant(const Context&, const Selection&, double ratio, double* alpha);  // alpha is an output
@@ -30,6 +32,7 @@ void prune_variant(const Context&, const Selection&, double ratio, double* alpha
 // GPU only: bytes of scratch that an operation needs for these operands.
 
 size_t sq_norm_scratch_bytes(const Matrix& x);
+size_t sq_norm_segments_scratch_bytes(const Matrix& x, const Segments&);
 size_t matrix_scratch_bytes();
 size_t variant_scratch_bytes(const Matrix& weight);
 

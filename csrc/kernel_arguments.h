@@ -19,6 +19,12 @@ struct Matrix {
   int64_t n_rows, n_cols, stride;
 };
 
+// Tokens sorted by expert: rows offsets[e] to offsets[e + 1] - 1 of a matrix are those of expert e.
+struct Segments {
+  const int64_t* offsets;  // [n + 1]; ascending within the matrix's rows, which on a GPU only the kernels can check
+  int64_t n;
+};
+
 // The operands of a selection. At most one of `root`, `scale` and `divisor` is given; without any, scores are
 // magnitudes.
 struct Selection {

@@ -53,6 +53,19 @@ inline wanda::Matrix matrix_of(const Tensor& tensor, const char* name) {
   return {data_of(tensor, name), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
+inline wanda::Segments segments_of(const Tensor& offsets, [[maybe_unused]] const wanda::Matrix& x) {
+  const bool fits = offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.is_contiguous();
+  require(fits && offsets.numel() > 0, "offsets must be contiguous int64 with an element more than segments");
+  const auto* values = static_cast<const int64_t*>(data_of(offsets, "offsets"));
+  const int64_t n = offsets.numel() - 1;
+#ifndef WANDA_CUDA
+  bool ascend = values[0] >= 0 && values[n] <= x.n_rows;
+  for (int64_t i = 0; i < n; ++i) ascend = ascend && values[i] <= values[i + 1];
+  require(ascend, "offsets must ascend from 0 to at most ", x.n_rows);
+#endif
+  return {values, n};
+}
+
 inline const float* vector_of(const OptionalTensor& vector, const wanda::Matrix& weight, const char* name) {
   if (!vector) return nullptr;
   require_floats(*vector, name);

@@ -20,6 +20,19 @@ void native_add_sq_norm_(Tensor acc, Tensor x) {
   wanda::add_sq_norm(call.context(), matrix, sums);
 }
 
+void native_add_sq_norm_segments_(Tensor acc, Tensor x, Tensor offsets) {
+  require_floats(acc, "acc");
+  const wanda::Matrix matrix = matrix_of(x, "x"), sums = matrix_of(acc, "acc");
+  const wanda::Segments segments = segments_of(offsets, matrix);
+  require(sums.n_rows == segments.n && sums.n_cols == matrix.n_cols, "acc must be [segments, x's columns]");
+#ifdef WANDA_CUDA
+  const CallContext call(acc, wanda::sq_norm_segments_scratch_bytes(matrix, segments));
+#else
+  const CallContext call(acc);
+#endif
+  wanda::add_sq_norm_segments(call.context(), matrix, segments, sums);
+}
+
 void native_prune_rows_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t num_pruned,
                         OptionalTensor mask) {
   const wanda::Selection selection = selection_of(weight, root, scale, mask);
@@ -52,6 +65,7 @@ void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor sc
 
 void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_add_sq_norm_", TORCH_BOX(&native_add_sq_norm_));
+  library.impl("native_add_sq_norm_segments_", TORCH_BOX(&native_add_sq_norm_segments_));
   library.impl("native_prune_rows_", TORCH_BOX(&native_prune_rows_));
   library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
   library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));

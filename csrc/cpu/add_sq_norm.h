@@ -26,19 +26,30 @@ void add_squares(const T* x, int64_t stride, int64_t n_cols, float* sums) {
   }
 }
 
+// sums[i] = the sum of squares of `n_rows` rows.
+template <typename T>
+void sum_slab(const T* x, int64_t n_rows, int64_t stride, int64_t n_cols, float* sums) {
+  for (int64_t col = 0; col < n_cols; ++col) sums[col] = 0;
+  int64_t row = 0;
+  for (; row + kRowsAtOnce <= n_rows; row += kRowsAtOnce) {
+    add_squares<kRowsAtOnce>(x + row * stride, stride, n_cols, sums);
+  }
+  for (; row < n_rows; ++row) add_squares<1>(x + row * stride, stride, n_cols, sums);
+}
+
 template <typename T>
 void add_sq_norm_of(const T* x, int64_t n_rows, int64_t stride, int64_t n_cols, float* acc, void* memory) {
   double* total = static_cast<double*>(memory);
   float* slab = reinterpret_cast<float*>(total + n_cols);
+  if (n_rows <= wanda::cpu::kSlabTokens) {
+    sum_slab(x, n_rows, stride, n_cols, slab);
+    for (int64_t col = 0; col < n_cols; ++col) acc[col] = static_cast<float>(acc[col] + static_cast<double>(slab[col]));
+    return;
+  }
   for (int64_t col = 0; col < n_cols; ++col) total[col] = 0;
   for (int64_t first = 0; first < n_rows; first += wanda::cpu::kSlabTokens) {
     const int64_t last = smaller(n_rows, first + wanda::cpu::kSlabTokens);
-    for (int64_t col = 0; col < n_cols; ++col) slab[col] = 0;
-    int64_t row = first;
-    for (; row + kRowsAtOnce <= last; row += kRowsAtOnce) {
-      add_squares<kRowsAtOnce>(x + row * stride, stride, n_cols, slab);
-    }
-    for (; row < last; ++row) add_squares<1>(x + row * stride, stride, n_cols, slab);
+    sum_slab(x + first * stride, last - first, stride, n_cols, slab);
     for (int64_t col = 0; col < n_cols; ++col) total[col] += slab[col];
   }
   for (int64_t col = 0; col < n_cols; ++col) acc[col] = static_cast<float>(acc[col] + total[col]);

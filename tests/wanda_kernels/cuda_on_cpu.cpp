@@ -54,4 +54,12 @@ void add_sq_norm(const Operands* o, float* acc) {
   std::vector<char> memory;
   wanda::add_sq_norm(with_scratch(memory, wanda::sq_norm_scratch_bytes(matrix_of(*o))), matrix_of(*o), acc);
 }
+
+void add_sq_norm_segments(const Operands* o, const int64_t* offsets, int64_t n, float* acc, int64_t stride) {
+  const wanda::Matrix x = matrix_of(*o), sums = {acc, wanda::DType::kFloat, n, x.n_cols, stride};
+  const wanda::Segments segments = {offsets, n};
+  std::vector<char> memory;
+  wanda::add_sq_norm_segments(with_scratch(memory, wanda::sq_norm_segments_scratch_bytes(x, segments)), x, segments,
+                              sums);
+}
 }

@@ -24,6 +24,8 @@ KERNELS = (
     "prune_at_most_kernel",
     "sum_slab_kernel",
     "add_slabs_kernel",
+    "sum_segments_kernel",
+    "add_segments_kernel",
 )
 MOST_STATIC_BYTES = 9 << 10  # shared memory; kMostStaticBytes in device.cuh and cuda_on_cpu.h
 MOST_REGISTERS = 65_536  # registers of a multiprocessor

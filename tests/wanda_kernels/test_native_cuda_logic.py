@@ -219,3 +219,21 @@ def test_sq_norm(blocks, shape, dtype):
     given, _ = operands(x)
     blocks.add_sq_norm(ctypes.byref(given), ctypes.c_void_p(acc.data_ptr()))
     torch.testing.assert_close(acc.double(), expected, rtol=1e-5, atol=0)
+
+
+# none, one, more tokens than a slab; rows of no expert; offsets out of range, which nothing has checked
+@pytest.mark.parametrize("offsets", [(0, 0, 1, 90, 91, 700), (3, 40, 40, 650), (0, 700), (-5, 20, 900)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sq_norm_of_segments(blocks, offsets, dtype):
+    x, sums = torch.randn(700, 264).to(dtype), torch.rand(len(offsets) - 1, 300)
+    expected, bounds = sums.double(), [min(max(each, 0), 700) for each in offsets]
+    x[: bounds[0]] = x[bounds[-1] :] = torch.nan
+    for acc, first, end in zip(expected, bounds, bounds[1:], strict=False):
+        acc[:264] += x[first:end].double().square().sum(0)
+    given, _ = operands(x)
+    experts, pointer = torch.tensor(offsets), ctypes.c_void_p
+    blocks.add_sq_norm_segments(
+        ctypes.byref(given), pointer(experts.data_ptr()), ctypes.c_int64(len(sums)), pointer(sums.data_ptr()),
+        ctypes.c_int64(300),
+    )  # fmt: skip
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=0)

@@ -27,7 +27,7 @@ def test_operations_run_in_full_precision(lower_precision, monkeypatch):
     monkeypatch.setitem(backends.TABLE, "add_hessian_", dict.fromkeys(backends.BACKENDS, spy))
     before = lower_precision()
     wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4))
-    torch.ops.wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4), "auto")
+    torch.ops.wanda_kernels.add_hessian_(torch.zeros(4, 4), torch.ones(3, 4), None, "auto")
     assert inside == ["highest"] * 2 and lower_precision() == before
 
 

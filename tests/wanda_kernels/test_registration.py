@@ -15,10 +15,10 @@ def arguments(operation: str, backend: str) -> tuple:
     x, gate = torch.rand(5, 16), torch.rand(5, 3)
     factor = torch.rand(16, 16).triu() + torch.eye(16), scale < 0.1
     return {
-        "add_sq_norm_": (scale, x, backend),
-        "add_coactivation_": (weight, gate, x, "silu", 1, scale, backend),
-        "add_hessian_": (torch.zeros(16, 16), x, backend),
-        "add_gated_coactivation_": (weight, weight.clone(), gate, gate + 1, x, "silu", scale, backend),
+        "add_sq_norm_": (scale, x, None, backend),
+        "add_coactivation_": (weight, gate, x, "silu", 1, scale, None, backend),
+        "add_hessian_": (torch.zeros(16, 16), x, None, backend),
+        "add_gated_coactivation_": (weight, weight.clone(), gate, gate + 1, x, "silu", scale, None, backend),
         "prune_rows_": (weight, scale, 7, mask, backend),
         "prune_nm_": (weight, scale, 2, 4, mask, backend),
         "prune_matrix_": (weight, None, 20, None, backend),

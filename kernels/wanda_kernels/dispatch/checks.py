@@ -52,10 +52,46 @@ def require_same_device(name: str, tensor: Tensor | None, first: Tensor) -> None
         raise ValueError(f"{name} is on {tensor.device}, the first operand on {first.device}")
 
 
-def require_accumulator(acc: Tensor, shape: tuple[int, ...], name: str = "acc") -> None:
-    if acc.dtype != torch.float32 or tuple(acc.shape) != shape or not acc.is_contiguous():
+def require_sums(acc: Tensor, shape: tuple[int, ...], offsets: Tensor | None, name: str = "acc") -> None:
+    """acc is fp32 of that shape, or with offsets a stack of such sums, an expert each."""
+    if offsets is not None:
+        _require_stack(acc, (len(offsets) - 1, *shape), name)
+    elif acc.dtype != torch.float32 or tuple(acc.shape) != shape or not acc.is_contiguous():
         got = f"{acc.dtype} {list(acc.shape)}"
         raise ValueError(f"{name} must be contiguous float32 {list(shape)}, got {got}")
+
+
+def _require_stack(acc: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if acc.dtype != torch.float32 or tuple(acc.shape) != shape:
+        got = f"{acc.dtype} {list(acc.shape)}"
+        raise ValueError(f"{name} must be float32 {list(shape)} for {shape[0]} experts, got {got}")
+    if acc.numel() and (not acc[0].is_contiguous() or shape[0] > 1 and acc.stride(0) < acc[0].numel()):
+        got = f"got strides {list(acc.stride())}"
+        raise ValueError(f"each expert's part of {name} must be contiguous and its own, {got}")
+
+
+def require_offsets(offsets: Tensor | None, x: Tensor, first: Tensor) -> None:
+    """Rows offsets[e] to offsets[e + 1] of x are expert e's. The host does not wait for values on a GPU."""
+    if offsets is None:
+        return
+    integers = offsets.dtype in (torch.int32, torch.int64)
+    if not integers or offsets.dim() != 1 or not len(offsets) or not offsets.is_contiguous():
+        got = f"{offsets.dtype} {list(offsets.shape)}"
+        raise ValueError(f"offsets must be contiguous int32 or int64 [experts + 1], got {got}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [tokens, features] beside offsets, got shape {list(x.shape)}")
+    require_same_device("offsets", offsets, first)
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _require_ascending(offsets.tolist(), len(x))
+
+
+def _require_ascending(offsets: list[int], n_tokens: int) -> None:
+    least = 0
+    for i, offset in enumerate(offsets):
+        if not least <= offset <= n_tokens:
+            allowed = f"from {least} to {n_tokens}, the number of tokens"
+            raise ValueError(f"offsets must ascend: element {i} must be {allowed}, got {offset}")
+        least = offset
 
 
 def require_activations(x: Tensor, name: str = "x") -> None:

@@ -16,12 +16,12 @@ from wanda_kernels.dispatch.backends import run
 
 SELECTION = "Tensor(a!) weight, Tensor? scale, {rule}, Tensor(b!)? mask, str backend"
 SCHEMAS = {
-    "add_sq_norm_": "(Tensor(a!) acc, Tensor x, str backend) -> ()",
+    "add_sq_norm_": "(Tensor(a!) acc, Tensor x, Tensor? offsets, str backend) -> ()",
     "add_coactivation_": "(Tensor(a!) acc, Tensor gate, Tensor x, str? activation, int power,"
-    " Tensor(b!)? sq_norm, str backend) -> ()",
-    "add_hessian_": "(Tensor(a!) acc, Tensor x, str backend) -> ()",
+    " Tensor(b!)? sq_norm, Tensor? offsets, str backend) -> ()",
+    "add_hessian_": "(Tensor(a!) acc, Tensor x, Tensor? offsets, str backend) -> ()",
     "add_gated_coactivation_": "(Tensor(a!) acc_gate, Tensor(b!) acc_up, Tensor gate, Tensor up, Tensor x,"
-    " str? activation, Tensor(c!)? sq_norm, str backend) -> ()",
+    " str? activation, Tensor(c!)? sq_norm, Tensor? offsets, str backend) -> ()",
     "prune_rows_": f"({SELECTION.format(rule='int num_pruned')}) -> ()",
     "prune_nm_": f"({SELECTION.format(rule='int n, int m')}) -> ()",
     "prune_matrix_": f"({SELECTION.format(rule='int rank')}) -> ()",

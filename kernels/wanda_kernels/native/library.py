@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
 
 # `root` is the square root of a [in] statistic, `scale` a [out, in] statistic. Both libraries register the
-# first four operations; the CPU library registers all.
+# first five operations; the CPU library registers all.
 _SELECTION = "Tensor(a!) weight, Tensor? root, Tensor? scale"
 SCHEMAS = (
     "native_add_sq_norm_(Tensor(a!) acc, Tensor x) -> ()",
+    "native_add_sq_norm_segments_(Tensor(a!) acc, Tensor x, Tensor offsets) -> ()",
     f"native_prune_rows_({_SELECTION}, int num_pruned, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!) alpha, Tensor(c!)? mask) -> ()",

@@ -11,34 +11,46 @@ from torch import Tensor
 
 from wanda_kernels.native.library import native_op, products, squares, why_not
 from wanda_kernels.native.reused_memory import empty
+from wanda_kernels.native.segments import blocks
 from wanda_kernels.sparsegpt import prune_in_blocks_
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights and activations
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # enum Activation in csrc
-BLOCK_TOKENS = 1024  # tokens whose fp32 copies exist at once: 1024 x 11008 is 45 MB
 # Rows of the Hessian in one matmul: enough to be fast, few enough to compute little below the diagonal.
 HESSIAN_ROWS = 256
 
 Product = Callable[[Tensor, Tensor, Tensor], None]
+Square = Callable[[Tensor, Tensor], None]
 
 
-def add_sq_norm_(acc: Tensor, x: Tensor) -> None:
-    native_op("native_add_sq_norm_")(acc, as_rows(x))
+def add_sq_norm_(acc: Tensor, x: Tensor, offsets: Tensor | None = None) -> None:
+    if offsets is None:
+        native_op("native_add_sq_norm_")(acc, as_rows(x))
+    else:
+        native_op("native_add_sq_norm_segments_")(acc, as_rows(x), offsets.long())
 
 
 def add_coactivation_(
-    acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None
+    acc: Tensor,
+    gate: Tensor,
+    x: Tensor,
+    activation: str | None,
+    power: int,
+    sq_norm: Tensor | None,
+    offsets: Tensor | None = None,
 ) -> None:
     """For each block of tokens, write abs(act(gate))^power and abs(x)^power in fp32, then add their product.
 
     If the CPU multiplies bf16 pairs, a bf16 model's operands are rounded to bf16. Sums stay fp32.
     """
     add_product_ = _product_for(x.dtype)
-    gate, x = as_rows(gate), as_rows(x)
+    gate, x, accs = as_rows(gate), as_rows(x), _stack(acc, offsets)
     if sq_norm is not None:
-        native_op("native_add_sq_norm_")(sq_norm, x)
-    for gate_block, x_block in zip(gate.split(BLOCK_TOKENS), x.split(BLOCK_TOKENS), strict=True):
-        add_product_(acc, _activated(gate_block, activation, power), _activated(x_block, None, power))
+        add_sq_norm_(sq_norm, x, offsets)
+    for rows, segments in blocks(len(x), offsets):
+        of_gate, of_x = _activated(gate[rows], activation, power), _activated(x[rows], None, power)
+        for expert, tokens in segments:
+            add_product_(accs[expert], of_gate[tokens], of_x[tokens])
 
 
 def add_gated_coactivation_(
@@ -49,37 +61,57 @@ def add_gated_coactivation_(
     x: Tensor,
     activation: str | None,
     sq_norm: Tensor | None,
+    offsets: Tensor | None = None,
 ) -> None:
     """As `add_coactivation_`. One pass over gate and up writes the operands of both products."""
     add_product_ = _product_for(x.dtype)
     gate, up, x = as_rows(gate), as_rows(up), as_rows(x)
+    accs = _stack(acc_gate, offsets), _stack(acc_up, offsets)
     if sq_norm is not None:
-        native_op("native_add_sq_norm_")(sq_norm, x)
-    n_out = gate.shape[1]
-    for blocks in zip(*(each.split(BLOCK_TOKENS) for each in (gate, up, x)), strict=True):
-        operands = empty(len(blocks[0]), 2 * n_out, dtype=torch.float32, device=x.device)
-        native_op("native_activate_gated_")(operands, *blocks[:2], ACTIVATION_CODES[activation])
-        x_squared = _activated(blocks[2], None, 2)
-        add_product_(acc_gate, operands[:, :n_out], x_squared)
-        add_product_(acc_up, operands[:, n_out:], x_squared)
+        add_sq_norm_(sq_norm, x, offsets)
+    for rows, segments in blocks(len(x), offsets):
+        operands = empty(rows.stop - rows.start, 2 * gate.shape[1], dtype=torch.float32, device=x.device)
+        native_op("native_activate_gated_")(operands, gate[rows], up[rows], ACTIVATION_CODES[activation])
+        x_squared = _activated(x[rows], None, 2)
+        for expert, tokens in segments:
+            for acc, effects in zip(accs, operands[tokens].chunk(2, dim=1), strict=True):
+                add_product_(acc[expert], effects, x_squared[tokens])
 
 
-def add_hessian_(acc: Tensor, x: Tensor) -> None:
+def add_hessian_(acc: Tensor, x: Tensor, offsets: Tensor | None = None) -> None:
     """Sum the diagonal and the upper triangle, then copy the upper triangle to the lower one.
 
     The library's product computes the sum where it is faster; otherwise torch's fp32 matmul does, in bands of
     rows. The bands are mirrored too, since a matmul's rounding need not be symmetric.
     """
-    in_bf16 = _in_bf16(x.dtype, squares())
-    bands = [slice(i, min(i + HESSIAN_ROWS, len(acc))) for i in range(0, len(acc), HESSIAN_ROWS)]
-    for tokens in as_rows(x).split(BLOCK_TOKENS):
-        tokens = tokens.float()
-        if in_bf16 is not None:
-            native_op("native_add_square_")(acc, tokens, in_bf16)
-            continue
-        for band in bands:
-            acc[band, band.start :].addmm_(tokens[:, band].t(), tokens[:, band.start :])
-    native_op("native_mirror_")(acc)
+    add_square_, x, accs = _square_for(x.dtype), as_rows(x), _stack(acc, offsets)
+    with_tokens = set()
+    for rows, segments in blocks(len(x), offsets):
+        block = x[rows].float()
+        for expert, tokens in segments:
+            add_square_(accs[expert], block[tokens])
+        with_tokens.update(expert for expert, _ in segments)
+    for expert in with_tokens:
+        native_op("native_mirror_")(accs[expert])
+
+
+def _stack(acc: Tensor, offsets: Tensor | None) -> Tensor:
+    """The sums of every expert; without offsets, those of the only one."""
+    return acc.unsqueeze(0) if offsets is None else acc
+
+
+def _square_for(dtype: torch.dtype) -> Square:
+    """The function that adds the upper triangle of x^T x, x fp32, to acc for a model of that dtype."""
+    in_bf16 = _in_bf16(dtype, squares())
+    if in_bf16 is None:
+        return _add_bands_
+    return lambda acc, x: native_op("native_add_square_")(acc, x, in_bf16)
+
+
+def _add_bands_(acc: Tensor, x: Tensor) -> None:
+    for first in range(0, len(acc), HESSIAN_ROWS):
+        end = min(first + HESSIAN_ROWS, len(acc))
+        acc[first:end, first:].addmm_(x[:, first:end].t(), x[:, first:])
 
 
 def _product_for(dtype: torch.dtype) -> Product:

@@ -1,4 +1,9 @@
-"""Sums over calibration tokens, the statistics that scores are made of. Each adds to an fp32 sum in place."""
+"""Sums over calibration tokens, the statistics that scores are made of. Each adds to an fp32 sum in place.
+
+With `offsets`, one call adds to the sums of many experts. Tokens are sorted by expert: rows offsets[e] to
+offsets[e + 1] - 1 of every operand are those of expert e, which may have none. Rows before the first offset
+and behind the last are ignored.
+"""
 
 from torch import Tensor
 
@@ -6,26 +11,30 @@ from wanda_kernels.dispatch import checks
 from wanda_kernels.dispatch.backends import call
 
 
-def add_sq_norm_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
-    """acc[j] += sum over tokens t of x[t, j]^2.
+def add_sq_norm_(acc: Tensor, x: Tensor, offsets: Tensor | None = None, backend: str = "auto") -> None:
+    """acc[j] += sum over tokens t of x[t, j]^2; with offsets, acc[e, j] += the same over expert e's tokens.
 
     Args:
-        acc: fp32 `[in]`, contiguous; added to in place.
+        acc: fp32 `[in]`, contiguous; added to in place. With offsets: `[experts, in]`, rows contiguous.
         x: fp32, fp16 or bf16 `[..., in]`, on acc's device; the dimensions before the last are tokens. Squares
-            and sums are fp32. With no tokens, acc stays as it is.
+            and sums are fp32. With no tokens, acc stays as it is. With offsets: `[tokens, in]`.
+        offsets: optional int32 or int64 `[experts + 1]`, contiguous, on acc's device, ascending, within 0 and
+            the number of tokens. The values are checked on a CPU alone: the host does not wait for a GPU.
         backend: "auto", "torch", "triton", "cuda" or "cpu"; see `choose_backend`.
 
-    Backends may differ in the last bits of a sum. There is no gradient.
+    Backends may differ in the last bits of a sum. On a CPU an expert's sum has the bits of a call with its
+    tokens alone; on a GPU the last bits may differ. There is no gradient.
 
     Raises: `ValueError` on wrong shapes, dtypes or devices, with the numbers, before acc is changed;
         `BackendError` if the named backend cannot serve. NaN and infinities in x are not refused.
     Source: Wanda, arXiv 2306.11695, section 3 (the norm in its score).
     """
     checks.require_activations(x)
-    checks.require_accumulator(acc, (x.shape[-1],))
+    checks.require_offsets(offsets, x, acc)
+    checks.require_sums(acc, (x.shape[-1],), offsets)
     checks.require_same_device("x", x, acc)
-    if x.numel():
-        call("add_sq_norm_", acc, x, backend)
+    if x.numel() and acc.numel():
+        call("add_sq_norm_", acc, x, offsets, backend)
 
 
 def add_coactivation_(
@@ -35,21 +44,28 @@ def add_coactivation_(
     activation: str | None = "silu",
     power: int = 1,
     sq_norm: Tensor | None = None,
+    offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """acc[i, j] += sum over tokens t of abs(act(gate[t, i]))^power * abs(x[t, j])^power.
 
+    With offsets, acc[e, i, j] += the same over expert e's tokens.
+
     Args:
-        acc: fp32 `[out, in]`, contiguous; added to in place.
+        acc: fp32 `[out, in]`, contiguous; added to in place. With offsets: `[experts, out, in]`, each
+            expert's matrix contiguous.
         gate: fp32, fp16 or bf16 `[..., out]`, the gate projection's output before its activation.
         x: `[..., in]` in gate's dtype, the input that gate and up projection share, of the same tokens.
         activation: "silu", "gelu", "gelu_tanh", "relu", or None for gate as it is.
         power: 1 (Wanda-CoNNect) or 2.
         sq_norm: optional fp32 `[in]`, contiguous; sum x^2 is added to it in place, in the same read of x.
+            With offsets: `[experts, in]`, rows contiguous; x is read again.
+        offsets: as in `add_sq_norm_`; gate and x are then `[tokens, features]`.
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`.
 
     Sums are fp32. For 16-bit inputs a backend may round abs(act(gate))^power and abs(x)^power to 16 bits:
-    a relative error of at most 2^-7, or 2^-10 for fp16 and power 1. There is no gradient.
+    a relative error of at most 2^-7, or 2^-10 for fp16 and power 1. An expert's sum may differ in its last
+    bits from a call with its tokens alone. There is no gradient.
 
     Raises: `ValueError` on wrong shapes, dtypes, devices, activation or power, before any sum is changed;
         `BackendError` if the named backend cannot serve. NaN and infinities are not refused.
@@ -61,16 +77,17 @@ def add_coactivation_(
         raise ValueError(
             f"gate and x must have the same tokens and dtype, got {_brief(gate)} and {_brief(x)}"
         )
-    checks.require_accumulator(acc, (gate.shape[-1], x.shape[-1]))
+    checks.require_offsets(offsets, x, acc)
+    checks.require_sums(acc, (gate.shape[-1], x.shape[-1]), offsets)
     if sq_norm is not None:
-        checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+        checks.require_sums(sq_norm, (x.shape[-1],), offsets, "sq_norm")
     for name, operand in {"gate": gate, "x": x, "sq_norm": sq_norm}.items():
         checks.require_same_device(name, operand, acc)
     checks.require_activation(activation)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
-    if x.numel() and gate.numel():
-        call("add_coactivation_", acc, gate, x, activation, power, sq_norm, backend)
+    if x.numel() and acc.numel():
+        call("add_coactivation_", acc, gate, x, activation, power, sq_norm, offsets, backend)
 
 
 def add_gated_coactivation_(
@@ -81,6 +98,7 @@ def add_gated_coactivation_(
     x: Tensor,
     activation: str | None = "silu",
     sq_norm: Tensor | None = None,
+    offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """How much each weight of gate and up projection changes h = act(gate) * up, to first order, squared.
@@ -88,18 +106,24 @@ def add_gated_coactivation_(
         acc_gate[i, j] += sum over tokens t of (up[t, i] * act'(gate[t, i]))^2 * x[t, j]^2
         acc_up[i, j]   += sum over tokens t of act(gate[t, i])^2 * x[t, j]^2
 
+    With offsets, acc_gate[e] and acc_up[e] += the same over expert e's tokens.
+
     Args:
-        acc_gate, acc_up: fp32 `[out, in]`, contiguous; added to in place.
+        acc_gate, acc_up: fp32 `[out, in]`, contiguous; added to in place. With offsets:
+            `[experts, out, in]`, each expert's matrix contiguous.
         gate, up: fp32, fp16 or bf16 `[..., out]` of one dtype, the projections' outputs; gate before its
             activation.
         x: `[..., in]` in the same dtype, the input that both projections share, of the same tokens.
         activation: "silu", "gelu", "gelu_tanh" or "relu"; or None if gate holds act(gate) already, and up
             holds up * act'(gate).
         sq_norm: optional fp32 `[in]`, contiguous; sum x^2 is added to it in place, in the same read of x.
+            With offsets: `[experts, in]`, rows contiguous; x is read again.
+        offsets: as in `add_sq_norm_`; gate, up and x are then `[tokens, features]`.
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`.
 
     Sums are fp32. For 16-bit inputs a backend may round the squares to bf16: a relative error of at most
-    2^-7. There is no gradient.
+    2^-7. An expert's sums may differ in their last bits from a call with its tokens alone. There is no
+    gradient.
 
     Raises: `ValueError` on wrong shapes, dtypes, devices or activation, before any sum is changed;
         `BackendError` if the named backend cannot serve. NaN and infinities are not refused.
@@ -113,28 +137,33 @@ def add_gated_coactivation_(
         raise ValueError(
             f"gate and x must have the same tokens and dtype, got {_brief(gate)} and {_brief(x)}"
         )
-    checks.require_accumulator(acc_gate, (gate.shape[-1], x.shape[-1]), "acc_gate")
-    checks.require_accumulator(acc_up, (gate.shape[-1], x.shape[-1]), "acc_up")
+    checks.require_offsets(offsets, x, acc_gate)
+    checks.require_sums(acc_gate, (gate.shape[-1], x.shape[-1]), offsets, "acc_gate")
+    checks.require_sums(acc_up, (gate.shape[-1], x.shape[-1]), offsets, "acc_up")
     if sq_norm is not None:
-        checks.require_accumulator(sq_norm, (x.shape[-1],), "sq_norm")
+        checks.require_sums(sq_norm, (x.shape[-1],), offsets, "sq_norm")
     for name, operand in {"acc_up": acc_up, "gate": gate, "up": up, "x": x, "sq_norm": sq_norm}.items():
         checks.require_same_device(name, operand, acc_gate)
     checks.require_activation(activation)
-    if x.numel() and gate.numel():
-        call("add_gated_coactivation_", acc_gate, acc_up, gate, up, x, activation, sq_norm, backend)
+    if x.numel() and acc_gate.numel():
+        call("add_gated_coactivation_", acc_gate, acc_up, gate, up, x, activation, sq_norm, offsets, backend)
 
 
-def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
-    """acc[i, j] += sum over tokens t of x[t, i] * x[t, j].
+def add_hessian_(acc: Tensor, x: Tensor, offsets: Tensor | None = None, backend: str = "auto") -> None:
+    """acc[i, j] += sum over tokens t of x[t, i] * x[t, j]; with offsets, acc[e, i, j] += the same over expert
+    e's tokens.
 
     Args:
         acc: fp32 `[in, in]`, contiguous, symmetric; added to in place. Both triangles are filled, and stay
-            symmetric to the bit.
+            symmetric to the bit. With offsets: `[experts, in, in]`, each expert's matrix contiguous; a matrix
+            whose expert has no tokens stays as it is.
         x: fp32, fp16 or bf16 `[..., in]`, on acc's device; the dimensions before the last are tokens.
             Products are exact for 16-bit inputs and sums are fp32. With no tokens, acc stays as it is.
+        offsets: as in `add_sq_norm_`; x is then `[tokens, in]`.
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`.
 
-    Backends may differ in the last bits of a sum. There is no gradient.
+    Backends may differ in the last bits of a sum, and so may an expert's sum from a call with its tokens
+    alone. There is no gradient.
 
     Raises: `ValueError` on wrong shapes, dtypes or devices, with the numbers, before acc is changed;
         `BackendError` if the named backend cannot serve. NaN and infinities in x are not refused.
@@ -142,10 +171,11 @@ def add_hessian_(acc: Tensor, x: Tensor, backend: str = "auto") -> None:
         result depends on that.
     """
     checks.require_activations(x)
-    checks.require_accumulator(acc, (x.shape[-1], x.shape[-1]))
+    checks.require_offsets(offsets, x, acc)
+    checks.require_sums(acc, (x.shape[-1], x.shape[-1]), offsets)
     checks.require_same_device("x", x, acc)
-    if x.numel():
-        call("add_hessian_", acc, x, backend)
+    if x.numel() and acc.numel():
+        call("add_hessian_", acc, x, offsets, backend)
 
 
 def _brief(tensor: Tensor) -> str:

@@ -4,12 +4,11 @@ gate [tokens, out], x [tokens, in], acc fp32 [out, in]. 2 * tokens * out * in FL
 is the matmul rate from about 2,000 tokens a call; acc is read and written once a call, 8 bytes an element.
 Two paths. "addmm": an elementwise pass writes both operands in 16 bits and sums x^2, so that x is read once;
 then cuBLAS adds their product to acc. "fused": one Triton matmul that applies both functions as it loads.
+With offsets, a grouped Triton matmul takes cuBLAS's place, and another kernel sums x^2.
 Operands are rounded to the input's dtype, squares to bf16, because fp16 overflows at 256^2. All terms are
 positive, so a sum's relative error stays below an operand pair's: 2^-7 in bf16, 2^-10 in fp16.
 Source: Wanda-CoNNect; the squares are this project's `gated` method.
 """
-
-import os
 
 import torch
 import triton
@@ -19,9 +18,7 @@ from torch import Tensor
 from wanda_kernels.fp32_sums import add_product_, addmm_adds_to_fp32
 from wanda_kernels.native.ops import as_rows
 from wanda_kernels.triton_ops.add_sq_norm import add_sq_norm_, add_total_, slabs
-
-# the interpreter stores bf16 as integers and tl.dot would multiply those: interpreted operands stay fp32
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from wanda_kernels.triton_ops.grouped_product import INTERPRETED, add_grouped_product_, add_tile
 
 # compute capability at least, out * in features at least, path; the first row that fits. Measured for sm_90,
 # estimated for sm_80: see benchmarks/LOG.md
@@ -83,13 +80,6 @@ def _operand_kernel(
             sums += x * x
     if SUMS:
         tl.store(partial_ptr + slab * n_cols + cols, tl.sum(sums, axis=0), mask=cols < n_cols)
-
-
-@triton.jit
-def add_tile(acc_ptr, stride_am, tile, offs_m, offs_n, n_out, n_in):
-    ptrs = acc_ptr + offs_m[:, None] * stride_am + offs_n[None, :]
-    inside = (offs_m < n_out)[:, None] & (offs_n < n_in)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + tile, mask=inside)
 
 
 @triton.jit
@@ -210,12 +200,22 @@ def _path(acc: Tensor, dtype: torch.dtype) -> str:
 
 
 def add_coactivation_(
-    acc: Tensor, gate: Tensor, x: Tensor, activation: str | None, power: int, sq_norm: Tensor | None
+    acc: Tensor,
+    gate: Tensor,
+    x: Tensor,
+    activation: str | None,
+    power: int,
+    sq_norm: Tensor | None,
+    offsets: Tensor | None = None,
 ) -> None:
     gate, x = as_rows(gate), as_rows(x)
-    if _path(acc, x.dtype) == "addmm":
+    if offsets is None and _path(acc, x.dtype) == "addmm":
         add_addmm_(acc, gate, x, activation, power, sq_norm)
         return
-    add_fused_(acc, gate, x, activation, power)
+    if offsets is None:
+        add_fused_(acc, gate, x, activation, power)
+    else:
+        gate_operand, x_operand = operand(gate, activation, power, None), operand(x, None, power, None)
+        add_grouped_product_(acc, gate_operand, x_operand, offsets)
     if sq_norm is not None:
-        add_sq_norm_(sq_norm, x)
+        add_sq_norm_(sq_norm, x, offsets)

@@ -7,8 +7,9 @@ gate, up [tokens, out], x [tokens, in], both sums fp32 [out, in]. 4 * tokens * o
 the roof is the matmul rate from about 2,000 tokens a call. One elementwise pass reads gate, up and x once and
 writes three operands and the partial sums of x^2: 12 bytes read and written for each pair of gate and up in
 16 bits, 4 for each x. Two matmuls that share the squares of x follow, by cuBLAS, or by Triton where torch
-cannot add to fp32. Squares are rounded to bf16 for either 16-bit input, because fp16 overflows at 256^2. All
-terms are positive, so a sum's relative error stays below an operand pair's, 2^-7.
+cannot add to fp32 or where there are offsets. Squares are rounded to bf16 for either 16-bit input, because
+fp16 overflows at 256^2. All terms are positive, so a sum's relative error stays below an operand pair's,
+2^-7.
 Source: this project's `gated` method, derived in docs/gated.md.
 """
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from wanda_kernels.fp32_sums import add_product_, addmm_adds_to_fp32
 from wanda_kernels.native.ops import as_rows
 from wanda_kernels.triton_ops.add_coactivation import add_fused_
-from wanda_kernels.triton_ops.add_sq_norm import add_total_, slabs
+from wanda_kernels.triton_ops.add_sq_norm import add_sq_norm_, add_total_, slabs
+from wanda_kernels.triton_ops.grouped_product import add_grouped_product_
 
 
 @triton.jit
@@ -130,7 +132,16 @@ def add_gated_coactivation_(
     x: Tensor,
     activation: str | None,
     sq_norm: Tensor | None,
+    offsets: Tensor | None = None,
 ) -> None:
-    of_gate, of_up, x_squared = operands(as_rows(gate), as_rows(up), as_rows(x), activation, sq_norm)
+    gate, up, x = as_rows(gate), as_rows(up), as_rows(x)
+    if offsets is not None:
+        *effects, x_squared = operands(gate, up, x, activation, None)
+        for acc, effect in zip((acc_gate, acc_up), effects, strict=True):
+            add_grouped_product_(acc, effect, x_squared, offsets)
+        if sq_norm is not None:
+            add_sq_norm_(sq_norm, x, offsets)
+        return
+    of_gate, of_up, x_squared = operands(gate, up, x, activation, sq_norm)
     _add_product_(acc_gate, of_gate, x_squared)
     _add_product_(acc_up, of_up, x_squared)

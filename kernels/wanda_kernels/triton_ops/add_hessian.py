@@ -6,7 +6,8 @@ in every 16,384 tokens, 8 bytes an element, and mirrored once a call, 4 bytes mo
 are exact in fp32.
 Two paths. "symmetric": a Triton matmul of the tiles that reach above the diagonal. "addmm": cuBLAS adds the
 whole product to acc; the only path for fp32, in full precision. Both then copy the upper triangle to the
-lower one. Each element is added to once in 16,384 tokens: the same bits on every run.
+lower one. With offsets, a grouped Triton matmul computes the tiles that reach above each expert's diagonal.
+Each element is added to once in 16,384 tokens: the same bits on every run.
 Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3.
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from wanda_kernels.fp32_sums import MOST_TOKENS, add_product_, addmm_adds_to_fp32
 from wanda_kernels.native.ops import as_rows
-from wanda_kernels.triton_ops.add_coactivation import INTERPRETED, add_tile
+from wanda_kernels.triton_ops.grouped_product import INTERPRETED, add_grouped_product_, add_tile
+from wanda_kernels.triton_ops.segments import segment
 
 # compute capability at least, in features at least, path; the first row that fits. Estimates: half the tiles,
 # at some 95 % (sm_80) or 70 % (sm_90; measured: 87 %) of cuBLAS's rate, in whole waves
@@ -78,12 +80,18 @@ def _hessian_kernel(
 
 @triton.jit
 def _mirror_kernel(
-    acc_ptr, stride_am,
-    n_cols,
-    BLOCK: tl.constexpr,
+    acc_ptr, stride_ae, stride_am,
+    offsets_ptr,  # [experts + 1] where SEGMENTS
+    n_tokens, n_cols,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) > tl.program_id(1):
         return  # below the diagonal
+    if SEGMENTS:
+        first, end = segment(offsets_ptr, tl.program_id(2), n_tokens)
+        if first >= end:
+            return
+        acc_ptr += tl.program_id(2) * tl.cast(stride_ae, tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     above = (rows[:, None] < cols[None, :]) & (cols < n_cols)[None, :]
@@ -109,7 +117,18 @@ def add_addmm_(acc: Tensor, x: Tensor) -> None:
 def mirror_(acc: Tensor) -> None:
     """Copy the upper triangle to the lower one."""
     tiles = triton.cdiv(len(acc), 64)
-    _mirror_kernel[(tiles, tiles)](acc, acc.stride(0), len(acc), BLOCK=64, num_warps=4)
+    _mirror_kernel[(tiles, tiles, 1)](
+        acc, 0, acc.stride(0), acc, 0, len(acc), SEGMENTS=False, BLOCK=64, num_warps=4
+    )
+
+
+def _mirror_experts_(acc: Tensor, offsets: Tensor, n_tokens: int) -> None:
+    """`mirror_` for each expert that has tokens; acc [experts, in, in]."""
+    n_experts, n_cols, _ = acc.shape
+    tiles = triton.cdiv(n_cols, 64)
+    _mirror_kernel[(tiles, tiles, n_experts)](
+        acc, acc.stride(0), acc.stride(1), offsets, n_tokens, n_cols, SEGMENTS=True, BLOCK=64, num_warps=4
+    )
 
 
 def _path(acc: Tensor, dtype: torch.dtype) -> str:
@@ -128,8 +147,12 @@ def path(capability: tuple[int, int], in_features: int) -> str:
     return "symmetric"
 
 
-def add_hessian_(acc: Tensor, x: Tensor) -> None:
+def add_hessian_(acc: Tensor, x: Tensor, offsets: Tensor | None = None) -> None:
     x = as_rows(x)
+    if offsets is not None:
+        add_grouped_product_(acc, x, x, offsets, upper=True)
+        _mirror_experts_(acc, offsets, len(x))
+        return
     add = add_addmm_ if _path(acc, x.dtype) == "addmm" else add_symmetric_
     for tokens in x.split(MOST_TOKENS):
         add(acc, tokens)

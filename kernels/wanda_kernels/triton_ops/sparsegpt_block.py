@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanda_kernels.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
-from wanda_kernels.triton_ops.add_coactivation import INTERPRETED
+from wanda_kernels.triton_ops.grouped_product import INTERPRETED
 from wanda_kernels.triton_ops.prune_matrix import ranked_key
 from wanda_kernels.triton_ops.score_keys import (
     NO_SCALE,
