@@ -51,8 +51,8 @@ CONFIGS = {
     "phi3": lambda: hf.Phi3Config(**GQA),  # q, k, v in one weight; gate and up in one weight
     "glm4": lambda: hf.Glm4Config(**GQA, head_dim=16),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES, intermediate_size=160),
-    "mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4),  # experts are no nn.Linear
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MOE),  # experts are no nn.Linear
+    "mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MOE),
     "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256,
                                   initializer_range=0.2, bos_token_id=0, eos_token_id=1),
 }  # fmt: skip
@@ -73,9 +73,9 @@ def build(name, seed=0):
 
 
 FAMILIES = {name: partial(build, name) for name in CONFIGS}
-NO_LINEAR = ("gpt2",)  # its blocks hold Conv1D only: nothing is prunable
-EXPERTS = ("mixtral", "qwen3_moe")  # most of their weights are out of reach
-PRUNABLE = tuple(name for name in FAMILIES if name not in NO_LINEAR)
+EXPERTS = ("mixtral", "qwen3_moe")  # most of their weights are in three-dimensional parameters
+# Families whose weights are all in nn.Linear: those that the published code prunes.
+OF_LINEARS = tuple(name for name in FAMILIES if name not in (*EXPERTS, "gpt2"))
 
 
 def token_ids(model, nsamples, seqlen, seed=0):

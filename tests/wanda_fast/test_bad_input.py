@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, XLMConfig
 
 import wanda_fast
@@ -177,8 +178,9 @@ def test_infinite_activation_names_block_and_linear():
 
 
 def test_no_prunable_block_lists_what_was_found():
-    model = FAMILIES["gpt2"]()
-    with pytest.raises(errors.NoPrunableBlockError, match="GPT2LMHeadModel.*Conv1D"):
+    model = FAMILIES["llama2"]()
+    model.model.layers = nn.ModuleList(nn.Conv2d(1, 1, 1) for _ in range(2))
+    with pytest.raises(errors.NoPrunableBlockError, match="LlamaForCausalLM.*Conv2d"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
 
 

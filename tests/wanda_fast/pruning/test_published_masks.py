@@ -5,7 +5,7 @@ import torch
 
 import wanda_fast
 from tests.published import perplexity_published, prune_published
-from tests.tiny_models import FAMILIES, PRUNABLE, token_ids
+from tests.tiny_models import FAMILIES, OF_LINEARS, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,7 +89,7 @@ def test_raw_gate_of_connect():
     assert "model.layers.0.mlp.up_proj" in differing_masks(activated, masks)
 
 
-@pytest.mark.parametrize("family", PRUNABLE)
+@pytest.mark.parametrize("family", OF_LINEARS)
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_every_family(family, pattern):
     """Each block of each family gets its own arguments (kinds of attention alternate in Gemma and OLMo 3)."""
