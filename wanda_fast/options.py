@@ -194,6 +194,28 @@ class Options:
         flag_type=list[str] | None,
         flag_default=None,
     )
+    expert_shrinkage: float = option(
+        0.0,
+        help="TAU: the statistics of an expert that saw few tokens, n, are drawn towards those of all: n "
+        "parts of its own mean and TAU of theirs. 0: not at all.",
+        panel=WHAT,
+        decides=BYTES,
+    )
+    expert_tokens: str = option(
+        "routed",
+        help="Tokens in an expert's statistics: those routed to it, or all, which go through every expert "
+        "for the statistics alone.",
+        panel=WHAT,
+        choices=("routed", "all"),
+        decides=BYTES,
+    )
+    expert_weighting: str = option(
+        "none",
+        help="router: a token counts in an expert's statistics by the square of the router's weight.",
+        panel=WHAT,
+        choices=("none", "router"),
+        decides=BYTES,
+    )
     batch_size: int | None = option(
         None,
         help="Sequences in one forward pass. Default: about 4096 tokens (CPU) or 16384 (GPU), fewer if "

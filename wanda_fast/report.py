@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
+from statistics import median
 
+# An expert is starved if it saw fewer calibration tokens.
+STARVED_TOKENS = 256
 # Packages whose version can change a mask.
 DECIDING = ("wanda_fast", "torch", "triton", "transformers")
 
@@ -44,6 +47,7 @@ class LinearReport:
             measured.
         dampening: of the Hessian whose factor updated the weight.
         fallback: the method that pruned it because its statistic was zero.
+        tokens: calibration tokens that its expert saw; None: it is no expert's.
     """
 
     sparsity: float
@@ -58,6 +62,7 @@ class LinearReport:
     relative_error: float | None = None
     dampening: float | None = None
     fallback: str | None = None
+    tokens: int | None = None
 
 
 @dataclass
@@ -129,8 +134,26 @@ class Report:
                 errors.setdefault(block_name(name), []).append(linear.relative_error)
         return {name: sum(found) / len(found) for name, found in errors.items()}
 
+    def expert_tokens(self) -> dict[str, dict[str, float]]:
+        """For each module of experts, by its name: how many experts it has, the smallest and the median number
+        of calibration tokens that they saw, and how many saw fewer than STARVED_TOKENS.
+        """
+        counts: dict[str, list[int]] = {}
+        for name, tokens in _tokens_by_expert(self.linears).items():
+            counts.setdefault(name.rpartition(".")[0], []).append(tokens)
+        return {
+            name: {
+                "experts": len(seen),
+                "smallest": min(seen),
+                "median": median(seen),
+                "starved": sum(tokens < STARVED_TOKENS for tokens in seen),
+            }
+            for name, seen in counts.items()
+        }
+
     def to_json(self) -> str:
         content = asdict(self) | {
+            "expert_tokens": self.expert_tokens(),
             "sparsity": self.sparsity,
             "block_sparsity": self.block_sparsity(),
             "block_error": self.block_error(),
@@ -166,6 +189,8 @@ def pruning_warnings(linears: dict[str, LinearReport], dampening: float | None) 
         dampening: that was requested for Hessians; None: there are none.
     """
     found: dict[str, list[str]] = {}
+    experts = _tokens_by_expert(linears)
+    starved = [name for name, tokens in experts.items() if tokens < STARVED_TOKENS]
     for name, linear in linears.items():
         if linear.fallback is not None:
             what = f"pruned by {linear.fallback}, since no calibration token reached them, or zeros alone"
@@ -175,7 +200,23 @@ def pruning_warnings(linears: dict[str, LinearReport], dampening: float | None) 
                 f"factored with a dampening of {linear.dampening:g}, since {dampening:g} leaves their Hessian"
             )
             found.setdefault(f"{what} not positive definite", []).append(name)
-    return [f"{_counted(names)} {what}: {_listed(names)}" for what, names in found.items()]
+    sentences = [f"{_counted(names)} {what}: {_listed(names)}" for what, names in found.items()]
+    if starved:
+        fewest = min(experts[name] for name in starved)
+        sentences.append(
+            f"{len(starved):,} of {len(experts):,} experts saw fewer than {STARVED_TOKENS} calibration "
+            f"tokens, the fewest {fewest}: {_listed(starved)}"
+        )
+    return sentences
+
+
+def _tokens_by_expert(linears: dict[str, LinearReport]) -> dict[str, int]:
+    """Expert's name -> calibration tokens that it saw; without those of a run that counted none."""
+    return {
+        name.rpartition(".")[0]: linear.tokens
+        for name, linear in linears.items()
+        if linear.tokens is not None
+    }
 
 
 def _counted(names: list[str]) -> str:

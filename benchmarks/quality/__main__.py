@@ -49,7 +49,7 @@ def run(
     measured_on = evaluation.protocol.replace(evaluation.label, Path(evaluation.label).name)
     protocol = f"{dtype}; calibration {Path(dataset).name}, windows of {seqlen}; perplexity on {measured_on}"
     results.require_protocol(protocol, lambda: wanda_fast.perplexity(loaded.model, evaluation))
-    weights = [linear.module.weight.data for block in find_blocks(loaded.model) for linear in block.linears]
+    weights = [linear.weight.data for block in find_blocks(loaded.model) for linear in block.linears]
     originals = [weight.clone() for weight in weights]
     combinations = product(range(seeds), patterns.split(","), map(int, nsamples.split(",")))
     for seed, pattern, size in combinations:

@@ -1,6 +1,6 @@
 """Loads blocks from a checkpoint's files. One block is in memory, and the next one is being read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.checkpoint.conversions import Conversion
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.own_dtypes import holds, pruned_original
-from wanda_fast.checkpoint.shards import mapped_memory, pinned_memory
+from wanda_fast.checkpoint.shards import TensorFiles, mapped_memory, pinned_memory
 from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.timer import Clock
@@ -48,9 +49,12 @@ class StreamedModel:
         self.names = [self._names_under(block.name + ".") for block in blocks]
         inside = {name for names in self.names for name in names}
         self.outside = [name for name in meta_model.names if name not in inside]
-        self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.names).items()}
-        self._prunable = {f"{linear.name}.weight" for block in blocks for linear in block.linears}
         self.copied = [name for name in meta_model.files.location if name not in inside]
+        self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.conversion).items()}
+        weights = {linear.parameter for block in blocks for linear in block.linears}
+        self._prunable = {
+            name for name, made in meta_model.conversion.items() if not weights.isdisjoint(made.targets)
+        }
         self._meta = meta_model.model.state_dict(keep_vars=True)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="wanda-fast-read")
         self._ahead: dict[int, Future] = {}
@@ -58,13 +62,12 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         with self.clock.phase("read"):
-            pending = self._ahead.pop(index, None) or self._reader.submit(self._read, self.names[index])
+            pending = self._ahead.pop(index, None) or self._reader.submit(self.read, self.names[index])
             tensors = pending.result()
             if index + 1 < len(self.blocks):
-                self._ahead = {index + 1: self._reader.submit(self._read, self.names[index + 1])}
+                self._ahead = {index + 1: self._reader.submit(self.read, self.names[index + 1])}
             self.place(tensors)
             _buffers_to(self.blocks[index].module, self.device)
-            del tensors
         try:
             yield
         finally:
@@ -74,7 +77,7 @@ class StreamedModel:
     def surroundings(self, head: bool) -> Iterator[None]:
         names = self.outside if head else [name for name in self.outside if not self._only_head(name)]
         with self.clock.phase("read"):
-            self.place(self._read(names))
+            self.place(self.read(names))
             _buffers_to(self.model, self.device)
         try:
             yield
@@ -90,80 +93,119 @@ class StreamedModel:
         self._reader.shutdown(cancel_futures=True)
 
     def place(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors into the model, under all of their names there.
+        """Convert tensors to those of the model, and put them into it, under all of their names there.
 
         Args:
-            tensors: by name on disk, on the host, in any floating-point dtype.
+            tensors: by name on disk, on the host, as `read` gives them. It is emptied, so that a tensor is
+                freed as soon as it is converted.
         """
-        for name, tensor in tensors.items():
-            # The copy is on the computing stream, so it is ordered before its users. The pinned tensor may be
-            # freed earlier: torch's allocator does not reuse its memory until the stream has passed the copy.
-            moved = tensor.to(self.device, non_blocking=True)
-            if tensor.is_floating_point():
-                moved = _cast(moved, self.dtype)
-            parameter = isinstance(self._meta[name], nn.Parameter)
-            self._set(name, nn.Parameter(moved, requires_grad=False) if parameter else moved)
+        for conversion in self._conversions(tensors):
+            # The copies are on the computing stream, so they are ordered before their users. Pinned tensors
+            # may be freed earlier: torch's allocator does not reuse their memory until the stream has passed
+            # the copies.
+            moved = {
+                name: tensors.pop(name).to(self.device, non_blocking=True) for name in conversion.sources
+            }
+            for name, tensor in conversion.to_model(moved).items():
+                meta = self._meta[name]
+                if tensor.is_floating_point():
+                    tensor = _cast(tensor, meta.dtype)
+                parameter = isinstance(meta, nn.Parameter)
+                self._set(name, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
 
     def stored(self, names: list[str]) -> Stored:
-        """The model's tensors with these names on disk, in the output's dtype.
+        """The model's tensors with these names on disk, as they are there, in the output's dtype.
 
         The conversion is exact: weights came from that dtype, or were rounded to it when they were updated.
         On a GPU the tensors are copies that may be under way, on a CPU they can be the model's own.
         """
-        again = self._not_held(names)
-        state = {name: self._get(name).detach() for name in names if name not in again}
-        state = {name: _cast(tensor, self._saved_dtype(name)) for name, tensor in state.items()}
-        state |= self._from_files(again)
+        originals = self.meta_model.files.read(self._from_files(names))
+        tensors = {}
+        for conversion in self._conversions(names):
+            made = self._written(conversion, originals)
+            tensors |= made if self.device.type != "cuda" else _pinned_copies(made)
+        tensors = {name: tensors[name] for name in names}
         if self.device.type != "cuda":
-            return Stored(state)
-        copies = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in state.items()}
-        for name, tensor in state.items():
-            copies[name].copy_(tensor, non_blocking=True)
-        return Stored(copies, True, torch.cuda.current_stream(self.device).record_event().synchronize)
+            return Stored(tensors)
+        return Stored(tensors, True, torch.cuda.current_stream(self.device).record_event().synchronize)
+
+    def read(self, names: list[str], files: TensorFiles | None = None) -> dict[str, Tensor]:
+        """Tensors by name on disk, as `from_pretrained` reads them; in pinned memory for a GPU.
+
+        Must not call torch functions that run on several threads. Each Python thread has its own pool of
+        OpenMP threads, which would spin on the cores that the forward uses.
+
+        Args:
+            files: that hold them; None: the checkpoint.
+        """
+        memory = pinned_memory if self.device.type == "cuda" else mapped_memory
+        dtypes = {name: self.meta_model.conversion[name].dtype for name in names}
+        # Tensors that are converted are freed when they are, the others with the block.
+        groups = {None: []}
+        for name in names:
+            conversion = self.meta_model.conversion[name]
+            groups.setdefault(conversion.converter and conversion, []).append(name)
+        tensors = {}
+        for group in groups.values():
+            tensors |= (files or self.meta_model.files).read(group, dtypes, memory)
+        return tensors
+
+    def _written(self, conversion: Conversion, originals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the output has of a conversion, by name on disk.
+
+        Args:
+            originals: tensors as the checkpoint has them. They keep their bits, except for the model's zeros
+                and updates if they are prunable.
+        """
+        own = {name: originals.pop(name).to(self.device) for name in conversion.sources if name in originals}
+        prunable, made = not self._prunable.isdisjoint(conversion.sources), own
+        if prunable or not own:
+            made = conversion.to_disk({name: self._get(name).detach() for name in conversion.targets})
+        if prunable:
+            made |= {name: pruned_original(each, conversion.dtype, made[name]) for name, each in own.items()}
+        return {name: _cast(made[name], self._saved_dtype(name)) for name in conversion.sources}
 
     def _saved_dtype(self, name: str) -> torch.dtype:
         own = self._own[name]
         return self.meta_model.requested or own if own.is_floating_point else own
 
-    def _not_held(self, names: list[str]) -> list[str]:
-        """Tensors whose values on disk are not all in the dtypes that they are read and computed in."""
-        if self.meta_model.requested is not None:
-            return []
-        dtypes = {self.meta_model.dtype, self.dtype}
-        floating = [name for name in names if self._own[name].is_floating_point]
-        return [name for name in floating if not all(holds(dtype, self._own[name]) for dtype in dtypes)]
+    def _from_files(self, names: list[str]) -> list[str]:
+        """Those of the tensors that are read again when they are written.
 
-    def _from_files(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors as the checkpoint has them, with the model's zeros and updates if they are prunable."""
-        tensors = {name: t.to(self.device) for name, t in self.meta_model.files.read(names).items()}
-        for name in self._prunable.intersection(names):
-            pruned = self._get(name).detach()
-            tensors[name] = pruned_original(tensors[name], self.meta_model.dtype, pruned)
-        return tensors
-
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors in the checkpoint's dtype, as `from_pretrained` reads them; in pinned memory for a GPU.
-
-        Must not call torch functions that run on several threads. Each Python thread has its own pool of
-        OpenMP threads, which would spin on the cores that the forward uses.
+        They are converted and not pruned, or their values on disk are not all in the dtypes that they are
+        read and computed in.
         """
-        memory = pinned_memory if self.device.type == "cuda" else mapped_memory
-        return self.meta_model.files.read(names, self.meta_model.dtype, memory)
+        return [name for name in names if self._is_converted(name) or not self._is_held(name)]
+
+    def _is_converted(self, name: str) -> bool:
+        return self.meta_model.conversion[name].converter is not None and name not in self._prunable
+
+    def _is_held(self, name: str) -> bool:
+        if self.meta_model.requested is not None or not self._own[name].is_floating_point:
+            return True
+        conversion = self.meta_model.conversion[name]
+        dtypes = {conversion.dtype, *(self._meta[target].dtype for target in conversion.targets)}
+        return all(holds(dtype, self._own[name]) for dtype in dtypes)
+
+    def _conversions(self, names: Iterable[str]) -> list[Conversion]:
+        return list(dict.fromkeys(self.meta_model.conversion[name] for name in names))
 
     def _names_under(self, prefix: str) -> list[str]:
-        return [name for name in self.meta_model.names if name.startswith(prefix)]
+        return [name for name, made in self.meta_model.names.items() if made[0].startswith(prefix)]
 
     def _only_head(self, name: str) -> bool:
         head = self.model.get_output_embeddings()
         own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head is not None else ()
-        return id(self._meta[name]) in own and len(self.meta_model.names[name]) == 1
+        made = self.meta_model.names[name]
+        return len(made) == 1 and id(self._meta[made[0]]) in own
 
     def _unload(self, names: list[str]) -> None:
-        for name in names:
-            self._set(name, self._meta[name])
+        for conversion in self._conversions(names):
+            for name in conversion.targets:
+                self._set(name, self._meta[name])
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        for alias in self.meta_model.names[name]:
+        for alias in self.meta_model.aliases[name]:
             owner, _, leaf = alias.rpartition(".")
             module = self.model.get_submodule(owner)
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
@@ -171,6 +213,13 @@ class StreamedModel:
     def _get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf)
+
+
+def _pinned_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    copies = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor, non_blocking=True)
+    return copies
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,12 @@
 """Opens a checkpoint without its weights: a model on the meta device, and the file of each of its tensors."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from wanda_fast.checkpoint.conversions import Conversion, find_conversions
 from wanda_fast.checkpoint.load import (
     DTYPES,
     UNLOADABLE,
@@ -20,7 +22,7 @@ from wanda_fast.checkpoint.own_dtypes import update_dtype
 from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError
-from wanda_fast.model.architecture import require_untied_blocks
+from wanda_fast.model.architecture import find_blocks, require_untied_blocks
 
 
 @dataclass
@@ -31,29 +33,44 @@ class MetaModel:
         model: on the meta device, except for its non-persistent buffers, which are computed. `model.dtype` is
             the dtype of the computation.
         tokenizer: None if the checkpoint has none.
-        dtype: that the tensors are read in, which is the checkpoint's main one unless `requested` is given.
+        dtype: that most tensors are read in, which is the checkpoint's main one unless `requested` is given.
         requested: the dtype that the caller named for the output; None: each tensor keeps its own.
         files: where the tensors are.
-        names: tensor name on disk -> its names in the model; several if weights are tied.
+        conversions: that make the model of the tensors on disk.
+        aliases: name in the model, as in a conversion's targets -> all names of the same tensor there.
+        unused: tensors on disk that the model does not take. They are copied to the output unchanged.
     """
 
     model: nn.Module
     tokenizer: object
     dtype: torch.dtype
     files: TensorFiles
-    names: dict[str, list[str]]
+    conversions: list[Conversion]
+    aliases: dict[str, list[str]]
+    unused: list[str]
     requested: torch.dtype | None = None
 
-    def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
-        """By name of each weight, the dtype to which it is rounded when it is updated."""
-        own = {name: tensor.dtype for name, tensor in self.files.on_meta(weights).items()}
-        return {name: self.requested or update_dtype(dtype, self.dtype) for name, dtype in own.items()}
+    def __post_init__(self):
+        self.conversion = {name: made for made in self.conversions for name in made.sources}
 
     @property
-    def unused(self) -> list[str]:
-        """Tensors on disk that the model does not take. They are copied to the output unchanged."""
-        taken = {alias for aliases in self.names.values() for alias in aliases}
-        return [name for name in self.files.location if name not in taken]
+    def names(self) -> dict[str, list[str]]:
+        """Tensor name on disk -> the names in the model of all that it becomes a part of."""
+        return {
+            name: [alias for target in self.conversion[name].targets for alias in self.aliases[target]]
+            for name in self.files.location
+            if name in self.conversion
+        }
+
+    def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
+        """By name of each weight in the model, the dtype to which it is rounded when it is updated."""
+        own = self.files.on_meta(self.conversion)
+        made = {alias: c for c in self.conversions for target in c.targets for alias in self.aliases[target]}
+        return {name: self.requested or self._update_dtype(made[name], own) for name in weights}
+
+    def _update_dtype(self, conversion: Conversion, own: dict[str, Tensor]) -> torch.dtype:
+        dtypes = [own[name].dtype for name in conversion.sources]
+        return reduce(lambda narrowest, each: update_dtype(each, narrowest), dtypes, conversion.dtype)
 
 
 def open_meta_model(
@@ -83,15 +100,45 @@ def open_meta_model(
         raise
     except UNLOADABLE as error:
         raise NotStreamableError(first_line(error)) from error
-    _refuse_conversions(model, files, stored)
-    names = _names_on_disk(model, files)
-    taken = {alias for aliases in names.values() for alias in aliases}
-    refuse_unused(path, files.location.keys() - taken)
-    require_untied_blocks(model, names.values())
+    if unknown := files.unknown_dtypes():
+        raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
+    made = _conversions(model, files, stored)
+    opened = MetaModel(model.eval(), None, stored, files, *made, DTYPES.get(dtype))
+    refuse_unused(path, opened.unused)
+    require_untied_blocks(model, opened.names.values())
+    _require_inverses(opened)
     if computed_in_float32(stored, dtype, device):
         model.float()
-    tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
-    return MetaModel(model.eval(), tokenizer, stored, files, names, DTYPES.get(dtype))
+    opened.tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
+    return opened
+
+
+def _conversions(
+    model: nn.Module, files: TensorFiles, dtype: torch.dtype
+) -> tuple[list[Conversion], dict[str, list[str]], list[str]]:
+    """The conversions, aliases and unused tensors of a `MetaModel`. The model's tensors get their dtypes.
+
+    Raises: `NotStreamableError`.
+    """
+    stored, state = files.on_meta(files.location), model.state_dict(keep_vars=True)
+    found = find_conversions(model, stored, dtype)
+    taken = {name for conversion in found for name in conversion.sources}
+    aliases = _aliases(model, state, found, files)
+    needed = [conversion for conversion in found if not aliases.keys().isdisjoint(conversion.targets)]
+    for conversion in needed:
+        for tensor in (state[name] for name in conversion.targets):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(conversion.dtype)
+    return needed, aliases, [name for name in stored if name not in taken]
+
+
+def _require_inverses(opened: MetaModel) -> None:
+    """Raise `NotStreamableError` if a weight that may be pruned cannot be converted back."""
+    weights = {linear.parameter for block in find_blocks(opened.model) for linear in block.linears}
+    stored = opened.files.on_meta(opened.conversion)
+    for conversion in opened.conversions:
+        if not weights.isdisjoint(conversion.targets):
+            conversion.require_inverse(stored)
 
 
 def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
@@ -108,45 +155,35 @@ def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _refuse_conversions(model: nn.Module, files: TensorFiles, dtype: torch.dtype) -> None:
-    """Raise `NotStreamableError` if transformers renames, merges or widens tensors as it loads them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+def _aliases(
+    model: nn.Module, state: dict[str, Tensor], conversions: list[Conversion], files: TensorFiles
+) -> dict[str, list[str]]:
+    """For each tensor of the model, the one of its names that a conversion makes -> all of its names.
 
-    for conversion in get_model_conversion_mapping(model, add_legacy=False):
-        for name in files.location:
-            if conversion.rename_source_key(name) != (name, None):
-                raise NotStreamableError(f"transformers converts {name} as it loads")
-    if model._get_dtype_plan(dtype):
-        raise NotStreamableError(f"some of its weights are not kept in {dtype}")
-
-
-def _names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, list[str]]:
-    """Tensor name on disk -> its names in the model.
-
-    Raises: `NotStreamableError` if a tensor is missing or has another dtype or shape than the model needs, or
-        tied weights differ in the file.
+    Raises: `NotStreamableError` if no conversion makes a tensor, or tied weights differ in the file.
     """
     tied: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
-    if unknown := files.unknown_dtypes():
-        raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
-    stored, names = files.on_meta(files.location), {}
-    for aliases in tied.values():
-        held = [alias for alias in aliases if alias in stored]
+    made, found = {name: each for each in conversions for name in each.targets}, {}
+    for names in tied.values():
+        held = [name for name in names if name in made]
         if not held:
-            raise NotStreamableError(f"{aliases[0]} is under another name, or absent")
-        if stored[held[0]].shape != state[held[0]].shape:
-            raise NotStreamableError(f"{held[0]} has shape {list(stored[held[0]].shape)} in the file")
+            raise NotStreamableError(f"{names[0]} is absent")
         for other in held[1:]:
-            same = files.read([held[0], other])
-            if not torch.equal(same[held[0]], same[other]):
-                raise NotStreamableError(f"{held[0]} and {other}, which are one weight, differ in the file")
-        if len(held) > 1 and not _is_embedding(model, aliases):
+            _require_same(made[held[0]], made[other], files)
+        if len(held) > 1 and not _is_embedding(model, names):
             raise NotStreamableError(f"{held[0]} and {held[1]} are one weight under two names")
-        names[held[0]] = aliases
-    return names
+        found[held[0]] = names
+    return found
+
+
+def _require_same(one: Conversion, other: Conversion, files: TensorFiles) -> None:
+    """Raise `NotStreamableError` unless two names of one weight have the same values in the file."""
+    first, second = one.sources[0], other.sources[0]
+    stored = files.read([first, second])
+    if one.converter or other.converter or not torch.equal(stored[first], stored[second]):
+        raise NotStreamableError(f"{first} and {second}, which are one weight, differ in the file")
 
 
 def _is_embedding(model: nn.Module, names: list[str]) -> bool:

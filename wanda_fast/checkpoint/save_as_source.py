@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.checkpoint.conversions import in_merging_order, renaming
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
 
 
@@ -25,13 +26,13 @@ def names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, Tensor] | N
 
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     reverted = revert_weight_conversion(model, state)
-    stored, rename, values = files.on_meta(files.location), _renaming(model, state), {}
-    for name, tensor in stored.items():
-        renamed, conversion = rename(name)
+    stored, rename, values = files.on_meta(files.location), renaming(model, state), {}
+    for name in in_merging_order(stored):
+        _, key, converter, _ = rename(name)
         found = reverted.get(name)
-        if found is None and conversion is None:
-            found = state.get(renamed)
-        if found is not None and found.shape == tensor.shape:
+        if found is None and converter is None:
+            found = state.get(key)
+        if found is not None and found.shape == stored[name].shape:
             values[name] = found
     return None if _loose(model, state, reverted, values) else values
 
@@ -50,8 +51,8 @@ def _loose(
 def unused_names(model: nn.Module, files: TensorFiles) -> list[str]:
     """Tensors on disk that the model does not take."""
     state = model.state_dict()
-    rename = _renaming(model, state)
-    return [name for name in files.location if rename(name)[0] not in state]
+    rename = renaming(model, state)
+    return [name for name in in_merging_order(files.location) if rename(name)[1] not in state]
 
 
 def save_as_source(
@@ -96,19 +97,3 @@ def changed_only(
         # A value that was rounded to zero may be one that is pruned.
         kept |= (stored.to(read_as).to(value.dtype) == value) & (value != 0)
     return torch.where(kept, stored.to(dtype), value.to(dtype))
-
-
-def _renaming(model: nn.Module, state: dict[str, Tensor]):
-    """A function: tensor name on disk -> (its name in the model, the conversion's pattern or None)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-
-    def rename(name: str) -> tuple[str, str | None]:
-        found = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        return (name, None) if found[0] not in state and name in state else found
-
-    return rename

@@ -66,7 +66,7 @@ class TensorFiles:
     def read(
         self,
         names: Iterable[str],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         memory: Callable[[int], Tensor] = mapped_memory,
     ) -> dict[str, Tensor]:
         """Tensors on the host, by name.
@@ -76,7 +76,7 @@ class TensorFiles:
 
         Args:
             names: of the tensors.
-            dtype: converts floating-point tensors; None: the dtype in the file.
+            dtype: converts floating-point tensors, to one dtype or to one by name; None: that in the file.
             memory: allocates the given number of bytes as uint8; the tensors share this one allocation.
         Raises: `CheckpointError` if a file ends too early.
         """
@@ -92,7 +92,7 @@ class TensorFiles:
             with file.open("rb", buffering=0) as opened:
                 for name in held:
                     tensor = _read_tensor(opened, begin, header[name], next(buffers))
-                    tensors[name] = _converted(tensor, dtype)
+                    tensors[name] = _converted(tensor, dtype[name] if isinstance(dtype, dict) else dtype)
         return tensors
 
     def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:

@@ -48,7 +48,7 @@ def inspect(model: nn.Module | str, cache_dir: str | None = None) -> Inspection:
         model = checkpoints.load(model, cache_dir=cache_dir, device="any").model
     require_plain(model)
     blocks = find_blocks(model)
-    linears = [_facts(linear.name, linear.module.weight.data) for block in blocks for linear in block.linears]
+    linears = [_facts(linear.name, linear.weight.data) for block in blocks for linear in block.linears]
     return Inspection(type(model).__name__, [block.name for block in blocks], linears, reach(model, blocks))
 
 

@@ -29,6 +29,10 @@ def summary_tables(report: Report) -> list[Table]:
             summary.add_row(f"perplexity, {which}", f"{report.perplexity[which]:.4f}")
     if report.perplexity:
         summary.add_row("measured on", report.perplexity["protocol"])
+    if counts := report.expert_tokens().values():
+        fewest, starved = min(x["smallest"] for x in counts), sum(x["starved"] for x in counts)
+        every = sum(x["experts"] for x in counts)
+        summary.add_row("tokens of an expert", f"{fewest:,} or more; {starved} of {every} saw few")
     for task, results in report.zero_shot.items():
         summary.add_row(task, str(results))
     if report.backends:

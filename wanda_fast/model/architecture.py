@@ -1,87 +1,66 @@
-"""Finds a model's repeated blocks, the prunable linears in each, and its gated MLPs."""
+"""Finds a model's repeated blocks, and the prunable linears in each."""
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
 from torch import nn
 
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
+from wanda_fast.model.experts import ExpertLinear, Experts, find_experts
+from wanda_fast.model.linears import Linear, dense_linears, is_linear
 
-# (gate, up, down): in Llama and most others; in Mixtral and InternLM.
-GATED_MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-# Gate and up projection in one linear: Phi-3, GLM-4.
-FUSED_NAME = "gate_up_proj"
-# Attributes that hold a gated MLP's activation.
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 # Modules that route tokens to experts, and attributes of a configuration that say how many experts there are.
 ROUTER_NAMES = {"router", "router_gate", "shared_expert_gate"}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(eq=False)
-class GatedMLP:
-    """`down(act(gate(x)) * up(x))`.
-
-    If gate and up are fused, `gate` and `up` are the same linear, whose first half of rows is the gate.
-
-    Attributes:
-        down: None if no linear of matching width is found.
-    """
-
-    gate: nn.Linear
-    up: nn.Linear
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    down: nn.Linear | None = None
-
-    @property
-    def fused(self) -> bool:
-        return self.gate is self.up
-
-    @property
-    def width(self) -> int:
-        """out_features of each projection."""
-        return self.up.out_features // (2 if self.fused else 1)
-
-    def halves(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gate's output, up's output) `[..., width]`.
-
-        Args:
-            outputs: of the fused linear, or of gate and up.
-        """
-        gate, up = outputs[0].chunk(2, dim=-1) if self.fused else outputs
-        return gate, up
-
-
-@dataclass
-class Linear:
-    """A prunable linear.
-
-    Attributes:
-        name: its full name in the model.
-        gated: the gated MLP that it is the gate or up projection of; both share one object.
-    """
-
-    name: str
-    module: nn.Linear
-    gated: GatedMLP | None = None
-
-
-@dataclass
-class Block:
-    """One repeated layer of the model."""
+class Stage:
+    """What a forward calls as one: a linear's module, or one projection of all experts."""
 
     name: str
     module: nn.Module
     linears: list[Linear]
 
 
+@dataclass
+class Block:
+    """One repeated layer of the model.
+
+    Attributes:
+        linears: those to prune.
+        experts: all modules of experts in the layer.
+    """
+
+    name: str
+    module: nn.Module
+    linears: list[Linear]
+    experts: list[Experts] = field(default_factory=list)
+
+    @property
+    def dense(self) -> list[Linear]:
+        """The linears that are no expert's."""
+        return [linear for linear in self.linears if not isinstance(linear, ExpertLinear)]
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The linears by the module that multiplies by them."""
+        by_module: dict[nn.Module, list[Linear]] = {}
+        for linear in self.linears:
+            by_module.setdefault(linear.module, []).append(linear)
+        names = {
+            module: linears[0].parameter.removesuffix(".weight") for module, linears in by_module.items()
+        }
+        return [Stage(names[module], module, linears) for module, linears in by_module.items()]
+
+
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
-    The blocks are the elements of the `nn.ModuleList` whose nn.Linear modules have the most weights. If
+    The blocks are the elements of the `nn.ModuleList` whose linears have the most weights. If
     transformers says which part of the model is the language model, only lists in that part are considered.
     Routers are not prunable.
 
@@ -91,25 +70,29 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     Raises: `NoPrunableBlockError`; `IgnorePatternError` if a pattern is invalid or matches no linear.
     """
     path, layers = _block_list(model)
-    ignored = _ignored_names(_linear_names(path, layers), ignore)
+    blocks = [_whole_block(f"{path}.{index}", layer) for index, layer in enumerate(layers)]
+    ignored = _ignored_names([linear.name for block in blocks for linear in block.linears], ignore)
     routers = _router_names(model)
-    blocks = []
-    for index, layer in enumerate(layers):
-        name = f"{path}.{index}"
-        gated = dict(_gated_mlps(layer))
-        linears = [
-            Linear(f"{name}.{child}", module, gated.get(module))
-            for child, module in _named_linears(layer)
-            if f"{name}.{child}" not in ignored and routers.isdisjoint(child.split("."))
+    for block in blocks:
+        block.linears = [
+            linear
+            for linear in block.linears
+            if linear.name not in ignored and not _is_in(routers, linear.name.removeprefix(block.name))
         ]
-        blocks.append(Block(name, layer, linears))
     return blocks
 
 
 def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list[str]]:
     """For each `ignore` pattern, the names of the linears that it matches."""
-    names = _linear_names(*_block_list(model))
+    path, layers = _block_list(model)
+    names = [x.name for i, layer in enumerate(layers) for x in _whole_block(f"{path}.{i}", layer).linears]
     return {pattern: _matches(pattern, names) for pattern in ignore}
+
+
+def all_linears(model: nn.Module) -> dict[str, Linear]:
+    """Every linear of a model by its name, in its blocks and outside of them."""
+    experts = [linear for each in find_experts(model) for linear in each.linears]
+    return {linear.name: linear for linear in [*dense_linears(model), *experts]}
 
 
 def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
@@ -133,10 +116,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
-    weights = {
-        name: sum(linear.weight.numel() for _, linear in _named_linears(module))
-        for name, module in lists.items()
-    }
+    weights = {name: _prunable_weights(module) for name, module in lists.items()}
     # An image encoder can hold more weight than the language model.
     language = _language_modules(model)
     decoding = [name for name, module in lists.items() if weights[name] and module in language]
@@ -145,7 +125,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None or not weights[best]:
         owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
         raise NoPrunableBlockError(
-            f"{type(model).__name__} has no repeated block with nn.Linear weights; "
+            f"{type(model).__name__} has no repeated block with prunable weights; "
             f"its weights are in {', '.join(sorted(owners))}"
         )
     return best, model.get_submodule(best)
@@ -157,37 +137,25 @@ def _language_modules(model: nn.Module) -> set[nn.Module]:
     return set((decoder if isinstance(decoder, nn.Module) else model).modules())
 
 
-def _named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+def _prunable_weights(module: nn.Module) -> int:
+    experts = [p for each in find_experts(module) for p in each.module.parameters() if p.dim() == 3]
+    weights = [child.weight for child in module.modules() if is_linear(child)]
+    return sum(weight.numel() for weight in [*weights, *experts])
 
 
-def _linear_names(path: str, layers: nn.ModuleList) -> list[str]:
-    return [
-        f"{path}.{index}.{name}" for index, layer in enumerate(layers) for name, _ in _named_linears(layer)
-    ]
+def _whole_block(name: str, layer: nn.Module) -> Block:
+    """A layer with all of its linears: those of the dense modules, then the experts'."""
+    experts = find_experts(layer, f"{name}.")
+    linears = [linear for each in experts for linear in each.linears]
+    return Block(name, layer, [*dense_linears(layer, f"{name}."), *linears], experts)
 
 
-def _gated_mlps(layer: nn.Module) -> Iterator[tuple[nn.Linear, GatedMLP]]:
-    """(gate or up projection, its gated MLP) for each gated MLP in `layer`.
+def _called(linear: Linear) -> str:
+    return linear.parameter.removesuffix(".weight")
 
-    A gated MLP has an activation and projections with known names. Gate and up have the same shape, or are
-    one linear with twice as many rows as the down projection has inputs.
-    """
-    for parent in layer.modules():
-        activation = next((getattr(parent, name) for name in ACTIVATION_NAMES if hasattr(parent, name)), None)
-        if not callable(activation):
-            continue
-        for names in GATED_MLP_NAMES:
-            gate, up, down = (getattr(parent, name, None) for name in names)
-            linears = isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)
-            if linears and gate.weight.shape == up.weight.shape:
-                reads = isinstance(down, nn.Linear) and down.in_features == gate.out_features
-                mlp = GatedMLP(gate, up, activation, down if reads else None)
-                yield from ((gate, mlp), (up, mlp))
-        both, down = getattr(parent, FUSED_NAME, None), getattr(parent, "down_proj", None)
-        linears = isinstance(both, nn.Linear) and isinstance(down, nn.Linear)
-        if linears and both.out_features == 2 * down.in_features:
-            yield both, GatedMLP(both, both, activation, down)
+
+def _is_in(names: set[str], name: str) -> bool:
+    return not names.isdisjoint(name.split("."))
 
 
 def _router_names(model: nn.Module) -> set[str]:

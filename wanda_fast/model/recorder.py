@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from wanda_fast.errors import HiddenStatesError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockCall, BlockInputs
+from wanda_fast.model.experts import Experts, sorted_by_expert
 from wanda_fast.model.offload import Offload
 from wanda_fast.model.patching import forwards_replaced
 
@@ -99,7 +100,7 @@ def blocks_skipped(blocks: list[Block], hidden: Tensor) -> Iterator[None]:
 def _recorders(blocks: list[Block]) -> Iterator[list["_Recorder"]]:
     """Context in which each block's forward is a recorder. The modules keep their other attributes."""
     known = _OUTPUTS.setdefault(blocks[0].module, {})
-    recorders = [_Recorder(block.module, known) for block in blocks]
+    recorders = [_Recorder(block.module, block.experts, known) for block in blocks]
     # Several recorders for a module that is several of the blocks.
     turns: dict[nn.Module, list[_Recorder]] = {}
     for recorder in recorders:
@@ -116,8 +117,10 @@ def _take_turn(recorders: list["_Recorder"], *args, **kwargs) -> object:
 class _Recorder:
     """Replaces a block's forward: stores the arguments, and returns its input, or `given` if that is set."""
 
-    def __init__(self, block: nn.Module, known: dict[tuple[type, torch.dtype], "_Outputs"]):
-        self.block, self.own, self.known = block, block.forward, known
+    def __init__(
+        self, block: nn.Module, experts: list[Experts], known: dict[tuple[type, torch.dtype], "_Outputs"]
+    ):
+        self.block, self.own, self.experts, self.known = block, block.forward, experts, known
         self.calls = 0
         self.given: Tensor | None = None
 
@@ -139,7 +142,8 @@ class _Recorder:
         """
         key = type(self.block), self.hidden.dtype
         if key not in self.known:
-            with forwards_replaced({self.block: self.own}):
+            own_forward = forwards_replaced({self.block: self.own})
+            with own_forward, sorted_by_expert(self.experts):
                 try:
                     output = _on_meta(self.block, self.hidden, self.call)
                 except (RuntimeError, NotImplementedError):

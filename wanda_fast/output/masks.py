@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from wanda_fast.checkpoint.atomic_write import write_atomically
 from wanda_fast.errors import MaskError
-from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.architecture import all_linears, find_blocks
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_kernels import unpack_bits
 
@@ -44,8 +45,8 @@ def write_masks(masks: dict[str, Tensor], file: Path, recipe: dict) -> None:
     write_atomically(file, lambda unfinished: save_file(named, unfinished, {"format": "pt", **about}))
 
 
-def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tensor]]:
-    """linear name -> (its module in `model`, bool `[out, in]`, True for kept weights).
+def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[Linear, Tensor]]:
+    """linear name -> (the linear of `model`, bool `[out, in]`, True for kept weights).
 
     Raises: `MaskError` if the file cannot be read, or has a tensor that fits no linear of the model.
     """
@@ -53,20 +54,18 @@ def read_masks(file: Path, model: nn.Module) -> dict[str, tuple[nn.Linear, Tenso
         packed = load_file(file)
     except (OSError, SafetensorError) as error:
         raise MaskError(f"mask file {file} cannot be read: {str(error).splitlines()[0]}") from error
-    modules = {
-        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linears = {f"{name}.weight": linear for name, linear in all_linears(model).items()}
     masks = {}
     for name, bits in packed.items():
-        if name not in modules:
+        if name not in linears:
             raise MaskError(f"mask file {file} has {name}, which is not a linear of {type(model).__name__}")
-        shape = list(empty_mask(modules[name].weight).shape)
+        shape = list(empty_mask(linears[name].weight).shape)
         if bits.dtype != torch.uint8 or list(bits.shape) != shape:
             raise MaskError(
                 f"mask file {file}: {name} is {bits.dtype} {list(bits.shape)}; the model needs uint8 {shape}"
             )
-        kept = unpack_bits(bits, modules[name].in_features)
-        masks[name.removesuffix(".weight")] = (modules[name], kept)
+        kept = unpack_bits(bits, linears[name].in_features)
+        masks[name.removesuffix(".weight")] = (linears[name], kept)
     return masks
 
 
@@ -77,8 +76,8 @@ def apply_masks_(model: nn.Module, file: Path) -> int:
     Raises: `MaskError` as `read_masks`.
     """
     changed = 0
-    for module, kept in read_masks(file, model).values():
-        weight = module.weight.data
+    for linear, kept in read_masks(file, model).values():
+        weight = linear.weight.data
         changed += int((weight.ne(0) & ~kept).sum())
         weight.masked_fill_(~kept, 0.0)
     return changed
@@ -87,7 +86,8 @@ def apply_masks_(model: nn.Module, file: Path) -> int:
 def mask_violations(model: nn.Module, file: Path) -> list[Violation]:
     """Linears with non-zero weights that the file's masks prune. Raises: `MaskError` as `read_masks`."""
     counts = {
-        name: int((m.weight.ne(0) & ~kept).sum()) for name, (m, kept) in read_masks(file, model).items()
+        name: int((linear.weight.ne(0) & ~kept).sum())
+        for name, (linear, kept) in read_masks(file, model).items()
     }
     return [Violation(name, count) for name, count in counts.items() if count]
 
@@ -100,7 +100,7 @@ def pattern_violations(model: nn.Module, pattern: Pattern) -> list[Violation]:
     violations = []
     for block in find_blocks(model):
         for linear in block.linears:
-            pattern.check(linear.name, linear.module.in_features)
-            if broken := pattern.count_violations(linear.module.weight):
+            pattern.check(linear.name, linear.in_features)
+            if broken := pattern.count_violations(linear.weight):
                 violations.append(Violation(linear.name, broken))
     return violations

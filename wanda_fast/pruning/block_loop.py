@@ -10,8 +10,10 @@ from torch import Tensor
 from wanda_fast.hidden_states import Activations
 from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
+from wanda_fast.model.experts import sorted_by_expert
 from wanda_fast.model.fused_modules import fused_modules
 from wanda_fast.pruning.dense_pass import dense_pass
+from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
@@ -60,6 +62,7 @@ def prune_blocks(
     masks: dict[str, Tensor] | None = None,
     store: BlockStore | None = None,
     sequential: str = "block",
+    expert_options: ExpertOptions = ExpertOptions(),  # noqa: B008  (it is frozen)
 ) -> dict[str, LinearReport]:
     """Prune every linear of the source's blocks, block by block.
 
@@ -69,11 +72,12 @@ def prune_blocks(
         store: keeps each pruned block, and has those of the run that this one resumes.
         sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
             after the other.
+        expert_options: how tokens count in the statistics of experts.
     Raises: `NonFiniteError`, which names block and linear. Blocks before it stay pruned; so do, with
         `sequential="linear"` or after an update of weights, linears of the block itself.
     """
     store = store or KeepNothing()
-    selection = Selection(method, pattern, masks)
+    selection = Selection(method, pattern, masks, expert_options)
     order = _order(selection, sequential, clock)
     first = store.begin_(activations)
     source.release_memory()
@@ -101,7 +105,8 @@ def _around(
     masks: dict[str, Tensor] | None,
 ) -> Iterator[None]:
     """Read the block, take the evaluation windows through it, dense and then pruned, and keep it."""
-    with source.block(turn.index), fused_modules(turn.block.module):
+    block = turn.block
+    with source.block(turn.index), fused_modules(block.module), sorted_by_expert(block.experts):
         _evaluate(turn, activations.dense)
         yield
         _evaluate(turn, activations.pruned)
@@ -131,14 +136,14 @@ class SequentialBlock:
 
     def __init__(self, selection: Selection, clock: Clock):
         self.selection, self.clock = selection, clock
-        self.last_linear: dict[tuple, str] = {}
+        self.last_stage: dict[tuple, str] = {}
 
     def dense_pass(self, turn: Turn) -> BlockStatistics | None:
         if turn.inputs is None:
             return None
         with turn.phases("dense pass"):
             statistics = self.selection.statistics(turn.block, self.clock)
-            dense_pass(turn.block, statistics, turn.inputs, turn.index, self.last_linear)
+            dense_pass(turn.block, statistics, turn.inputs, turn.index, self.last_stage)
         return statistics
 
     def prune(self, turn: Turn, statistics: BlockStatistics | None) -> dict[str, LinearReport]:

@@ -9,7 +9,10 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.experts import ExpertLinear, Experts, Projection
+from wanda_fast.model.linears import Linear
+from wanda_fast.pruning.expert_statistics import ExpertOptions, ExpertStatistics, ExpertSums
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.statistics import DenseInputs, OutputStatistic, SquaredNorm, Statistic
 from wanda_kernels.forward import saving_column_squares
@@ -116,11 +119,12 @@ class BlockStatistics:
         hessian: Callable[[Linear], Hessian] | None = None,
         before_call: bool = False,
         timed: Callable[[], AbstractContextManager] = nullcontext,
+        expert_options: ExpertOptions = ExpertOptions(),  # noqa: B008  (it is frozen)
     ):
         self.block, self.before_call, self.timed = block, before_call, timed
         # Set when no more inputs will come.
         self.complete = False
-        made = {linear.name: statistic(linear) for linear in block.linears}
+        made = {linear.name: statistic(linear) for linear in block.dense}
         self.without = {name for name, own in made.items() if own is None}
         self._inputs = SharedByInput(lambda linear: made[linear.name], lambda linear: type(made[linear.name]))
         self._hessians = SharedByInput(hessian or (lambda _: None), lambda _: Hessian)
@@ -130,20 +134,47 @@ class BlockStatistics:
         self._groups = _groups(block, made)
         self._dense = _dense_inputs(block, made) if before_call else {}
         self._elsewhere = {name for group in self._groups for name in group.by_name} | set(self._dense)
-        last = [made[linear.name] for linear in block.linears[-1:]]
+        last = [made[linear.name] for linear in block.dense[-1:]]
         self._wants_squares = any(own is not None and own.reads_column_squares for own in last)
+        self.experts = [
+            ExpertStatistics(
+                each, _linears_of(each, block), statistic, hessian, expert_options, before_call, timed
+            )
+            for each in block.experts
+            if _linears_of(each, block)
+        ]
+        for name, own, expert_hessian in (held for each in self.experts for held in each.named()):
+            if own is None:
+                self.without.add(name)
+            else:
+                self.by_name[name] = own
+            if expert_hessian is not None:
+                self.hessians[name] = expert_hessian
 
     @property
     def calls(self) -> list[str]:
-        """The linears in the order of their calls in the latest forward."""
+        """The stages in the order of their calls in the latest forward."""
         return self._now.calls
+
+    def expert_sums(self) -> dict[Projection, dict[str, ExpertSums]]:
+        """The statistics of every projection of experts, by part."""
+        projections = [sums for each in self.experts for sums in (each.first, each.down)]
+        return {sums.projection: sums.by_part for sums in projections}
+
+    def tokens(self) -> dict[str, int]:
+        """The calibration tokens that each linear of an expert has seen so far."""
+        return {name: count for each in self.experts for name, count in each.tokens().items()}
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Hooks on the block's modules, removed at the end."""
         handles = [self.block.module.register_forward_pre_hook(lambda *_: self._begin())]
-        for linear in self.block.linears:
+        for linear in self.block.dense:
             handles.append(linear.module.register_forward_pre_hook(partial(self._read, linear)))
+        for stage in self.block.stages:
+            handles.append(stage.module.register_forward_pre_hook(partial(self._note, stage.name)))
+        for each in self.experts:
+            handles += each.hooks()
         for name, dense in self._dense.items():
             for module in dense.projections:
                 handles.append(module.register_forward_pre_hook(partial(self._enter, name, dense)))
@@ -160,18 +191,22 @@ class BlockStatistics:
                 handle.remove()
             self._begin()
             self.complete = True
+        for each in self.experts:
+            each.finish()
 
-    def reads_output_of(self, name: str) -> bool:
-        """Whether a statistic reads the output of this linear of the block."""
-        module = self.block.module.get_submodule(name.removeprefix(f"{self.block.name}."))
-        return any(module in group.reads for group in self._groups)
+    def reads_output_of(self, module: nn.Module) -> bool:
+        """Whether a statistic reads the output of this module."""
+        of_experts = any(module is each.first.projection and each.first.reads_output for each in self.experts)
+        return of_experts or any(module in group.reads for group in self._groups)
+
+    def _note(self, name: str, *_: object) -> None:
+        self.calls.append(name)
 
     def _begin(self) -> None:
         for known in (self._now, self._inputs, self._hessians):
             known.begin()
 
     def _read(self, linear: Linear, _module: nn.Module, args: tuple) -> None:
-        self.calls.append(linear.name)
         with self.timed():
             if linear.name not in self._elsewhere:
                 self._read_input(linear, args[0])
@@ -230,9 +265,14 @@ class BlockStatistics:
         group.add(x, outputs, self._now.deferred.pop(group.first.norm_of, None))
 
 
+def _linears_of(experts: Experts, block: Block) -> list[ExpertLinear]:
+    held = set(block.linears)
+    return [linear for linear in experts.linears if linear in held]
+
+
 def _groups(block: Block, made: dict[str, Statistic | None]) -> list[_Group]:
     grouped: dict[tuple, list[Linear]] = {}
-    for linear in block.linears:
+    for linear in block.dense:
         if isinstance(own := made[linear.name], OutputStatistic):
             grouped.setdefault((type(own), own.reads), []).append(linear)
     return [_Group(linears, [made[linear.name] for linear in linears]) for linears in grouped.values()]
@@ -240,9 +280,9 @@ def _groups(block: Block, made: dict[str, Statistic | None]) -> list[_Group]:
 
 def _dense_inputs(block: Block, made: dict[str, Statistic | None]) -> dict[str, DenseInputs]:
     """By the name of each down projection, scored by its input alone, behind a gate or up that is pruned."""
-    mlps = {linear.gated.down: linear.gated for linear in block.linears if linear.gated is not None}
+    mlps = {linear.gated.down: linear.gated for linear in block.dense if linear.gated is not None}
     found = {}
-    for linear in block.linears:
+    for linear in block.dense:
         mlp, own = mlps.get(linear.module), made[linear.name]
         if mlp is not None and own is not None and not isinstance(own, OutputStatistic):
             found[linear.name] = DenseInputs(mlp, own)

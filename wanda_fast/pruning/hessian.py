@@ -13,7 +13,8 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.errors import HessianError, NonFiniteError
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.linears import Linear
 from wanda_kernels import Factor, NotPositiveDefiniteError
 
 # Rows of a Hessian that one product of the reconstruction error reads.
@@ -44,7 +45,7 @@ class HessianUse:
             raise HessianError(f"dampening must be a positive number, got {self.dampening}")
 
     def hessian(self, linear: Linear) -> "Hessian":
-        width, device = linear.module.in_features, linear.module.weight.device
+        width, device = linear.in_features, linear.weight.device
         return Hessian(width, device, on_host=width in self.on_host)
 
 
@@ -52,11 +53,15 @@ class Hessian:
     """acc = sum over tokens of x x^T, fp32 `[in, in]`, and its factor, made once."""
 
     operation = "add_hessian_"
+    sums: str | None = "acc"
 
     def __init__(self, in_features: int, device: torch.device | str, on_host: bool = False):
         self.in_features = in_features
         where = {"pin_memory": True} if on_host else {"device": device}
         self.acc: Tensor | None = torch.zeros(in_features, in_features, dtype=torch.float32, **where)
+        if on_host:
+            # It is summed in bands, not with those of other experts.
+            self.sums = None
         self.factor: Factor | None = None
         # Set by `make_factor`: every input was zero in every token.
         self.blind = False
@@ -69,6 +74,10 @@ class Hessian:
             wanda_kernels.add_hessian_(self.acc, x)
         else:
             wanda_kernels.add_hessian_on_host_(self.acc, x)
+
+    def add_experts(self, sums: Tensor, x: Tensor, offsets: Tensor) -> None:
+        """Add the tokens of all experts to their Hessians, as `Statistic.add_experts`."""
+        wanda_kernels.add_hessian_(sums, x, offsets=offsets)
 
     def make_factor(self, use: HessianUse) -> None:
         """Factor the Hessian, once, and free it unless errors are measured."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.methods import Method
@@ -23,6 +24,7 @@ class Outcome:
         dampening: of the Hessian that the weight was updated with; None: not updated.
         fallback: the method that pruned it in place of the one asked for.
         lap: the clock's marks before and after.
+        share: of that time, for one of several weights that were pruned at once.
         energies: ||(W - W') X||^2 and ||W X||^2, if measured.
     """
 
@@ -30,6 +32,7 @@ class Outcome:
     dampening: float | None = None
     fallback: str | None = None
     lap: tuple = ()
+    share: float = 1.0
     zeros: Tensor | None = None
     energies: tuple[Tensor, Tensor] | None = None
 
@@ -44,11 +47,10 @@ def linear_reports(
     measured = {name: outcome.energies for name, outcome in outcomes.items() if outcome.energies is not None}
     energies = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist() if measured else []
     errors = dict(zip(measured, energies, strict=True))
+    tokens = {} if statistics is None else statistics.tokens()
     return {
-        linear.name: _report(
-            linear, outcomes[linear.name], count, method, statistics, errors.get(linear.name)
-        )
-        for linear, count in zip(block.linears, zeros, strict=True)
+        name: _report(linear, outcomes[name], count, method, statistics, errors.get(name), tokens.get(name))
+        for (name, linear), count in zip(((x.name, x) for x in block.linears), zeros, strict=True)
     }
 
 
@@ -59,14 +61,15 @@ def _report(
     method: Method,
     statistics: BlockStatistics | None,
     energies: list[float] | None,
+    tokens: int | None,
 ) -> LinearReport:
-    device, weights = linear.module.weight.device.type, linear.module.weight.numel()
+    device, weights = linear.weight.device.type, linear.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
     error, whole = energies or (None, None)
     return LinearReport(
         sparsity=zeros / max(weights, 1),
         weights=weights,
-        seconds=seconds_between(*outcome.lap),
+        seconds=outcome.share * seconds_between(*outcome.lap),
         operation=outcome.operation,
         backend=_backend(outcome.operation, device),
         statistic=gathered and gathered.operation,
@@ -77,6 +80,7 @@ def _report(
         relative_error=error / whole if whole else error,
         dampening=outcome.dampening,
         fallback=outcome.fallback,
+        tokens=tokens,
     )
 
 
@@ -89,7 +93,7 @@ def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> d
     """Hessian and update: the operations beside selection and its statistic, with their backends."""
     further = {}
     if outcome.energies is not None or outcome.dampening is not None:
-        on_host = linear.module.in_features in method.hessians.on_host
+        on_host = linear.in_features in method.hessians.on_host
         further[Hessian.operation] = "torch" if on_host else choose_backend(Hessian.operation, device)
     if outcome.dampening is not None:
         further["sparsegpt_"] = choose_backend("sparsegpt_", device)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.errors import PatternError, ScoreError, UnknownMethodError
-from wanda_fast.model.architecture import Linear
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.pruning.hessian import Hessian, HessianUse
 from wanda_fast.pruning.patterns import Pattern, empty_mask
@@ -119,8 +119,8 @@ class Connect(Method):
         self.activated = connect_gate == "activated"
 
     def statistic(self, linear: Linear) -> Statistic:
-        is_up = linear.gated is not None and linear.module is linear.gated.up
-        return Coactivation(linear, self.activated) if is_up else SquaredNorm(linear)
+        has_up = linear.part in ("up", "both")
+        return Coactivation(linear, self.activated) if has_up else SquaredNorm(linear)
 
 
 @register_method("gated")

@@ -52,8 +52,8 @@ class Pattern:
         This default calls `select`; the built-in patterns use fused kernels.
 
         Args:
-            weight: `[out, in]`.
-            scale: fp32 `[in]` or `[out, in]`; None: the score is abs(W).
+            weight: `[out, in]`; where rows are pruned each by itself, also `[experts, out, in]`.
+            scale: fp32 `[in]` or `[out, in]`, behind `[experts]` if the weight is; None: the score is abs(W).
             whole_matrix: one threshold for the matrix instead of one for each row (published magnitude). A
                 pattern without thresholds ignores it.
             mask: receives the packed mask (`wanda_kernels.pack_bits`).
@@ -101,7 +101,7 @@ class Unstructured(Pattern):
             wanda_kernels.prune_matrix_(weight, scale, rank, mask=mask, check_finite=False)
             return "prune_matrix_"
         wanda_kernels.prune_rows_(
-            weight, scale, self.num_pruned(weight.shape[1]), mask=mask, check_finite=False
+            weight, scale, self.num_pruned(weight.shape[-1]), mask=mask, check_finite=False
         )
         return "prune_rows_"
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 import wanda_kernels
 from wanda_fast.errors import NonFiniteError
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
+from wanda_fast.model.linears import Linear
+from wanda_fast.pruning.expert_selection import prune_stacks_
+from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.pruning.linear_reports import Outcome, linear_reports
@@ -27,11 +30,14 @@ class Selection:
     method: Method
     pattern: Pattern
     masks: dict[str, Tensor] | None = None
+    expert_options: ExpertOptions = ExpertOptions()
 
     def statistics(self, block: Block, clock: Clock, before_call: bool = False) -> BlockStatistics:
         """Empty statistics for the block's linears; `before_call` as in `BlockStatistics`."""
-        timed = partial(clock.part, "statistics")
-        return BlockStatistics(block, self.method.statistic, self.method.make_hessian, before_call, timed)
+        timed, method = partial(clock.part, "statistics"), self.method
+        return BlockStatistics(
+            block, method.statistic, method.make_hessian, before_call, timed, self.expert_options
+        )
 
 
 def prune_block(
@@ -56,8 +62,10 @@ def _prune_block(
     if method.hessians is not None:
         with phases("factor"):
             prepare(block, statistics.hessians, method.hessians)
-    outcomes: dict[str, Outcome] = {}
+    outcomes = prune_stacks_(block, method, selection.pattern, statistics, blind, selection.masks)
     for linear in block.linears:
+        if linear.name in outcomes:
+            continue
         phases.tell("selection", linear.name)
         hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
         by = Magnitude() if linear.name in blind else method
@@ -72,7 +80,7 @@ def _prune_block(
 @contextmanager
 def _own_arithmetic(block: Block) -> Iterator[None]:
     """Context without the caller's autocast, in which weights made in inference mode can be changed too."""
-    weights = [linear.module.weight for linear in block.linears]
+    weights = [linear.weight for linear in block.linears]
     inference = torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in weights)
     device = weights[0].device.type if weights else "cpu"
     # Leaving inference mode would turn gradients on, so `no_grad` comes second.
@@ -90,14 +98,14 @@ def _prune_linear(
     hessian: Hessian | None,
     phases: Phases,
 ) -> Outcome:
-    weight, masks = linear.module.weight.data, selection.masks
+    weight, masks = linear.weight.data, selection.masks
     mask = None if masks is None else empty_mask(weight)
     measures = hessian is not None and selection.method.hessians.measure_error
     before = weight.clone() if measures else None
     begin = mark(weight.device)
     outcome = _prune_(weight, selection, by, scale, hessian, mask)
     if outcome.dampening is not None:
-        rounded = selection.method.hessians.rounded.get(f"{linear.name}.weight", weight.dtype)
+        rounded = selection.method.hessians.rounded.get(linear.parameter, weight.dtype)
         weight.copy_(weight.to(rounded))
     outcome.lap = (begin, mark(weight.device))
     if before is not None:
@@ -137,7 +145,7 @@ def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -
         return statistics.by_name[linear.name].acc
     if method.score is None or linear.name not in statistics.without:
         return None
-    weight = linear.module.weight
+    weight = linear.weight
     return torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
@@ -162,7 +170,7 @@ def _require_finite(block: Block, scales: dict[str, Tensor | None], under_a_root
     Args:
         under_a_root: the score takes the root of the statistics, which must not be negative.
     """
-    weights = {f"{linear.name}.weight": linear.module.weight.data for linear in block.linears}
+    weights = {f"{linear.name}.weight": linear.weight.data for linear in block.linears}
     statistics = {f"{name}: input statistics, as a scale": scale for name, scale in scales.items()}
     finite, non_negative = (weights, statistics) if under_a_root else (weights | statistics, {})
     try:
@@ -173,7 +181,7 @@ def _require_finite(block: Block, scales: dict[str, Tensor | None], under_a_root
 
 def _require_finite_updates(block: Block, outcomes: dict[str, Outcome]) -> None:
     updated = {
-        f"{linear.name}.weight": linear.module.weight.data
+        f"{linear.name}.weight": linear.weight.data
         for linear in block.linears
         if outcomes[linear.name].dampening
     }

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block, Stage
 from wanda_fast.model.block_inputs import BlockCall, BlockInputs
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.selection import Selection, prune_block
 from wanda_fast.pruning.turn import Turn
@@ -52,7 +53,7 @@ class SequentialLinear:
                 reports.update(prune_block(part, self.selection, statistics, turn.phases))
 
         with turn.phases("one pass"), statistics.gathering():
-            run_in_lockstep(block, forwards, lambda linear: prune([linear]))
+            run_in_lockstep(block, forwards, prune)
         if unseen := [linear for linear in block.linears if linear.name not in reports]:
             prune(unseen)
         return {linear.name: reports[linear.name] for linear in block.linears}
@@ -70,12 +71,12 @@ class _Stop(BaseException):
 
 
 class _Batch:
-    """One batch on its way through the block. `at`: the linear that it waits for; None at the end."""
+    """One batch on its way through the block. `at`: the stage that it waits for; None at the end."""
 
     def __init__(
         self, forward: Callable[[], None], on_gpu: bool, modes: Callable[[], AbstractContextManager]
     ):
-        self.at: Linear | None = None
+        self.at: Stage | None = None
         self.error: BaseException | None = None
         self._forward, self._modes, self._stopped = forward, modes, False
         self._asked: Callable[[], object] | None = None
@@ -101,9 +102,9 @@ class _Batch:
         answer, self._answer = self._answer, None
         return answer
 
-    def wait_for(self, linear: Linear) -> None:
+    def wait_for(self, stage: Stage) -> None:
         """Called in the batch's own thread."""
-        self.at = linear
+        self.at = stage
         self._pause()
 
     def stop(self) -> None:
@@ -167,37 +168,36 @@ def _callers_modes(device: str) -> Callable[[], AbstractContextManager]:
 
 
 def run_in_lockstep(
-    block: Block, forwards: list[Callable[[], None]], prune: Callable[[Linear], None]
+    block: Block, forwards: list[Callable[[], None]], prune: Callable[[list[Linear]], None]
 ) -> None:
-    """Run all `forwards` of the block, and call `prune(linear)` once every one has reached the linear.
+    """Run all `forwards` of the block, and call `prune` with a stage's linears once every one has reached it.
 
-    If batches wait for different linears (a batch may not use every expert), the first one in the block's
-    order is pruned first.
+    If batches wait for different stages, the first one in the block's order is pruned first.
     """
     on_gpu = _on_gpu(block)
     modes = _callers_modes("cuda" if on_gpu else "cpu")
     batches = [_Batch(forward, on_gpu, modes) for forward in forwards]
     of_thread = {batch.thread.ident: batch for batch in batches}
-    order = {id(linear): index for index, linear in enumerate(block.linears)}
-    pruned: set[str] = set()
+    order = {stage: index for index, stage in enumerate(block.stages)}
+    pruned: set[Stage] = set()
 
-    def waiting_before(linear: Linear):
+    def waiting_before(stage: Stage):
         def wait(*_: object) -> None:
-            if linear.name not in pruned:
-                of_thread[threading.get_ident()].wait_for(linear)
+            if stage not in pruned:
+                of_thread[threading.get_ident()].wait_for(stage)
 
         return wait
 
-    handles = [linear.module.register_forward_pre_hook(waiting_before(linear)) for linear in block.linears]
+    handles = [stage.module.register_forward_pre_hook(waiting_before(stage)) for stage in block.stages]
     try:
         for batch in batches:
             batch.go_on()
         while waiting := [batch for batch in batches if batch.at is not None]:
-            linear = min((batch.at for batch in waiting), key=lambda linear: order[id(linear)])
-            prune(linear)
-            pruned.add(linear.name)
+            stage = min((batch.at for batch in waiting), key=order.get)
+            prune(stage.linears)
+            pruned.add(stage)
             for batch in waiting:
-                if batch.at is linear:
+                if batch.at is stage:
                     batch.go_on()
     finally:
         for batch in batches:

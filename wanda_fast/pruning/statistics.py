@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import wanda_kernels
-from wanda_fast.model.architecture import GatedMLP, Linear
+from wanda_fast.model.linears import GatedMLP, Linear
 from wanda_kernels.forward import saved_column_squares
 
 
@@ -23,14 +23,25 @@ class Statistic:
         acc: fp32 `[in]` or `[out, in]`, on the weight's device: what `Method.score` receives.
         operation: the name under which the report lists it.
         reads_column_squares: `add` uses column sums of squares that a forward's kernel may have saved.
+        sums: the attribute that holds the sums, if those of all experts may be parts of one tensor, to which
+            `add_experts` adds. None: each expert has its own.
     """
 
     operation = "statistic"
     acc: Tensor
     reads_column_squares = False
+    sums: str | None = None
 
     def add(self, x: Tensor) -> None:
         """Add one batch of inputs, `[..., in]`, in the dtype of the forward."""
+        raise NotImplementedError
+
+    def add_experts(self, sums: Tensor, x: Tensor, offsets: Tensor) -> None:
+        """Add one batch of inputs to the sums of all experts, `[experts, ...]`.
+
+        Args:
+            x: `[tokens, in]`; those of expert e are in the rows `offsets[e]:offsets[e + 1]`.
+        """
         raise NotImplementedError
 
 
@@ -57,6 +68,14 @@ class OutputStatistic(Statistic):
         """
         raise NotImplementedError
 
+    def add_expert_outputs(self, sums: dict[str, Tensor], x: Tensor, output: Tensor, offsets: Tensor) -> None:
+        """Add one batch of a projection's inputs and outputs to the sums of all experts, as `add_experts`.
+
+        Args:
+            sums: `[experts, out, in]` of the projection's parts that have this statistic, by `Linear.part`.
+        """
+        raise NotImplementedError
+
     def kept(self, module: nn.Module, output: Tensor) -> Tensor:
         """The output of a module in `reads`, safe from what the forward does before all are known."""
         return output
@@ -67,9 +86,10 @@ class SquaredNorm(Statistic):
 
     operation = "add_sq_norm_"
     reads_column_squares = True
+    sums = "acc"
 
     def __init__(self, linear: Linear):
-        weight = linear.module.weight
+        weight = linear.weight
         self.acc = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
 
     def add(self, x: Tensor) -> None:
@@ -78,6 +98,9 @@ class SquaredNorm(Statistic):
             wanda_kernels.add_sq_norm_(self.acc, x)
         else:
             self.acc += saved.sum(0)
+
+    def add_experts(self, sums: Tensor, x: Tensor, offsets: Tensor) -> None:
+        wanda_kernels.add_sq_norm_(sums, x, offsets=offsets)
 
 
 class DenseInputs:
@@ -106,4 +129,4 @@ class DenseInputs:
             return
         outputs = [module.forward(part) for module in dict.fromkeys((self.mlp.gate, self.mlp.up))]
         gate, up = self.mlp.halves(outputs)
-        self.norm.add(self.mlp.activation(gate) * up)
+        self.norm.add(self.mlp.hidden(gate, up))

@@ -48,7 +48,7 @@ def visiting_bytes(use: HessianUse | None) -> int:
 
 
 def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:
-    widths = (linear.module.in_features for linear in block.linears)
+    widths = (linear.in_features for linear in block.linears)
     return [width for width in widths if (width in use.on_host) is on_host]
 
 

@@ -20,6 +20,7 @@ from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import prune_blocks
+from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.report import Report, pruning_warnings, version_warnings
@@ -49,6 +50,7 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
+    expert_options: ExpertOptions = ExpertOptions()
     activations: str = "device"
 
     @property
@@ -76,6 +78,7 @@ class Job:
             masks=self.masks,
             store=output,
             sequential=self.sequential,
+            expert_options=self.expert_options,
         )
         hessians = self.method.hessians
         self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))

@@ -11,14 +11,15 @@ the host to be written. Of Hessians on the host, the formula counts the bands th
 `hessian_memory.place_hessians` checks the rest.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from wanda_fast.data.evaluation import batch_of
-from wanda_fast.model.architecture import Block, Linear
+from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
+from wanda_fast.model.linears import Linear
 from wanda_fast.model.offload import MAX_PENDING_COPIES
 from wanda_fast.pruning.methods import Method
 from wanda_fast.run.hessian_memory import block_bytes, visiting_bytes
@@ -87,7 +88,7 @@ def footprint(
     """
     config, dtype = model.config.get_text_config(), dtype_of(model)
     size = dtype.itemsize
-    widths = [linear.module.in_features for block in blocks for linear in block.linears]
+    widths = [linear.in_features for block in blocks for linear in block.linears]
     hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
     calibration, windows = job.token_ids, None
     weights = surroundings = 0
@@ -126,33 +127,24 @@ def footprint(
 def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
     """Bytes per token: a gated MLP's activated gate, up and product; residual, norm and the batches that are
     being copied out; a norm's two fp32 copies."""
-    widest = max((linear.module.out_features for block in blocks for linear in block.linears), default=0)
+    widest = max((linear.out_features for block in blocks for linear in block.linears), default=0)
     return size * (3 * widest + (3 + MAX_PENDING_COPIES) * hidden_size) + 2 * FP32 * hidden_size
 
 
 def _widening(linear: Linear) -> int:
-    weight = linear.module.weight
+    weight = linear.weight
     return FP32 * (weight.numel() + WIDENED_TOKENS * sum(weight.shape))
 
 
 def _statistics(block: Block, method: Method) -> int:
     """Bytes of a block's statistics, by making them on the meta device. Each linear counts with its own."""
-    gathered = [method.statistic(_on_meta(linear)) for linear in block.linears]
+    gathered = [method.statistic(linear.on_meta()) for linear in block.linears]
     held = [value for stat in gathered if stat is not None for value in vars(stat).values()]
     return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def _on_meta(linear: Linear) -> Linear:
-    out_features, in_features = linear.module.weight.shape
-    module, mlp = nn.Linear(in_features, out_features, bias=False, device="meta"), linear.gated
-    if mlp is not None:
-        own = [name for name in ("gate", "up") if getattr(mlp, name) is linear.module]
-        mlp = replace(mlp, **dict.fromkeys(own, module))
-    return replace(linear, module=module, gated=mlp)
-
-
 def _mask_bytes(block: Block) -> int:
-    return sum(linear.module.out_features * -(-linear.module.in_features // 8) for linear in block.linears)
+    return sum(linear.out_features * -(-linear.in_features // 8) for linear in block.linears)
 
 
 def _weights(module: nn.Module) -> int:

@@ -19,6 +19,7 @@ from wanda_fast.model.block_source import LiveModel
 from wanda_fast.options import Options
 from wanda_fast.output.resume import nothing_to_do, run_identity
 from wanda_fast.output.streamed import StreamedOutput
+from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report import Report
@@ -95,6 +96,9 @@ def _new_job(
         progress=progress,
         masks=None if options.save_mask is None else {},
         sequential=options.sequential,
+        expert_options=ExpertOptions(
+            options.expert_shrinkage, options.expert_tokens, options.expert_weighting
+        ),
     )
 
 
@@ -108,7 +112,7 @@ def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job)
         before = _chosen_before(options, "hessians_on_host")
         place_hessians(blocks, job.device, options.hessian_device, use, before)
         kept_in_memory = isinstance(options.model, nn.Module) and options.save_model is None
-        weights = [f"{linear.name}.weight" for block in blocks for linear in block.linears]
+        weights = list({linear.parameter: None for block in blocks for linear in block.linears})
         use.rounded = {} if kept_in_memory else loaded.update_dtypes(weights)
     return blocks
 

@@ -1,12 +1,14 @@
 """Before the work: how much of a model can be pruned, and whether method and pattern fit it."""
 
 import logging
+from collections import Counter
 
 from torch import nn
 
 from wanda_fast.checkpoint.load import DTYPES
 from wanda_fast.errors import DtypeError
-from wanda_fast.model.architecture import Block, Linear, ignored_linears
+from wanda_fast.model.architecture import Block, ignored_linears
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.report import Reach, Report
@@ -38,7 +40,7 @@ def survey(
     outside = report.reach.blocks - report.reach.prunable
     if outside > 0.05 * report.reach.blocks and not ignore:
         warn(
-            f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable nn.Linear "
+            f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable matrix "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
     if method.prunes and not any(block.linears for block in blocks):
@@ -47,7 +49,7 @@ def survey(
         for block in blocks:
             for linear in block.linears:
                 _require_dtype(linear)
-                pattern.check(linear.name, linear.module.in_features)
+                pattern.check(linear.name, linear.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
     if method.wants_gated_mlp and not gated:
         warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
@@ -57,7 +59,7 @@ def survey(
 
 
 def _require_dtype(linear: Linear) -> None:
-    weight = linear.module.weight
+    weight = linear.weight
     if weight.dtype not in DTYPES.values():
         raise DtypeError(
             f"{linear.name} is {weight.dtype} {list(weight.shape)}: a model in memory is pruned in "
@@ -67,16 +69,18 @@ def _require_dtype(linear: Linear) -> None:
 
 def reach(model: nn.Module, blocks: list[Block]) -> Reach:
     """Count the prunable weights, all weights of the blocks (2-D and up), and all parameters of the model."""
-    prunable = {id(linear.module.weight) for block in blocks for linear in block.linears}
+    prunable = Counter()
+    for linear in (linear for block in blocks for linear in block.linears):
+        prunable[linear.parameter] += linear.weight.numel()
     matrices = {
         f"{block.name}.{name}": parameter
         for block in blocks
         for name, parameter in block.module.named_parameters()
         if parameter.dim() >= 2
     }
-    outside = {name: p.numel() for name, p in matrices.items() if id(p) not in prunable}
+    outside = {name: p.numel() - prunable[name] for name, p in matrices.items() if p.numel() > prunable[name]}
     return Reach(
-        prunable=sum(linear.module.weight.numel() for block in blocks for linear in block.linears),
+        prunable=prunable.total(),
         blocks=sum(parameter.numel() for parameter in matrices.values()),
         model=sum(parameter.numel() for parameter in model.parameters()),
         largest_out_of_reach=max(outside, key=outside.get) if outside else None,

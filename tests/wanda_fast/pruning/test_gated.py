@@ -163,14 +163,14 @@ def test_sequential_linear_scores_both_projections_while_both_are_dense(family, 
     linears = find_blocks(model)[0].linears
     for linear in linears:
         if ".self_attn." in linear.name:
-            linear.module.weight.copy_(pruned.get_submodule(linear.name).weight)
+            linear.weight.copy_(pruned.get_submodule(linear.name).weight)
     reached = statistics_of(model, ids, method)
     for linear in linears:
         if not linear.name.endswith(("gate_up_proj", "gate_proj", "up_proj")):
             continue
         if method == "connect" and linear.name.endswith(".up_proj") and family != "up_first":
             continue  # the gate that it then sees is pruned
-        weight, acc = linear.module.weight, reached[linear.name]
+        weight, acc = linear.weight, reached[linear.name]
         scores = weight.abs() * acc.sqrt()
         lowest = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] // 2]
         expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)

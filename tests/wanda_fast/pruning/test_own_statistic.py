@@ -19,7 +19,7 @@ class LargestInput(Statistic):
     operation = "largest_input"
 
     def __init__(self, linear):
-        self.acc = torch.zeros(linear.module.in_features)
+        self.acc = torch.zeros(linear.in_features)
 
     def add(self, x):
         torch.maximum(self.acc, x.flatten(0, -2).abs().amax(0).float(), out=self.acc)
@@ -32,7 +32,7 @@ class OutputNorm(OutputStatistic):
 
     def __init__(self, linear):
         self.reads = (linear.module,)
-        self.of_inputs, self.of_outputs = (torch.zeros(n) for n in linear.module.weight.shape[::-1])
+        self.of_inputs, self.of_outputs = (torch.zeros(n) for n in linear.weight.shape[::-1])
 
     def add_outputs(self, x, outputs, others, sq_norm):
         assert not others and sq_norm is None
@@ -151,7 +151,7 @@ def test_a_score_that_is_none_is_refused(methods, score, sentence, pattern):
 def test_a_statistic_may_be_negative_where_no_root_is_taken(methods):
     class Sum(Statistic):
         def __init__(self, linear):
-            self.acc = torch.zeros(linear.module.in_features)
+            self.acc = torch.zeros(linear.in_features)
 
         def add(self, x):
             self.acc += x.flatten(0, -2).float().sum(0)

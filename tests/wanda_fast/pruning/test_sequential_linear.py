@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import errors
-from wanda_fast.model.architecture import GatedMLP, Linear, find_blocks
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.linears import GatedMLP, Linear
 from wanda_fast.pruning import sequential_linear as lockstep
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.statistics import DenseInputs, SquaredNorm
@@ -29,7 +30,7 @@ def prune_by_definition(model, ids):
                 of_down[linear.gated.down] = squared_norm(model, linear.gated.down, ids[::8])
             sums = of_down.get(linear.module)
             sums = squared_norm(model, linear.module, ids) if sums is None else sums
-            weight = linear.module.weight.data
+            weight = linear.weight.data
             lowest = (weight.abs() * sums.sqrt()).sort(dim=1, stable=True).indices[:, : len(sums) // 2]
             weight.scatter_(1, lowest, 0.0)
 

@@ -1,0 +1,183 @@
+"""How transformers makes a model's tensors of those on disk: renamed, merged from experts, split, transposed.
+
+Both ways are transformers' own operations. The way back begins at the converter: the names on disk are known,
+so no renaming is reversed.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.errors import NotStreamableError
+
+# Operations that move values and change none.
+MOVING = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split"}
+MOVING |= {"SplitModulelist", "Transpose"}
+# Exceptions of an operation on tensors that it cannot convert.
+INCONVERTIBLE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+
+
+@dataclass(eq=False)
+class Conversion:
+    """Tensors on disk that together make tensors of the model.
+
+    Attributes:
+        model: on the meta device.
+        key: the first of the names in the model.
+        converter: of transformers; None if one tensor is one of the model, under this name or another.
+        patterns: name on disk -> the converter's pattern for it; in the order in which tensors are merged.
+        renamed: the tensor's name when the converter takes over -> its name on disk.
+        targets: names in the model.
+        dtype: that transformers reads floating-point tensors in.
+    """
+
+    model: nn.Module
+    key: str
+    converter: object | None
+    patterns: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    dtype: torch.dtype | None = None
+
+    @property
+    def sources(self) -> list[str]:
+        """Names on disk."""
+        return list(self.patterns)
+
+    def to_model(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors, by name; `stored`, by name on disk, loses what they are made of."""
+        if self.converter is None:
+            return {self.key: stored.pop(*self.patterns)}
+        converter = deepcopy(self.converter)
+        for name, pattern in self.patterns.items():
+            converter.add_tensor(self.key, name, pattern, stored.pop(name))
+        return self._run(converter, self.key)
+
+    def to_disk(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_model`: tensors by name on disk, views of `values` where possible."""
+        if self.converter is None:
+            return dict(zip(self.patterns, [values[self.key]], strict=True))
+        reverse = self.converter.reverse_transform()
+        for name in self.targets:
+            key, pattern = reverse.rename_source_key(name)
+            reverse.add_tensor(key, name, pattern, values[name])
+        return {self.renamed[name]: tensor for name, tensor in self._run(reverse, key).items()}
+
+    def require_inverse(self, stored: dict[str, Tensor]) -> None:
+        """Raise `NotStreamableError` unless `to_disk` gives back the names and shapes of `stored`.
+
+        Args:
+            stored: all tensors on disk by name, on the meta device.
+        """
+        first = next(iter(self.patterns))
+        operations = {type(operation).__name__ for operation in getattr(self.converter, "operations", ())}
+        if unknown := sorted(operations - MOVING):
+            raise NotStreamableError(f"transformers' {unknown[0]} makes {self.key} of {first}")
+        before = {name: stored[name].shape for name in self.patterns}
+        try:
+            after = self.to_disk(self.to_model({name: stored[name] for name in self.patterns}))
+        except INCONVERTIBLE as error:
+            raise NotStreamableError(f"transformers cannot convert {self.key} back to {first}") from error
+        if {name: tensor.shape for name, tensor in after.items()} != before:
+            raise NotStreamableError(f"transformers does not convert {self.key} back to {first}")
+
+    def _run(self, converter, key: str) -> dict[str, Tensor]:
+        made = converter.convert(key, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def find_conversions(model: nn.Module, stored: dict[str, Tensor], dtype: torch.dtype) -> list[Conversion]:
+    """The conversions by which `from_pretrained` makes `model` of a checkpoint.
+
+    Args:
+        model: on the meta device, with the dtypes that transformers gives its tensors.
+        stored: all tensors on disk by name, on the meta device. The model does not take those that are in no
+            conversion.
+        dtype: of the model.
+    Raises: `NotStreamableError` if tensors of the model are made twice, or have another shape.
+    """
+    state = model.state_dict()
+    kept = _dtype_plan(model, dtype)
+    rename, found = renaming(model, state), {}
+    for name in in_merging_order(stored):
+        renamed, key, converter, pattern = rename(name)
+        if key not in state:
+            continue
+        if key not in found:
+            found[key] = Conversion(model, key, converter, dtype=kept(key) or state[key].dtype)
+        conversion = found[key]
+        if conversion.patterns and None in (converter, conversion.converter):
+            raise NotStreamableError(f"{next(iter(conversion.patterns))} and {name} are one weight, {key}")
+        conversion.patterns[name] = pattern
+        conversion.renamed[renamed] = name
+    for conversion in found.values():
+        conversion.targets = _targets(conversion, stored, state)
+    return list(found.values())
+
+
+def in_merging_order(names: Iterable[str]) -> list[str]:
+    """Names on disk in the order in which transformers reads, and merges, tensors."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+def renaming(model: nn.Module, state: dict[str, Tensor]) -> Callable[[str], tuple]:
+    """A function: name on disk -> (its name when the converter takes over, name in the model, the converter
+    or None, its pattern)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    def rename(name: str) -> tuple[str, str, object | None, str | None]:
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        if pattern is None:
+            return key, key, None, None
+        begin = rename_source_key(name, renamings, [])[0]
+        converted = rename_source_key(name, renamings, converters)[0]
+        return _with_prefix(begin, converted, key), key, by_pattern[pattern], pattern
+
+    return rename
+
+
+def _with_prefix(name: str, before: str, after: str) -> str:
+    """`name` with the prefix added, or removed, that makes `after` of `before`."""
+    if before.endswith(after):
+        return name.removeprefix(before.removesuffix(after))
+    return after.removesuffix(before) + name
+
+
+def _targets(conversion: Conversion, stored: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    first = next(iter(conversion.patterns))
+    try:
+        made = conversion.to_model({name: stored[name] for name in conversion.patterns})
+    except INCONVERTIBLE as error:
+        raise NotStreamableError(f"transformers cannot convert {first}: {error}") from error
+    for name, tensor in made.items():
+        needed = list(state[name].shape) if name in state else None
+        if list(tensor.shape) != needed:
+            raise NotStreamableError(f"{first} makes {name} {list(tensor.shape)}, the model has {needed}")
+    return list(made)
+
+
+def _dtype_plan(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """A function: name in the model -> the dtype that transformers keeps it in, whatever the model's."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    expression, patterns, _ = build_glob_alternation(list(plan))
+
+    def kept(name: str) -> torch.dtype | None:
+        match = expression.search(name) if plan else None
+        return plan[patterns[match.lastgroup]] if match else None
+
+    return kept

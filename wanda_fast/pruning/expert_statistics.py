@@ -1,0 +1,312 @@
+"""Gathers the statistics and Hessians of a block's experts, from tokens sorted by expert.
+
+An expert that sees few tokens has noisy statistics: they are drawn towards those of all tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from wanda_fast.model.experts import ExpertLinear, Experts, Projection, segments
+from wanda_fast.model.linears import Linear
+from wanda_fast.pruning.hessian import Hessian
+from wanda_fast.pruning.statistics import OutputStatistic, Statistic
+from wanda_fast.report import STARVED_TOKENS
+
+# Evenly spaced tokens that stand for all; the sample has between this many and twice as many.
+SAMPLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How the statistics of experts count tokens.
+
+    Attributes:
+        shrinkage: TAU: a starved expert's mean over its n tokens becomes (n * mean + TAU * m) / (n + TAU),
+            where m is the mean if all tokens went through the expert; 0: it stays as it is.
+        tokens: "routed": each expert's own tokens; "all": every token goes through every expert, for the
+            statistics alone.
+        weighting: "none", or "router": a token counts by the square of the router's weight.
+    """
+
+    shrinkage: float = 0.0
+    tokens: str = "routed"
+    weighting: str = "none"
+
+
+Make = Callable[[Linear], Statistic | None]
+
+
+class ExpertSums:
+    """One statistic or Hessian of each expert.
+
+    Attributes:
+        own: by the expert's index.
+        joint: the sums of all experts, `[experts, ...]`, of which each one's are a part; None: the class does
+            not say which attribute holds sums.
+    """
+
+    def __init__(self, linears: list[ExpertLinear], make: Callable[[Linear], Statistic | Hessian | None]):
+        self.own: dict[int, Statistic | Hessian] = {}
+        self.joint: Tensor | None = None
+        for linear in linears:
+            own = make(linear)
+            if own is None:
+                continue
+            if own.sums is not None:
+                sums = getattr(own, own.sums)
+                if self.joint is None:
+                    shape = (linear.module.count, *sums.shape)
+                    self.joint = torch.zeros(shape, dtype=sums.dtype, device=sums.device)
+                setattr(own, own.sums, self.joint[linear.index])
+            self.own[linear.index] = own
+        self.first = next(iter(self.own.values()), None)
+
+    def add(self, x: Tensor, offsets: Tensor) -> None:
+        if self.joint is not None:
+            self.first.add_experts(self.joint, x, offsets)
+            return
+        for expert, begin, end in segments(offsets):
+            if expert in self.own:
+                self.own[expert].add(x[begin:end])
+
+    def add_outputs(self, x: Tensor, output: Tensor, offsets: Tensor, others: "list[ExpertSums]") -> None:
+        """Add to this sum and to others of its class, which read the same output."""
+        if self.joint is not None:
+            joint = {sums.first.part: sums.joint for sums in (self, *others)}
+            self.first.add_expert_outputs(joint, x, output, offsets)
+            return
+        for expert, begin, end in segments(offsets):
+            own = [sums.own[expert] for sums in (self, *others) if expert in sums.own]
+            if own:
+                own[0].add_outputs(x[begin:end], [output[begin:end]], own[1:], None)
+
+    def shrink_(self, other: "ExpertSums", factor: float) -> None:
+        """Add `factor` times another's sums, for the experts that both have."""
+        for expert, sums in other.own.items():
+            if sums.sums is not None:
+                getattr(self.own[expert], sums.sums).add_(getattr(sums, sums.sums), alpha=factor)
+
+
+class ProjectionSums:
+    """The statistics and Hessians of one projection's matrices.
+
+    Attributes:
+        by_part: the statistics, by gate_proj, up_proj or down_proj; parts that read the input alone share.
+        hessians: of the input; None: not gathered.
+    """
+
+    def __init__(
+        self, projection: Projection, linears: list[ExpertLinear], statistic: Make, hessian: Make | None
+    ):
+        self.projection, self.linears = projection, linears
+        self.by_part: dict[str, ExpertSums] = {}
+        kinds: dict[object, list[str]] = {}
+        for part in projection.parts:
+            kind = _kind(next((linear for linear in linears if linear.matrix == part), None), statistic)
+            kinds.setdefault((part, kind) if issubclass(kind, OutputStatistic) else kind, []).append(part)
+        for parts in kinds.values():
+            sums = ExpertSums(_one_each([linear for linear in linears if linear.matrix in parts]), statistic)
+            self.by_part |= dict.fromkeys(parts, sums)
+        self.hessians = None if hessian is None else ExpertSums(_one_each(linears), hessian)
+
+    @property
+    def reads_output(self) -> bool:
+        return any(isinstance(sums.first, OutputStatistic) for sums in self.by_part.values())
+
+    def add_input(self, x: Tensor, offsets: Tensor) -> None:
+        for sums in dict.fromkeys(self.by_part.values()):
+            if sums.first is not None and not isinstance(sums.first, OutputStatistic):
+                sums.add(x, offsets)
+
+    def add_hessian(self, x: Tensor, offsets: Tensor) -> None:
+        if self.hessians is not None:
+            self.hessians.add(x, offsets)
+
+    def add_output(self, x: Tensor, output: Tensor, offsets: Tensor) -> None:
+        groups: dict[type, list[ExpertSums]] = {}
+        for sums in self.by_part.values():
+            if isinstance(sums.first, OutputStatistic):
+                groups.setdefault(type(sums.first), []).append(sums)
+        for first, *others in groups.values():
+            first.add_outputs(x, output, offsets, others)
+
+    def shrink_(self, other: "ProjectionSums", factor: float) -> None:
+        pairs = {sums: other.by_part[part] for part, sums in self.by_part.items()}
+        for sums, added in pairs.items():
+            sums.shrink_(added, factor)
+        if self.hessians is not None:
+            self.hessians.shrink_(other.hessians, factor)
+
+    def named(self) -> Iterator[tuple[str, Statistic | None, Hessian | None]]:
+        """(name, statistic, Hessian) of each matrix."""
+        for linear in self.linears:
+            hessian = None if self.hessians is None else self.hessians.own.get(linear.index)
+            yield linear.name, self.by_part[linear.matrix].own.get(linear.index), hessian
+
+
+def _kind(linear: ExpertLinear | None, statistic: Make) -> type:
+    """The class of a linear's statistic."""
+    return type(None if linear is None else statistic(linear.on_meta()))
+
+
+def _one_each(linears: list[ExpertLinear]) -> list[ExpertLinear]:
+    """One linear of each expert."""
+    return list({linear.index: linear for linear in linears}.values())
+
+
+class ExpertStatistics:
+    """The statistics of one module's experts.
+
+    Attributes:
+        counts: tokens of each expert, int64 `[experts]`.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        linears: list[ExpertLinear],
+        statistic: Make,
+        hessian: Make | None,
+        options: ExpertOptions,
+        before_call: bool,
+        timed: Callable[[], AbstractContextManager],
+    ):
+        self.experts, self.options, self.before_call = experts, options, before_call
+        self._linears, self._make = linears, (statistic, hessian)
+        self.first, self.down = self._sums(linears)
+        device = experts.down.stack.device
+        self.counts = torch.zeros(experts.count, dtype=torch.int64, device=device)
+        self._sample = TokenSample()
+        self._timed = partial(_timed, timed)
+        self._weight = torch.zeros((), device=device)
+
+    def hooks(self) -> list:
+        experts = self.experts
+        handles = [
+            experts.module.register_forward_pre_hook(self._timed(self._see_tokens)),
+            experts.first.register_forward_pre_hook(self._timed(self._before_first)),
+            experts.down.register_forward_pre_hook(self._timed(self._before_down)),
+        ]
+        if self.first.reads_output and not self.before_call:
+            handles.append(experts.first.register_forward_hook(self._timed(self._after_first)))
+        return handles
+
+    def tokens(self) -> dict[str, int]:
+        """The tokens that each linear's expert has seen."""
+        counts = self.counts.tolist()
+        return {linear.name: counts[linear.index] for linear in self._linears}
+
+    def finish(self) -> None:
+        """Draw the statistics of starved experts towards those of all tokens."""
+        tau, sample = self.options.shrinkage, self._sample.tokens
+        if not tau or sample is None or self.options.tokens == "all":
+            return
+        mean = 1.0
+        if self.options.weighting == "router":
+            mean = float(self._weight / self.counts.sum().clamp(min=1))
+        for expert, count in enumerate(self.counts.tolist()):
+            own = [linear for linear in self._linears if linear.index == expert]
+            if count < STARVED_TOKENS and own:
+                sums = self._sums(own)
+                self._add_all(sums, sample, expert)
+                for held, added in zip((self.first, self.down), sums, strict=True):
+                    held.shrink_(added, tau * mean / len(sample))
+
+    def named(self) -> Iterator[tuple[str, Statistic | None, Hessian | None]]:
+        """(name, statistic, Hessian) of each matrix."""
+        yield from self.first.named()
+        yield from self.down.named()
+
+    def _sums(self, linears: list[ExpertLinear]) -> tuple[ProjectionSums, ProjectionSums]:
+        first, down = self.experts.first, self.experts.down
+        return tuple(
+            ProjectionSums(each, [linear for linear in linears if linear.module is each], *self._make)
+            for each in (first, down)
+        )
+
+    def _see_tokens(self, _module: nn.Module, args: tuple) -> None:
+        x = args[0]
+        if self.options.tokens == "all":
+            for expert in range(self.experts.count):
+                self._add_all((self.first, self.down), x, expert)
+        elif self.options.shrinkage:
+            self._sample.see(x)
+
+    def _add_all(self, sums: tuple[ProjectionSums, ProjectionSums], x: Tensor, expert: int) -> None:
+        """Send all of x through one expert, for `sums`."""
+        first, down = sums
+        offsets = torch.zeros(self.experts.count + 1, dtype=torch.int64, device=x.device)
+        offsets[expert + 1 :] = len(x)
+        output = self.experts.first.forward(x, offsets, None)
+        hidden = self.experts.hidden(output)
+        for each, values in ((first, x), (down, hidden)):
+            each.add_input(values, offsets)
+            each.add_hessian(values, offsets)
+        first.add_output(x, output, offsets)
+
+    def _before_first(self, _module: nn.Module, args: tuple) -> None:
+        x, offsets, weights = args
+        self.counts += offsets.diff()
+        if weights is not None:
+            self._weight += weights.float().square().sum()
+        if self.options.tokens == "all":
+            return
+        counted = self._weighted(x, weights)
+        self.first.add_input(counted, offsets)
+        self.first.add_hessian(counted, offsets)
+        if self.before_call:
+            # Both projections are scored while the first is dense.
+            output = self.experts.first.forward(x, offsets, weights)
+            self.first.add_output(counted, output, offsets)
+            self.down.add_input(self._weighted(self.experts.hidden(output), weights), offsets)
+
+    def _after_first(self, _module: nn.Module, args: tuple, output: Tensor) -> None:
+        x, offsets, weights = args
+        if self.options.tokens == "routed":
+            self.first.add_output(self._weighted(x, weights), output, offsets)
+
+    def _before_down(self, _module: nn.Module, args: tuple) -> None:
+        hidden, offsets, weights = args
+        if self.options.tokens == "all":
+            return
+        hidden = self._weighted(hidden, weights)
+        if not self.before_call:
+            self.down.add_input(hidden, offsets)
+        self.down.add_hessian(hidden, offsets)
+
+    def _weighted(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        if self.options.weighting == "none" or weights is None:
+            return x
+        return x * weights.unsqueeze(-1).to(x.dtype)
+
+
+def _timed(timed: Callable[[], AbstractContextManager], hook: Callable[..., None]) -> Callable[..., None]:
+    def run(*args: object) -> None:
+        with timed():
+            hook(*args)
+
+    return run
+
+
+class TokenSample:
+    """Evenly spaced tokens of all that were seen; which ones does not depend on the batches.
+
+    Attributes:
+        tokens: `[tokens, features]`; None: none was seen.
+    """
+
+    def __init__(self):
+        self.tokens: Tensor | None = None
+        self._seen, self._every = 0, 1
+
+    def see(self, x: Tensor) -> None:
+        part = x[-self._seen % self._every :: self._every]
+        self._seen += len(x)
+        self.tokens = part.clone() if self.tokens is None else torch.cat([self.tokens, part])
+        while len(self.tokens) >= 2 * SAMPLE_TOKENS:
+            self.tokens, self._every = self.tokens[::2].clone(), 2 * self._every
