@@ -4,12 +4,13 @@
 
 A checkpoint of random weights in bfloat16 is pruned in memory, where transformers' own forward measures the
 perplexities, and streamed, where they are what came out of the blocks one by one: the same files and the same
-perplexities, or it is wrong. A line each: ok, refused (with what is said), not built (these sizes do not fit
-it), wrong. Exits 1 where one is wrong.
+perplexities, or it is wrong. A line each: ok (with the share of the blocks' matrix weights that was pruned),
+refused (with what is said), not built (these sizes do not fit it), wrong. Exits 1 where one is wrong.
 """
 
 import logging
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 import wanda_fast
@@ -27,6 +28,7 @@ from wanda_fast.run import inputs
 
 LARGEST = 20e6  # parameters: sizes that the table below does not know make a model of real size
 CLOSE = 1e-4  # of a perplexity in bfloat16, a mean over 72 tokens
+LEAST_OF_EXPERTS = 0.95  # the share in reach of a model with experts
 
 # By the names that configurations use. Those that one has, and does not compute, are set.
 SIZES = (
@@ -37,6 +39,7 @@ SIZES = (
     | dict.fromkeys(
         ["moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"], 48
     )
+    | dict.fromkeys(["moe_shared_expert_intermediate_size", "shared_intermediate_size"], 48)
     | dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "n_layers"], 2)
     | dict.fromkeys(["decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"], 2)
     | dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_experts", "num_local_experts"], 4)
@@ -47,6 +50,7 @@ SIZES = (
     | dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"], 8)
     | dict.fromkeys(["state_size", "mamba_d_state", "ssm_state_size"], 8)
     | dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"], 1)
+    | dict(zero_expert_num=1)
     | dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], 320)
     | dict(linear_num_value_heads=4, max_position_embeddings=256, n_positions=256, initializer_range=0.1)
     | dict(pad_token_id=0, bos_token_id=0, eos_token_id=1)
@@ -170,7 +174,28 @@ def compare(folder: Path) -> str:
         own, by_blocks = whole.perplexity[which], streamed.perplexity[which]
         if not math.isclose(by_blocks, own, rel_tol=CLOSE):
             return f"wrong: {which}, a perplexity of {own:.4f}, by blocks {by_blocks:.4f}"
-    return f"ok: {len(whole.linears)} linears"
+    share, has_experts = share_in_reach(folder / "model", whole.linears)
+    if has_experts and share < LEAST_OF_EXPERTS:
+        return f"wrong: {len(whole.linears)} linears, only {share:.1%} in reach"
+    return f"ok: {len(whole.linears)} linears, {share:.1%} in reach"
+
+
+def share_in_reach(folder: Path, linears: dict) -> tuple[float, bool]:
+    """Pruned weights of all weights of the blocks' matrices; whether the model has experts.
+
+    Routers (a row for each expert) and depthwise convolutions do not count.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    blocks = re.match(r".*?\.(?=\d+\.)", next(iter(linears)))[0]
+    parameters, total = dict(model.named_parameters(remove_duplicate=False)), 0
+    for name, parameter in parameters.items():
+        router = parameter.ndim == 2 and len(parameter) <= SIZES["num_experts"]
+        matrix = parameter.ndim > 1 and min(parameter.shape[-2:]) > 1 and not router
+        if name.startswith(blocks) and (matrix or name.removesuffix(".weight") in linears):
+            total += parameter.numel()
+    share = sum(linear.weights for linear in linears.values()) / total
+    return share, any("experts." in name for name in parameters)
 
 
 def _prune(folder: Path, kind: str):

@@ -110,7 +110,7 @@ class Options:
     dataset: str | Path | Iterable = option(
         "wikitext2",
         help="Calibration text: wikitext2, c4, ptb, pydoc (Python's own help topics, no download), or a "
-        ".txt, .json, .jsonl or .parquet file, also .gz or .zst, or a folder of such files.",
+        ".txt, .json, .jsonl, .parquet or .arrow file, also .gz or .zst, or a folder of such files.",
         python_help="Or token ids, integers [nsamples, seqlen] (tensor, array, lists, BatchEncoding); or "
         "strings, chats, a datasets.Dataset; or an iterable of these.",
         panel=CALIBRATION,
@@ -119,8 +119,8 @@ class Options:
     )
     text_column: str | None = option(
         None,
-        help="Column of a JSON or Parquet file that holds text, or chats for the tokenizer's template. "
-        "Default: the first of text, sentence, content and messages.",
+        help="Column of a JSON, Parquet or Arrow file that holds text, or chats for the tokenizer's "
+        "template. Default: the first of text, sentence, content, messages and conversations.",
         panel=CALIBRATION,
         decides=RESULTS,
         commands=("prune", "eval"),

@@ -8,10 +8,16 @@ from pathlib import Path
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WINDOW = 256
+BYTES = dict(vocab_size=256, max_position_embeddings=512, tie_word_embeddings=True)
 SIZES = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4)
 
 
@@ -25,19 +31,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def train(ids: torch.Tensor, steps: int, batch: int = 16) -> LlamaForCausalLM:
-    """AdamW, one cycle, bf16 autocast; the same seed gives the same model on the same machine."""
+def train(config: PreTrainedConfig, ids: torch.Tensor, steps: int, batch: int, bf16: bool) -> PreTrainedModel:
+    """AdamW, one cycle; the same seed gives the same model on the same machine."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, max_position_embeddings=512, tie_word_embeddings=True, **SIZES)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         starts = torch.randint(len(ids) - WINDOW - 1, (batch,))
         windows = torch.stack([ids[start : start + WINDOW + 1] for start in starts])
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(windows[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(windows, labels=windows, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -48,11 +52,17 @@ def train(ids: torch.Tensor, steps: int, batch: int = 16) -> LlamaForCausalLM:
     return model.eval()
 
 
-def main(text: Path, out: Path, steps: int = 1500) -> None:
+def train_and_save(
+    config: PreTrainedConfig, text: Path, out: Path, steps: int, batch: int, bf16: bool
+) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    train(ids, steps).save_pretrained(out)
+    train(config, ids, steps, batch, bf16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def main(text: Path, out: Path, steps: int = 1500, batch: int = 16, bf16: bool = True) -> None:
+    train_and_save(LlamaConfig(**BYTES, **SIZES), text, out, steps, batch, bf16)
 
 
 if __name__ == "__main__":

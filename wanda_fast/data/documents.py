@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Columns that hold text, or chats; the first one found is read.
-TEXT_COLUMNS = ("text", "sentence", "content", "messages")
+TEXT_COLUMNS = ("text", "sentence", "content", "messages", "conversations")
+# Keys of a message; ShareGPT's, and its speakers with the roles of templates.
+ROLE_CONTENT, FROM_VALUE = ("role", "content"), ("from", "value")
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+SPEAKERS |= {role: role for role in ("user", "assistant", "system", "tool")}
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 # Names of columns in a message: no more than these, since keys may be data.
 SHOWN_COLUMNS, SHOWN_CHARACTERS = 8, 30
@@ -63,11 +67,15 @@ class Text:
 
 
 def is_chat(value: object) -> bool:
-    """Whether a value is a list of messages, each with role and content."""
+    """Whether a value is a list of messages, each with role and content, or each with from and value."""
+    return _has_messages(value, ROLE_CONTENT) or _has_messages(value, FROM_VALUE)
+
+
+def _has_messages(value: object, keys: tuple[str, str]) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+        and all(isinstance(message, Mapping) and message.keys() >= set(keys) for message in value)
     )
 
 
@@ -107,10 +115,22 @@ def _rendered(chat: list, where: str, tokenizer: object) -> str:
             f"{where} is a chat, and the tokenizer has no chat template: name a column of text with "
             f"--text_column"
         )
+    if not _has_messages(chat, ROLE_CONTENT):
+        chat = [_with_role(message, f"{where}: message {number}") for number, message in enumerate(chat, 1)]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{where} does not fit the tokenizer's chat template: {reason(error)}") from error
+
+
+def _with_role(message: Mapping, where: str) -> dict[str, str]:
+    """A message of ShareGPT's form in that of chat templates."""
+    speaker, value = message["from"], message["value"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise ValueError(f"{where} is from none of {', '.join(SPEAKERS)}")
+    if not isinstance(value, str):
+        raise ValueError(f"{where} has a value of type {type(value).__name__}, not text")
+    return {"role": SPEAKERS[speaker], "content": value}
 
 
 def _without_half_surrogates(text: str) -> tuple[str, int]:

@@ -20,6 +20,9 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Formats with columns and a compression of their own.
+COLUMNAR = (".parquet", ".arrow")
+ARROW_FILE = b"ARROW1"
 UNREADABLE = (OSError, ValueError, EOFError, zlib.error)
 
 
@@ -27,7 +30,7 @@ def read_files(path: Path, text_column: str | None, tokenizer: object) -> Text:
     """The documents of a file, or of all files of a folder, in the order of their names.
 
     Args:
-        text_column: of JSON and Parquet files; None: the first of TEXT_COLUMNS.
+        text_column: of files with columns; None: the first of TEXT_COLUMNS.
         tokenizer: renders chats by its template.
     Raises: `CalibrationError` if a file cannot be read, or holds no text.
     """
@@ -39,6 +42,10 @@ def read_files(path: Path, text_column: str | None, tokenizer: object) -> Text:
 
 def _files_of(folder: Path, text: Text) -> list[Path]:
     """The files of text in a folder. `.json` files beside others describe those (dataset_info.json)."""
+    if (splits := folder / "dataset_dict.json").is_file():
+        raise CalibrationError(
+            f"dataset folder {folder} holds several splits ({splits.name}): name the folder of one"
+        )
     found = sorted(
         file
         for file in folder.rglob("*")
@@ -56,7 +63,8 @@ def _files_of(folder: Path, text: Text) -> list[Path]:
 
 
 def _is_hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+    """Also `cache-*.arrow`, in which `Dataset.map` keeps its results beside the data."""
+    return any(part.startswith(".") for part in file.parts) or file.match("cache-*.arrow")
 
 
 def _read_file(file: Path, text: Text, text_column: str | None, tokenizer: object) -> None:
@@ -73,7 +81,7 @@ def _read_file(file: Path, text: Text, text_column: str | None, tokenizer: objec
 def _kind(file: Path) -> str:
     """The suffix that names the format, in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in OPENERS and suffixes[-2] != ".parquet":
+    if len(suffixes) > 1 and suffixes[-1] in OPENERS and suffixes[-2] not in COLUMNAR:
         return suffixes[-2]
     return suffixes[-1] if suffixes else ""
 
@@ -144,6 +152,16 @@ def _read_parquet(file: Path, text_column: str | None) -> list[object]:
     return parquet.read_table(file, columns=[column]).to_pylist()
 
 
+def _read_arrow(file: Path, text_column: str | None) -> list[object]:
+    """Arrow's stream, which `Dataset.save_to_disk` writes, or its file format."""
+    arrow = _pyarrow(file)
+    with arrow.OSFile(str(file)) as opened:
+        is_file = opened.read(len(ARROW_FILE)) == ARROW_FILE
+        opened.seek(0)
+        table = (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(opened).read_all()
+    return table.select([find_column(table.column_names, text_column)]).to_pylist()
+
+
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".zst": _open_zst}
 READERS: dict[str, Callable] = {
     ".txt": _read_plain,
@@ -151,4 +169,5 @@ READERS: dict[str, Callable] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

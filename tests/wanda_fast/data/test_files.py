@@ -128,6 +128,33 @@ def test_a_column_by_name(tmp_path):
     assert calibration_text(str(tmp_path / "a.parquet"), text_column="body").documents == WORDS[::-1]
 
 
+@pytest.mark.parametrize("form", ["new_stream", "new_file"])
+def test_arrow_files(form, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": [*WORDS, None], "n": [1, 2, 3, 4]})
+    with getattr(pyarrow.ipc, form)(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    text = calibration_text(str(tmp_path / "rows.arrow"))
+    assert text.documents == WORDS and text.notes == [f"{text.label}: 1 of 4 rows hold no text"]
+    content = (tmp_path / "rows.arrow").read_bytes()
+    for broken in (content[: len(content) // 2], content[:9], b"", b"ARROW1", b"plain"):
+        with pytest.raises(CalibrationError, match=r"rows\.arrow cannot be read: \w+"):
+            read(tmp_path / "rows.arrow", broken)
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [*WORDS, "dropped"]})
+    rows.select([2, 0]).save_to_disk(tmp_path / "train")
+    data = tmp_path / "train" / "data-00000-of-00001.arrow"
+    (tmp_path / "train" / "cache-1234.arrow").write_bytes(data.read_bytes())
+    assert calibration_text(str(tmp_path / "train")).documents == [WORDS[2], WORDS[0]]
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "all")
+    with pytest.raises(CalibrationError, match=r"several splits \(dataset_dict\.json\): name the folder"):
+        calibration_text(str(tmp_path / "all"))
+    assert calibration_text(str(tmp_path / "all" / "test")).documents == [*WORDS, "dropped"]
+
+
 def test_half_surrogates_are_replaced_and_counted(tmp_path):
     content = r'{"text": "a \ud83d b \ude00\ud83d"}' + "\n" + r'{"text": "\ud83d\ude00 whole"}'
     text = read(tmp_path / "half.jsonl", content)
@@ -147,7 +174,40 @@ def test_chats_are_rendered_by_the_tokenizers_template(column, tmp_path):
     assert not text.joined().special_tokens
 
 
+SHAREGPT = [
+    {"from": "human", "value": "hello", "weight": None},
+    {"from": "gpt", "value": "good day"},
+    {"from": "tool", "value": "7"},
+    {"from": "user", "value": "so"},
+    {"from": "chatgpt", "value": "yes"},
+]
+
+
+def test_chats_of_sharegpt_have_the_templates_roles(tmp_path):
+    lines = json.dumps({"id": 1, "conversations": SHAREGPT})
+    text = read(tmp_path / "chat.jsonl", lines, tokenizer=Chats())
+    assert text.documents == ["<user>hello<assistant>good day<tool>7<user>so<assistant>yes"]
+    assert not text.special_tokens
+    same = [{"conversations": SHAREGPT}, {"conversations": CHAT}]
+    both = read(tmp_path / "both.json", json.dumps(same), tokenizer=Chats())
+    assert both.documents == [text.documents[0], "<user>hello<assistant>good day"]
+
+
 REFUSED = {
+    "speaker": (
+        {"conversations": [SHAREGPT[0], {"from": SECRET * 9, "value": SECRET}]},
+        "row 1's conversations: message 2 is from none of human, gpt, chatgpt, user, assistant, system, tool",
+    ),
+    "speaker's type": ({"conversations": [{"from": [SECRET], "value": SECRET}]}, "message 1 is from none of"),
+    "value": (
+        {"conversations": [{"from": "human", "value": [SECRET]}]},
+        "row 1's conversations: message 1 has a value of type list, not text",
+    ),
+    "two forms": ({"conversations": [SHAREGPT[0], CHAT[1]]}, "neither text nor a chat"),
+    "first speaker": (
+        {"conversations": [{"from": "system", "value": SECRET}]},
+        "template: roles must begin with user",
+    ),
     "parts": ({"content": [{"type": "text", "text": SECRET * 99}]}, "row 1's content is of type list"),
     "roles": ({"messages": [{"role": "system", "content": SECRET}]}, "template: roles must begin with user"),
     "keys": ({SECRET * 99 + str(i): 1 for i in range(99)}, "and 91 more hold none of text"),

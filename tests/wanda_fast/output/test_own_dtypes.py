@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint
 from tests.wanda_fast.output.resume.runs import stop_in
 from wanda_fast import errors
+from wanda_fast.cli.main import app
 from wanda_fast.output import streamed
+from wanda_fast.run import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,9 +63,21 @@ def require_own_dtypes(report, dense, pruned, updates=False):
             assert torch.equal(pruned[name], torch.where(pruned[name] == 0, 0, tensor)), name
 
 
+def load_whole(monkeypatch):
+    """Make every checkpoint one that is not streamed."""
+
+    def refuse(*_arguments):
+        raise errors.NotStreamableError("the test says so")
+
+    monkeypatch.setattr(inputs, "open_meta_model", refuse)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_each_tensor_of_a_streamed_checkpoint_keeps_its_dtype(checkpoint, method, tmp_path):
+def test_each_tensor_keeps_its_dtype(checkpoint, method, whole, tmp_path, monkeypatch):
     folder, dense = checkpoint
+    if whole:
+        load_whole(monkeypatch)
     report, pruned = prune(folder, tmp_path / "out", prune_method=method)
     require_own_dtypes(report, dense, pruned, updates=method == "sparsegpt")
 
@@ -80,8 +95,22 @@ def test_a_resumed_run_has_the_same_bytes(checkpoint, method, tmp_path, monkeypa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(checkpoint, tmp_path):
+@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
+def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(checkpoint, whole, tmp_path, monkeypatch):
     folder, dense = checkpoint
+    if whole:
+        load_whole(monkeypatch)
     _, pruned = prune(folder, tmp_path / "out", dtype="float16")
     assert {tensor.dtype for tensor in pruned.values()} == {torch.float16}
     assert torch.equal(pruned["model.norm.weight"], dense["model.norm.weight"].half())
+
+
+def test_a_mask_that_is_applied_leaves_the_same_bytes(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    _, pruned = prune(folder, tmp_path / "out", save_mask=tmp_path / "mask")
+    words = ["apply-mask", str(folder), "--mask", str(tmp_path / "mask"), "--save-model", str(tmp_path / "m")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    applied = load_file(tmp_path / "m" / "model.safetensors")
+    assert applied.keys() == pruned.keys()
+    for name, tensor in pruned.items():
+        assert applied[name].dtype == tensor.dtype and torch.equal(applied[name], tensor), name
