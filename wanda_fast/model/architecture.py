@@ -148,9 +148,9 @@ def _language_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _prunable_weights(module: nn.Module) -> int:
-    experts = [p for each in find_experts(module) for p in each.module.parameters() if p.dim() == 3]
+    stacks = [stack for each in find_experts(module) for stack in (each.first.stack, each.down.stack)]
     weights = [child.weight for child in module.modules() if is_linear(child)]
-    return sum(weight.numel() for weight in [*weights, *experts])
+    return sum(weight.numel() for weight in [*weights, *stacks])
 
 
 def _whole_block(name: str, layer: nn.Module) -> Block:

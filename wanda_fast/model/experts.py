@@ -21,6 +21,8 @@ from wanda_kernels.forward import empty
 
 # Parameters that hold the first projection of all experts.
 FIRST_NAMES, DOWN_NAME = ("gate_up_proj", "up_proj"), "down_proj"
+# JetMoE's modules of all experts, called with the tokens sorted and the number of each expert's.
+PARALLEL_NAMES = ("input_linear", "output_linear")
 # Parameters of an expert forward behind the hidden states: the experts of each token, and their weights.
 ROUTED_ARGUMENTS = 2
 
@@ -31,17 +33,19 @@ class Projection(nn.Module):
     It is to experts what an `nn.Linear` is to a dense block. Hooks see input and output of all experts.
 
     Attributes:
+        path: the parameter's name below that of the experts.
         parts: names of the matrices that the parameter holds for each expert: gate_proj and up_proj, or one.
         interleaved: whether gate and up alternate, row by row.
         count: of experts.
     """
 
-    def __init__(self, owner: nn.Module, parameter: str, parts: tuple[str, ...], count: int):
+    def __init__(self, owner: nn.Module, path: str, parts: tuple[str, ...], count: int):
         super().__init__()
+        inside, _, self.parameter = path.rpartition(".")
         # In a tuple, so that the owner is no submodule.
-        self._owner = (owner,)
-        self.parameter, self.parts, self.count = parameter, parts, count
-        self.transposed = _is_transposed(owner)
+        self._owner = (owner.get_submodule(inside),)
+        self.path, self.parts, self.count = path, parts, count
+        self.transposed = not inside and _is_transposed(owner)
         self.interleaved = len(parts) == 2 and not getattr(owner, "is_concatenated", True)
 
     @property
@@ -104,7 +108,7 @@ class ExpertLinear(Linear):
 
     @property
     def parameter(self) -> str:
-        return f"{self.experts.name}.{self.module.parameter}"
+        return f"{self.experts.name}.{self.module.path}"
 
     def _view(self) -> Tensor:
         return self.module.stack[self.index, self.module.rows(self.matrix)]
@@ -118,6 +122,7 @@ class Experts:
         name: the module's full name in the model.
         first: the projection that reads the hidden states: gate and up, or up alone.
         linears: expert by expert, in the order gate, up, down.
+        parallel: whether only the two projections are known, and not what is between them: JetMoE's.
     """
 
     name: str
@@ -125,6 +130,7 @@ class Experts:
     first: Projection
     down: Projection
     linears: list[ExpertLinear]
+    parallel: bool = False
 
     @property
     def count(self) -> int:
@@ -135,6 +141,14 @@ class Experts:
         if len(self.first.parts) == 2:
             return _gate_of(self.module)(first)
         return self.module.act_fn(first)
+
+    @property
+    def forwards(self) -> dict[nn.Module, Callable]:
+        """The forwards of modules that run by segments instead."""
+        if not self.parallel:
+            return {self.module: partial(_run, self)}
+        pairs = zip(PARALLEL_NAMES, (self.first, self.down), strict=True)
+        return {getattr(self.module, name): partial(_run_parallel, each) for name, each in pairs}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output: the sum over a token's experts of their outputs, by the router's weights.
@@ -189,13 +203,18 @@ def find_experts(root: nn.Module, prefix: str = "") -> list[Experts]:
         first = next((each for each in FIRST_NAMES if _dim(module, each) == 3), None)
         if first is not None and _dim(module, DOWN_NAME) == 3 and _form(module) is not None:
             found.append(_experts(prefix + name, module, first))
+        elif all(_dim(getattr(module, each, None), "weight") == 3 for each in PARALLEL_NAMES):
+            found.append(_parallel_experts(prefix + name, module))
     return found
 
 
 @contextmanager
 def sorted_by_expert(experts: list[Experts]) -> Iterator[None]:
     """Context in which the experts run by segments of sorted tokens."""
-    with forwards_replaced({each.module: partial(_run, each) for each in experts}):
+    replaced: dict[nn.Module, Callable] = {}
+    for each in experts:
+        replaced |= each.forwards
+    with forwards_replaced(replaced):
         yield
 
 
@@ -204,6 +223,11 @@ def _run(experts: Experts, *args, **kwargs) -> Tensor:
     own = inspect.unwrap(type(experts.module).forward)
     given = inspect.signature(own).bind(experts.module, *args, **kwargs)
     return _form(experts.module)(experts, *given.args[1:])
+
+
+def _run_parallel(projection: Projection, inputs: Tensor, expert_size: list[int]) -> Tensor:
+    offsets = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0)
+    return projection(inputs, offsets, None)
 
 
 def segments(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -219,13 +243,23 @@ def _experts(name: str, module: nn.Module, parameter: str) -> Experts:
     parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("up_proj",)
     first = Projection(module, parameter, parts, count)
     down = Projection(module, DOWN_NAME, ("down_proj",), count)
-    experts = Experts(name, module, first, down, [])
     gated = _gated(module, first, down) if len(parts) == 2 else None
-    for index in range(count):
-        for projection in (first, down):
+    return _with_linears(Experts(name, module, first, down, []), gated)
+
+
+def _parallel_experts(name: str, module: nn.Module) -> Experts:
+    count = len(getattr(module, PARALLEL_NAMES[0]).weight)
+    first, down = (Projection(module, f"{each}.weight", (each,), count) for each in PARALLEL_NAMES)
+    return _with_linears(Experts(name, module, first, down, [], parallel=True), None)
+
+
+def _with_linears(experts: Experts, gated: GatedMLP | None) -> Experts:
+    first = experts.first
+    for index in range(experts.count):
+        for projection in (first, experts.down):
             for part in projection.parts:
                 role = part.removesuffix("_proj") if gated is not None and projection is first else None
-                linear = ExpertLinear(f"{name}.{index}.{part}", projection, role and gated, role)
+                linear = ExpertLinear(f"{experts.name}.{index}.{part}", projection, role and gated, role)
                 linear.experts, linear.index, linear.matrix = experts, index, part
                 experts.linears.append(linear)
     return experts
@@ -273,8 +307,9 @@ def _is_transposed(module: nn.Module) -> bool:
     return first.shape[1] == getattr(module, DOWN_NAME).shape[2]
 
 
-def _dim(module: nn.Module, name: str) -> int | None:
-    value = module._parameters.get(name)
+def _dim(module: nn.Module | None, name: str) -> int | None:
+    """The number of dimensions of a module's own parameter; None if it has none of that name."""
+    value = module._parameters.get(name) if isinstance(module, nn.Module) else None
     return None if value is None else value.dim()
 
 

@@ -17,6 +17,7 @@ class Coactivation(OutputStatistic):
 
     operation = "add_coactivation_"
     sums = "_products"
+    degree = 1
 
     def __init__(self, linear: Linear, activated: bool = True):
         weight, self.mlp, self.part = linear.weight, linear.gated, linear.part

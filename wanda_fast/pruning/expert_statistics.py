@@ -127,13 +127,17 @@ class ProjectionSums:
         if self.hessians is not None:
             self.hessians.add(x, offsets)
 
-    def add_output(self, x: Tensor, output: Tensor, offsets: Tensor) -> None:
+    def add_output(self, x: Tensor, output: Tensor, offsets: Tensor, weights: Tensor | None = None) -> None:
+        """
+        Args:
+            weights: `[tokens]`: a token counts by their square; None: by 1.
+        """
         groups: dict[type, list[ExpertSums]] = {}
         for sums in self.by_part.values():
             if isinstance(sums.first, OutputStatistic):
                 groups.setdefault(type(sums.first), []).append(sums)
         for first, *others in groups.values():
-            first.add_outputs(x, output, offsets, others)
+            first.add_outputs(weighted(x, weights, first.first.degree), output, offsets, others)
 
     def shrink_(self, other: "ProjectionSums", factor: float) -> None:
         pairs = {sums: other.by_part[part] for part, sums in self.by_part.items()}
@@ -176,7 +180,10 @@ class ExpertStatistics:
         before_call: bool,
         timed: Callable[[], AbstractContextManager],
     ):
-        self.experts, self.options, self.before_call = experts, options, before_call
+        self.experts, self.options = experts, options
+        self._takes_all = options.tokens == "all" and not experts.parallel
+        # The down projections are scored before they are called, while the first ones are dense.
+        self._ahead = before_call and not experts.parallel
         self._linears, self._make = linears, (statistic, hessian)
         self.first, self.down = self._sums(linears)
         device = experts.down.stack.device
@@ -192,7 +199,7 @@ class ExpertStatistics:
             experts.first.register_forward_pre_hook(self._timed(self._before_first)),
             experts.down.register_forward_pre_hook(self._timed(self._before_down)),
         ]
-        if self.first.reads_output and not self.before_call:
+        if self.first.reads_output and not self._ahead:
             handles.append(experts.first.register_forward_hook(self._timed(self._after_first)))
         return handles
 
@@ -204,7 +211,7 @@ class ExpertStatistics:
     def finish(self) -> None:
         """Draw the statistics of starved experts towards those of all tokens."""
         tau, sample = self.options.shrinkage, self._sample.tokens
-        if not tau or sample is None or self.options.tokens == "all":
+        if not tau or sample is None or self._takes_all:
             return
         mean = 1.0
         if self.options.weighting == "router":
@@ -231,7 +238,7 @@ class ExpertStatistics:
 
     def _see_tokens(self, _module: nn.Module, args: tuple) -> None:
         x = args[0]
-        if self.options.tokens == "all":
+        if self._takes_all:
             for expert in range(self.experts.count):
                 self._add_all((self.first, self.down), x, expert)
         elif self.options.shrinkage:
@@ -254,35 +261,40 @@ class ExpertStatistics:
         self.counts += offsets.diff()
         if weights is not None:
             self._weight += weights.float().square().sum()
-        if self.options.tokens == "all":
+        if self._takes_all:
             return
-        counted = self._weighted(x, weights)
+        weights = self._counting(weights)
+        counted = weighted(x, weights)
         self.first.add_input(counted, offsets)
         self.first.add_hessian(counted, offsets)
-        if self.before_call:
-            # Both projections are scored while the first is dense.
+        if self._ahead:
             output = self.experts.first.forward(x, offsets, weights)
-            self.first.add_output(counted, output, offsets)
-            self.down.add_input(self._weighted(self.experts.hidden(output), weights), offsets)
+            self.first.add_output(x, output, offsets, weights)
+            self.down.add_input(weighted(self.experts.hidden(output), weights), offsets)
 
     def _after_first(self, _module: nn.Module, args: tuple, output: Tensor) -> None:
         x, offsets, weights = args
-        if self.options.tokens == "routed":
-            self.first.add_output(self._weighted(x, weights), output, offsets)
+        if not self._takes_all:
+            self.first.add_output(x, output, offsets, self._counting(weights))
 
     def _before_down(self, _module: nn.Module, args: tuple) -> None:
         hidden, offsets, weights = args
-        if self.options.tokens == "all":
+        if self._takes_all:
             return
-        hidden = self._weighted(hidden, weights)
-        if not self.before_call:
+        hidden = weighted(hidden, self._counting(weights))
+        if not self._ahead:
             self.down.add_input(hidden, offsets)
         self.down.add_hessian(hidden, offsets)
 
-    def _weighted(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        if self.options.weighting == "none" or weights is None:
-            return x
-        return x * weights.unsqueeze(-1).to(x.dtype)
+    def _counting(self, weights: Tensor | None) -> Tensor | None:
+        return weights if self.options.weighting == "router" else None
+
+
+def weighted(x: Tensor, weights: Tensor | None, degree: int = 2) -> Tensor:
+    """x, scaled so that a token counts by its weight's square in a sum of `degree`-th powers of x."""
+    if weights is None:
+        return x
+    return x * weights.pow(2 // degree).unsqueeze(-1).to(x.dtype)
 
 
 def _timed(timed: Callable[[], AbstractContextManager], hook: Callable[..., None]) -> Callable[..., None]:

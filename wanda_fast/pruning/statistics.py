@@ -23,6 +23,7 @@ class Statistic:
         acc: fp32 `[in]` or `[out, in]`, on the weight's device: what `Method.score` receives.
         operation: the name under which the report lists it.
         reads_column_squares: `add` uses column sums of squares that a forward's kernel may have saved.
+        degree: of the power of x that is summed.
         sums: the attribute that holds the sums, if those of all experts may be parts of one tensor, to which
             `add_experts` adds. None: each expert has its own.
     """
@@ -31,6 +32,7 @@ class Statistic:
     acc: Tensor
     reads_column_squares = False
     sums: str | None = None
+    degree = 2
 
     def add(self, x: Tensor) -> None:
         """Add one batch of inputs, `[..., in]`, in the dtype of the forward."""

@@ -11,7 +11,7 @@ from wanda_fast.model.experts import ExpertLinear, find_experts, sorted_by_exper
 # gpt_oss: transposed, gate and up alternate, biases, a gate of its own; llama4_text: transposed, every token
 # through every expert; longcat_flash: experts that return their input; nemotron_h: no gate.
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "olmoe")
-FAMILIES += ("gpt_oss", "llama4_text", "longcat_flash", "nemotron_h", "aria_text")
+FAMILIES += ("gpt_oss", "llama4_text", "longcat_flash", "nemotron_h", "aria_text", "jetmoe")
 
 
 def model_of(name):
@@ -49,10 +49,8 @@ def test_every_matrix_is_named_and_a_view(name):
     model = model_of(name)
     for block in blocks_with_experts(model):
         linears = [linear for linear in block.linears if isinstance(linear, ExpertLinear)]
-        held = {
-            name: 0 for name, p in model.named_parameters() if p.dim() == 3 and name.startswith(block.name)
-        }
-        held = {name: count for name, count in held.items() if ".experts." in name}
+        stacks = {name for name, p in model.named_parameters() if p.dim() == 3 and "conv" not in name}
+        held = {name: 0 for name in stacks if name.startswith(f"{block.name}.")}
         for linear in linears:
             experts, _, index = linear.name.rpartition(".")[0].rpartition(".")
             assert experts == linear.experts.name and int(index) == linear.index
