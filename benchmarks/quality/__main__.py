@@ -24,7 +24,10 @@ app = typer.Typer(add_completion=False)
 
 Model = Annotated[str, typer.Option(help="Folder, GGUF file or hub id.")]
 Label = Annotated[str | None, typer.Option(help="Name of the results file. Default: the model's folder.")]
-Methods = Annotated[str, typer.Option(help="Comma-separated; METHOD+obs adds SparseGPT's weight update.")]
+Methods = Annotated[
+    str,
+    typer.Option(help="Comma-separated; METHOD+obs adds SparseGPT's update, METHOD@KEYWORD=VALUE an option."),
+]
 Patterns = Annotated[str, typer.Option(help="Comma-separated ratios and N:M.")]
 
 
@@ -70,8 +73,12 @@ def run(
 
 def options(method: str, pattern: str) -> dict:
     """Keywords of `wanda_fast.prune`."""
+    method, *keywords = method.split("@")
     name, _, update = method.partition("+")
     chosen = {"prune_method": name} | ({"update": update} if update else {})
+    for keyword in keywords:
+        key, _, value = keyword.partition("=")
+        chosen[key] = float(value) if value.isdecimal() else value
     if ":" in pattern:
         return chosen | {"sparsity_type": pattern}
     return chosen | {"sparsity_type": "unstructured", "sparsity_ratio": float(pattern)}

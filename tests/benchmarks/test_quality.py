@@ -73,3 +73,9 @@ def test_options_of_a_cell():
         "sparsity_type": "2:4",
     }
     assert quality.options("gated", "0.6")["sparsity_ratio"] == 0.6
+    assert quality.options("gated@expert_tokens=all@expert_shrinkage=64", "2:4") == {
+        "prune_method": "gated",
+        "sparsity_type": "2:4",
+        "expert_tokens": "all",
+        "expert_shrinkage": 64.0,
+    }
