@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "parallel.h"
+#include "stack.h"
 
 namespace wanda {
 
@@ -35,19 +35,21 @@ void activate_gated(const Context& context, const Matrix& gate, const Matrix& up
            [&](int64_t begin, int64_t end) { isa.activate_gated(gate, up, activation, out, begin, end); });
 }
 
-bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
+bool all_finite(const Context& context, const Stack& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const Kernels& isa = kernels();
-  for_rows(context, x, [&](int64_t begin, int64_t end) {
-    if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
+  for_pieces<false>(context, x, [&](const Piece& piece, void*) {
+    if (!isa.all_finite(piece.rows, non_negative, 0, piece.rows.n_rows)) finite = false;
   });
   return finite;
 }
 
-int64_t count_zeros(const Context& context, const Matrix& x) {
+int64_t count_zeros(const Context& context, const Stack& x) {
   std::atomic<int64_t> n_zeros{0};
   const Kernels& isa = kernels();
-  for_rows(context, x, [&](int64_t begin, int64_t end) { n_zeros += isa.count_zeros(x, begin, end); });
+  for_pieces<false>(context, x, [&](const Piece& piece, void*) {
+    n_zeros += isa.count_zeros(piece.rows, 0, piece.rows.n_rows);
+  });
   return n_zeros;
 }
 
