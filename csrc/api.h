@@ -25,7 +25,7 @@ struct Context {
 void add_sq_norm(const Context&, const Matrix& x, float* acc);
 // acc has a row for each segment.
 void add_sq_norm_segments(const Context&, const Matrix& x, const Segments&, const Matrix& acc);
-void prune_rows(const Context&, const Selection&, int64_t num_pruned);
+void prune_rows(const Context&, const StackSelection&, int64_t num_pruned);
 void prune_matrix(const Context&, const Selection&, int64_t rank);
 void prune_variant(const Context&, const Selection&, double ratio, double* alpha);  // alpha is an output
 
@@ -38,7 +38,7 @@ size_t variant_scratch_bytes(const Matrix& weight);
 
 // CPU only: selection.
 
-void prune_nm(const Context&, const Selection&, int n, int m);
+void prune_nm(const Context&, const StackSelection&, int n, int m);
 // pruned[row, col] = the score is at most the one at sorted position `rank` of the whole matrix.
 void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned, int64_t pruned_stride);
 void sparsegpt_block(const Context&, const SparseGptBlock&);
@@ -47,8 +47,8 @@ void sparsegpt_block(const Context&, const SparseGptBlock&);
 
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);
 void activate_gated(const Context&, const Matrix& gate, const Matrix& up, Activation activation, float* out);
-bool all_finite(const Context&, const Matrix& x, bool non_negative);
-int64_t count_zeros(const Context&, const Matrix& x);
+bool all_finite(const Context&, const Stack& x, bool non_negative);
+int64_t count_zeros(const Context&, const Stack& x);
 
 // CPU only: products over tokens.
 

@@ -8,7 +8,7 @@ using namespace wanda::operands;
 
 void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t n, int64_t m,
                       OptionalTensor mask) {
-  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  const wanda::StackSelection selection = stack_selection_of(weight, root, scale, mask);
   require(1 <= n && n < m && m <= 32 && selection.weight.n_cols % m == 0, "n:m does not fit");
   wanda::prune_nm(CallContext(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
 }
@@ -159,10 +159,10 @@ void native_mirror_(Tensor acc) {
 }
 
 bool native_all_finite(Tensor x, bool non_negative) {
-  return wanda::all_finite(CallContext(x).context(), matrix_of(x, "x"), non_negative);
+  return wanda::all_finite(CallContext(x).context(), stack_of(x, "x"), non_negative);
 }
 
-int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(CallContext(x).context(), matrix_of(x, "x")); }
+int64_t native_count_zeros(Tensor x) { return wanda::count_zeros(CallContext(x).context(), stack_of(x, "x")); }
 
 // Both are fp32 or both bf16, with one shape.
 void require_like(const wanda::Matrix& x, const wanda::Matrix& other) {

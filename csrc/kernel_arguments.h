@@ -25,6 +25,14 @@ struct Segments {
   int64_t n;
 };
 
+// [n_matrices, n_rows, n_cols] of any strides, in elements. One matrix is a stack of one.
+struct Stack {
+  void* data;
+  DType dtype;
+  int64_t n_matrices, n_rows, n_cols;
+  int64_t matrix_stride, row_stride, col_stride;
+};
+
 // The operands of a selection. At most one of `root`, `scale` and `divisor` is given; without any, scores are
 // magnitudes.
 struct Selection {
@@ -34,6 +42,21 @@ struct Selection {
   int64_t scale_stride;  // elements from row to row of `scale`
   uint8_t* mask;         // [n_rows, ceil(n_cols / 8)], contiguous, or null: bit 1 = kept, little-endian
   const float* divisor = nullptr;  // [n_cols]: the score is W^2 / divisor, as in SparseGPT; CPU only
+};
+
+// The operands of a selection in every matrix of a stack. At most one of `root` and `scale` is given.
+struct StackSelection {
+  Stack weight;
+  const float* root;   // [n_matrices, n_cols], contiguous
+  const float* scale;  // [n_matrices, n_rows, n_cols], columns contiguous
+  int64_t scale_matrix_stride, scale_row_stride;
+  uint8_t* mask;  // [n_matrices, n_rows, ceil(n_cols / 8)], contiguous, or null
+};
+
+// Memory of a matrix of any strides, in elements.
+struct Elements {
+  void* data;
+  int64_t row_stride, col_stride;
 };
 
 // One block of columns in SparseGPT. `columns` holds the fp32 weights and how they are scored; its mask is not used.

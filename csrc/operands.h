@@ -103,6 +103,52 @@ inline wanda::Selection selection_of(const Tensor& weight, const OptionalTensor&
   return selection;
 }
 
+// A matrix, or a stack of them, of any strides.
+inline wanda::Stack stack_of(const Tensor& tensor, const char* name) {
+  const int64_t dim = tensor.dim();
+  require(dim == 2 || dim == 3, name, " must have 2 or 3 dimensions, got ", dim);
+  const bool many = dim == 3;
+  const int64_t n_cols = tensor.size(dim - 1);
+  return {
+      .data = data_of(tensor, name),
+      .dtype = dtype_of(tensor),
+      .n_matrices = many ? tensor.size(0) : 1,
+      .n_rows = tensor.size(dim - 2),
+      .n_cols = n_cols,
+      .matrix_stride = many ? tensor.stride(0) : 0,
+      .row_stride = tensor.stride(dim - 2),
+      .col_stride = n_cols <= 1 ? 1 : tensor.stride(dim - 1),
+  };
+}
+
+// `root` is [n_cols] for each matrix, `scale` has the weight's shape.
+inline wanda::StackSelection stack_selection_of(const Tensor& weight, const OptionalTensor& root,
+                                                const OptionalTensor& scale, const OptionalTensor& mask) {
+  const wanda::Stack stack = stack_of(weight, "weight");
+  wanda::StackSelection selection = {.weight = stack, .root = nullptr, .scale = nullptr, .scale_matrix_stride = 0,
+                                     .scale_row_stride = 0, .mask = nullptr};
+  // The rows of all matrices, for the checks that see only sizes.
+  const wanda::Matrix all = {stack.data, stack.dtype, stack.n_matrices * stack.n_rows, stack.n_cols, 0};
+  selection.mask = mask_of(mask, all);
+  if (root) {
+    const int64_t n_roots = stack.n_matrices * stack.n_cols;
+    require_floats(*root, "root");
+    require(root->numel() == n_roots && root->is_contiguous(), "root must be contiguous with ", n_roots, " elements");
+    selection.root = static_cast<const float*>(data_of(*root, "root"));
+  }
+  if (scale) {
+    require_floats(*scale, "scale");
+    const wanda::Stack squared = stack_of(*scale, "scale");
+    require(!root && scale->dim() == weight.dim() && squared.n_matrices == stack.n_matrices &&
+                squared.n_rows == stack.n_rows && squared.n_cols == stack.n_cols && squared.col_stride == 1,
+            "scale must have the weight's shape and contiguous rows, and no root beside it");
+    selection.scale = static_cast<const float*>(squared.data);
+    selection.scale_matrix_stride = squared.matrix_stride;
+    selection.scale_row_stride = squared.row_stride;
+  }
+  return selection;
+}
+
 inline float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
   require_floats(acc, name);
   require(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");

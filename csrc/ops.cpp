@@ -35,8 +35,11 @@ void native_add_sq_norm_segments_(Tensor acc, Tensor x, Tensor offsets) {
 
 void native_prune_rows_(Tensor weight, OptionalTensor root, OptionalTensor scale, int64_t num_pruned,
                         OptionalTensor mask) {
-  const wanda::Selection selection = selection_of(weight, root, scale, mask);
+  const wanda::StackSelection selection = stack_selection_of(weight, root, scale, mask);
   require(0 <= num_pruned && num_pruned <= selection.weight.n_cols, "num_pruned out of range");
+#ifdef WANDA_CUDA
+  require(selection.weight.col_stride == 1, "weight's rows must be contiguous");
+#endif
   wanda::prune_rows(CallContext(weight).context(), selection, num_pruned);
 }
 

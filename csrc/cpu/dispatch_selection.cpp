@@ -1,23 +1,23 @@
 // Selections on the CPU whose rows are independent: ranges of rows go to the kernels of the instruction set in use.
 // Selections over the whole matrix: prune_matrix.cpp, prune_variant.cpp.
-#include "parallel.h"
+#include "stack.h"
 
 namespace wanda {
 
 using cpu::Kernels;
 using cpu::kernels;
 
-void prune_rows(const Context& context, const Selection& s, int64_t num_pruned) {
+void prune_rows(const Context& context, const StackSelection& s, int64_t num_pruned) {
   const Kernels& isa = kernels();
-  for_rows_with_scratch(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    isa.prune_rows(s, num_pruned, begin, end, scratch);
+  for_selections(context, s, [&](const Selection& part, void* scratch) {
+    isa.prune_rows(part, num_pruned, 0, part.weight.n_rows, scratch);
   });
 }
 
-void prune_nm(const Context& context, const Selection& s, int n, int m) {
+void prune_nm(const Context& context, const StackSelection& s, int n, int m) {
   const Kernels& isa = kernels();
-  for_rows_with_scratch(context, s.weight, [&](int64_t begin, int64_t end, void* scratch) {
-    isa.prune_nm(s, n, m, begin, end, scratch);
+  for_selections(context, s, [&](const Selection& part, void* scratch) {
+    isa.prune_nm(part, n, m, 0, part.weight.n_rows, scratch);
   });
 }
 

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <vector>
 
-#include "parallel.h"
+#include "stack.h"
 
 namespace wanda {
 
@@ -17,18 +17,18 @@ constexpr int64_t kMinStreamColumns = 256;  // the shortest range: the prefetche
 constexpr int64_t kPiecesPerThread = 4;
 
 // Columns [begin, end) of the sums of experts [first, last).
-struct Piece {
+struct Share {
   int64_t first, last, begin, end;
 };
 
 // Work of about equal size: several experts with few tokens, or a range of columns of one with many. A column's sum is
 // the same in any range.
-std::vector<Piece> pieces_of(const Context& context, const Matrix& x, const Segments& s) {
+std::vector<Share> pieces_of(const Context& context, const Matrix& x, const Segments& s) {
   const auto elements = [&](int64_t e) { return (s.offsets[e + 1] - s.offsets[e]) * x.n_cols; };
   const int64_t all = (s.offsets[s.n] - s.offsets[0]) * x.n_cols;
   const int64_t n_pieces = context.n_threads == 1 ? 1 : kPiecesPerThread * context.n_threads;
   const int64_t grain = std::max(kGrainElements, all / n_pieces);
-  std::vector<Piece> pieces;
+  std::vector<Share> pieces;
   for (int64_t first = 0, last; first < s.n; first = last) {
     int64_t work = elements(first);
     for (last = first + 1; last < s.n && work + elements(last) <= grain; ++last) work += elements(last);
@@ -66,11 +66,11 @@ void add_sq_norm(const Context& context, const Matrix& x, float* acc) {
 
 void add_sq_norm_segments(const Context& context, const Matrix& x, const Segments& s, const Matrix& acc) {
   const Kernels& isa = kernels();
-  const std::vector<Piece> pieces = pieces_of(context, x, s);
+  const std::vector<Share> pieces = pieces_of(context, x, s);
   share_out(context, static_cast<int64_t>(pieces.size()), [&](Items& items) {
     const ScratchMemory scratch(x.n_cols);
     for (int64_t i; items.take(i);) {
-      const Piece& piece = pieces[i];
+      const Share& piece = pieces[i];
       for (int64_t e = piece.first; e < piece.last; ++e) {
         const int64_t n_tokens = s.offsets[e + 1] - s.offsets[e];
         if (n_tokens == 0) continue;
@@ -92,19 +92,21 @@ void activate_gated(const Context& context, const Matrix& gate, const Matrix& up
            [&](int64_t begin, int64_t end) { isa.activate_gated(gate, up, activation, out, begin, end); });
 }
 
-bool all_finite(const Context& context, const Matrix& x, bool non_negative) {
+bool all_finite(const Context& context, const Stack& x, bool non_negative) {
   std::atomic<bool> finite{true};
   const Kernels& isa = kernels();
-  for_rows(context, x, [&](int64_t begin, int64_t end) {
-    if (!isa.all_finite(x, non_negative, begin, end)) finite = false;
+  for_pieces<false>(context, x, [&](const Piece& piece, void*) {
+    if (!isa.all_finite(piece.rows, non_negative, 0, piece.rows.n_rows)) finite = false;
   });
   return finite;
 }
 
-int64_t count_zeros(const Context& context, const Matrix& x) {
+int64_t count_zeros(const Context& context, const Stack& x) {
   std::atomic<int64_t> n_zeros{0};
   const Kernels& isa = kernels();
-  for_rows(context, x, [&](int64_t begin, int64_t end) { n_zeros += isa.count_zeros(x, begin, end); });
+  for_pieces<false>(context, x, [&](const Piece& piece, void*) {
+    n_zeros += isa.count_zeros(piece.rows, 0, piece.rows.n_rows);
+  });
   return n_zeros;
 }
 

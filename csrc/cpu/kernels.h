@@ -51,6 +51,8 @@ struct Kernels {
   // out = act(gate) * up; fp32 or bf16.
   void (*gated_product)(const Matrix& gate, const Matrix& up, Activation activation, const Matrix& out, int64_t begin,
                         int64_t end);
+  // Elements are of 32 bits if `is_wide`, else of 16.
+  void (*copy_elements)(const Elements& from, const Elements& to, int64_t n_rows, int64_t n_cols, bool is_wide);
   // Tokens [begin, end), numbered through all batches.
   void (*rotate)(const Rotation&, int64_t begin, int64_t end);
 };

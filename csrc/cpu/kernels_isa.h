@@ -12,6 +12,7 @@
 #include "prune_rows.h"
 #include "prune_variant.h"
 #include "sparsegpt_block.h"
+#include "strided_rows.h"
 
 namespace WANDA_ISA {
 
@@ -32,6 +33,7 @@ constexpr wanda::cpu::Kernels kernels_named(const char* name) {
       .count_zeros = count_zeros,
       .rms_norm = rms_norm,
       .gated_product = gated_product,
+      .copy_elements = copy_elements,
       .rotate = rotate,
   };
 }

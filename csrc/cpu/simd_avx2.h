@@ -25,7 +25,11 @@ struct Simd {
     const Int nearest = add(bits(v), add(odd, broadcast(0x7fff)));
     const Int quiet = _mm256_or_si256(bits(v), broadcast(0x400000));
     const Float kept = select(bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)), as_float(quiet), as_float(nearest));
-    const Int words = _mm256_srli_epi32(bits(kept), 16);
+    store_high_words(reinterpret_cast<uint16_t*>(p), kept);
+  }
+  // The upper 16 bits of each lane.
+  static void store_high_words(uint16_t* p, Float v) {
+    const Int words = _mm256_srli_epi32(bits(v), 16);
     const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
   }

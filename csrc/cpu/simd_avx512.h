@@ -19,6 +19,10 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
   }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  // The upper 16 bits of each lane.
+  static void store_high_words(uint16_t* p, Float v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(v), 16)));
+  }
   // Masked lanes are neither read nor written.
   static Float load_where(Mask mask, const float* p) { return _mm512_maskz_loadu_ps(mask, p); }
   static void store_where(Mask mask, float* p, Float v) { _mm512_mask_storeu_ps(p, mask, v); }

@@ -29,6 +29,12 @@ struct Simd {
     return v;
   }
   static void store(float* p, Float v) { memcpy(p, &v, sizeof v); }
+  // The upper 16 bits of each lane.
+  static void store_high_words(uint16_t* p, Float v) {
+    uint32_t lane[kWidth];
+    memcpy(lane, &v, sizeof v);
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint16_t>(lane[i] >> 16);
+  }
   static Float multiply(Float x, Float y) { return {x.a * y.a, x.b * y.b}; }
   static Float add_square(Float sum, Float x) { return {sum.a + x.a * x.a, sum.b + x.b * x.b}; }
   static Float subtract(Float x, Float y) { return {x.a - y.a, x.b - y.b}; }

@@ -7,9 +7,9 @@ namespace {
 
 struct Operands {
   void* weight;
-  int64_t dtype, n_rows, n_cols, stride;
+  int64_t dtype, n_matrices, n_rows, n_cols, matrix_stride, stride;
   const float *root, *scale;
-  int64_t scale_stride;
+  int64_t scale_matrix_stride, scale_stride;
   uint8_t* mask;
 };
 
@@ -18,6 +18,12 @@ wanda::Matrix matrix_of(const Operands& o) {
 }
 
 wanda::Selection selection_of(const Operands& o) { return {matrix_of(o), o.root, o.scale, o.scale_stride, o.mask}; }
+
+wanda::StackSelection stack_selection_of(const Operands& o) {
+  const wanda::DType dtype = static_cast<wanda::DType>(o.dtype);
+  const wanda::Stack weight = {o.weight, dtype, o.n_matrices, o.n_rows, o.n_cols, o.matrix_stride, o.stride, 1};
+  return {weight, o.root, o.scale, o.scale_matrix_stride, o.scale_stride, o.mask};
+}
 
 wanda::Context with_scratch(std::vector<char>& memory, size_t bytes) {
   memory.assign(bytes, 0x5A);
@@ -35,7 +41,7 @@ void set_up(bool reverse, int64_t shared_limit) {
   emulator::shared_limit = static_cast<size_t>(shared_limit);
 }
 
-void prune_rows(const Operands* o, int64_t num_pruned) { wanda::prune_rows({}, selection_of(*o), num_pruned); }
+void prune_rows(const Operands* o, int64_t num_pruned) { wanda::prune_rows({}, stack_selection_of(*o), num_pruned); }
 
 void prune_matrix(const Operands* o, int64_t rank) {
   std::vector<char> memory;

@@ -29,11 +29,14 @@ class Operands(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p),
         ("dtype", ctypes.c_int64),
+        ("n_matrices", ctypes.c_int64),
         ("n_rows", ctypes.c_int64),
         ("n_cols", ctypes.c_int64),
+        ("matrix_stride", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("root", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("scale_matrix_stride", ctypes.c_int64),
         ("scale_stride", ctypes.c_int64),
         ("mask", ctypes.c_void_p),
     ]
@@ -69,12 +72,13 @@ def blocks(request, emulator):
 
 def operands(weight, scale=None, mask=None):
     """Operands, and the root whose memory they refer to."""
-    root = scale.sqrt() if scale is not None and scale.dim() == 1 else None
-    matrix = scale if scale is not None and scale.dim() == 2 else None
+    root = scale.sqrt() if scale is not None and scale.dim() < weight.dim() else None
+    matrix = scale if scale is not None and scale.dim() == weight.dim() else None
     root_at, scale_at, mask_at = (each if each is None else each.data_ptr() for each in (root, matrix, mask))
-    shape = (CODES[weight.dtype], *weight.shape, weight.stride(0))
-    scale_stride = 0 if matrix is None else matrix.stride(0)
-    return Operands(weight.data_ptr(), *shape, root_at, scale_at, scale_stride, mask_at), root
+    stack = weight if weight.dim() == 3 else weight[None]
+    shape = (CODES[weight.dtype], *stack.shape, *stack.stride()[:2])
+    scale_strides = (0, 0) if matrix is None else (matrix if matrix.dim() == 3 else matrix[None]).stride()[:2]
+    return Operands(weight.data_ptr(), *shape, root_at, scale_at, *scale_strides, mask_at), root
 
 
 def assert_same(library, operation, weight, scale, *args):

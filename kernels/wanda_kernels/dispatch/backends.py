@@ -129,6 +129,8 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 OPERATIONS = tuple(TABLE)
+# These take weights with contiguous rows alone; "auto" takes the next backend for transposed storage.
+NEEDS_ROWS = {("prune_rows_", "cuda")}
 
 
 class BackendError(ValueError):
@@ -145,6 +147,21 @@ def call(operation: str, *args: Any) -> Tensor | None:
     return run(operation, *args)
 
 
+def call_on_rows(operation: str, weight: Tensor, *args: Any) -> Tensor | None:
+    """`call` for operations on one matrix with contiguous rows; of another weight it prunes a copy."""
+    if has_rows(weight):
+        return call(operation, weight, *args)
+    with torch.no_grad():
+        rows = weight.contiguous()
+        result = call(operation, rows, *args)
+        weight.copy_(rows)
+    return result
+
+
+def has_rows(weight: Tensor) -> bool:
+    return weight.stride(-1) == 1 or weight.shape[-1] <= 1
+
+
 @in_full_precision
 def run(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
     """Run an operation on its operands; the last argument is the backend. No graph is kept for gradients."""
@@ -154,7 +171,10 @@ def run(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
             return run(operation, tensor, *args)
     *operands, backend = args
     device = tensor.device
-    function = TABLE[operation][choose_backend(operation, device, backend)]
+    chosen = choose_backend(operation, device, backend)
+    if (operation, chosen) in NEEDS_ROWS and not has_rows(tensor):
+        chosen = _without_rows(operation, tensor, chosen, backend)
+    function = TABLE[operation][chosen]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device
         with torch.cuda.device(device):
@@ -174,8 +194,7 @@ def choose_backend(operation: str, device: torch.device | str, backend: str = "a
     Returns: "cpu", "cuda", "triton" or "torch".
     Raises: `BackendError`, which says why the named backend cannot serve.
     """
-    if backend == "auto":
-        backend = os.environ.get("WANDA_KERNELS_BACKEND") or "auto"
+    backend = _or_environment(backend)
     if backend == "auto":
         return _first_available(operation, device)
     if backend not in BACKENDS:
@@ -184,6 +203,19 @@ def choose_backend(operation: str, device: torch.device | str, backend: str = "a
     if reason:
         raise BackendError(f"backend {backend!r} cannot serve {operation} on {device} tensors: {reason}")
     return backend
+
+
+def _or_environment(backend: str) -> str:
+    return os.environ.get("WANDA_KERNELS_BACKEND") or "auto" if backend == "auto" else backend
+
+
+def _without_rows(operation: str, weight: Tensor, chosen: str, backend: str) -> str:
+    """The backend for a weight whose layout the chosen one does not take."""
+    if _or_environment(backend) != "auto":
+        reason = f"its rows must be contiguous, got strides {list(weight.stride())}"
+        raise BackendError(f"backend {chosen!r} cannot serve {operation} on this weight: {reason}")
+    others = (each for each in order(operation, weight.device) if (operation, each) not in NEEDS_ROWS)
+    return next(each for each in others if not why_not(operation, weight.device, each))
 
 
 @cache

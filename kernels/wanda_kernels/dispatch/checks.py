@@ -10,20 +10,34 @@ from wanda_kernels.native.ops import DTYPES
 from wanda_kernels.reference.activations import ACTIVATIONS
 
 
-def require_selection(weight: Tensor, scale: Tensor | None, mask: Tensor | None) -> None:
+def require_selection(
+    weight: Tensor, scale: Tensor | None, mask: Tensor | None, takes_stacks: bool = False
+) -> None:
     """The operands that every selection takes."""
-    require_weight(weight)
+    require_weight(weight, takes_stacks)
     require_scale(scale, weight)
     require_mask(mask, weight)
 
 
-def require_weight(weight: Tensor) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+def require_weight(weight: Tensor, takes_stacks: bool) -> None:
+    if weight.dim() != 2 and not (takes_stacks and weight.dim() == 3):
+        shapes = "[out, in] or [experts, out, in]" if takes_stacks else "[out, in]"
+        raise ValueError(f"weight must be {shapes}, got shape {list(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
-    if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"weight's rows must be contiguous, got strides {list(weight.stride())}")
+    if not weight.is_contiguous() and _may_overlap(weight):
+        layout = f"shape {list(weight.shape)} with strides {list(weight.stride())}"
+        raise ValueError(f"each element of weight must have memory of its own, got {layout}")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a stride does not exceed what the smaller strides span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= span:
+            return True
+        span += (size - 1) * stride
+    return False
 
 
 def require_scale(scale: Tensor | None, weight: Tensor) -> None:
@@ -31,8 +45,9 @@ def require_scale(scale: Tensor | None, weight: Tensor) -> None:
         return
     if scale.dtype != torch.float32:
         raise ValueError(f"scale must be float32, got {scale.dtype}")
-    if scale.shape not in (weight.shape, weight.shape[1:]):
-        shapes = f"[{weight.shape[1]}] or {list(weight.shape)}"
+    vector = [*weight.shape[:-2], weight.shape[-1]]  # one row of scales a matrix
+    if list(scale.shape) not in (vector, list(weight.shape)):
+        shapes = f"{vector} or {list(weight.shape)}"
         raise ValueError(f"scale must have shape {shapes} for this weight, got {list(scale.shape)}")
     require_same_device("scale", scale, weight)
 
@@ -40,7 +55,7 @@ def require_scale(scale: Tensor | None, weight: Tensor) -> None:
 def require_mask(mask: Tensor | None, weight: Tensor) -> None:
     if mask is None:
         return
-    shape = [weight.shape[0], -(-weight.shape[1] // 8)]
+    shape = [*weight.shape[:-1], -(-weight.shape[-1] // 8)]
     if mask.dtype != torch.uint8 or list(mask.shape) != shape or not mask.is_contiguous():
         raise ValueError(f"mask must be contiguous uint8 {shape}, got {mask.dtype} {list(mask.shape)}")
     require_same_device("mask", mask, weight)

@@ -136,30 +136,33 @@ def _activated(x: Tensor, activation: str | None, power: int) -> Tensor:
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
-    native_op("native_prune_rows_")(weight, *_root_or_scale(scale), num_pruned, mask)
+    native_op("native_prune_rows_")(weight, *_root_or_scale(weight, scale), num_pruned, mask)
 
 
 def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
-    native_op("native_prune_nm_")(weight, *_root_or_scale(scale), n, m, mask)
+    native_op("native_prune_nm_")(weight, *_root_or_scale(weight, scale), n, m, mask)
 
 
 def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
-    native_op("native_prune_matrix_")(weight, *_root_or_scale(scale), rank, mask)
+    native_op("native_prune_matrix_")(weight, *_root_or_scale(weight, scale), rank, mask)
 
 
 def prune_variant_(weight: Tensor, scale: Tensor | None, ratio: float, mask: Tensor | None) -> Tensor:
     alpha = torch.empty((), dtype=torch.float64, device=weight.device)
-    native_op("native_prune_variant_")(weight, *_root_or_scale(scale), ratio, alpha, mask)
+    native_op("native_prune_variant_")(weight, *_root_or_scale(weight, scale), ratio, alpha, mask)
     return alpha
 
 
-def _root_or_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The root of a vector is computed here, once, as in the reference. The kernel computes a matrix's."""
+def _root_or_scale(weight: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The root of one row of scales a matrix is computed here, once, as in the reference.
+
+    The kernel computes the roots where each weight has a scale of its own.
+    """
     if scale is None:
         return None, None
-    if scale.dim() == 1:
+    if scale.dim() < weight.dim():
         return scale.sqrt().contiguous(), None
-    return None, as_rows(scale)
+    return None, scale if scale.stride(-1) == 1 or scale.shape[-1] <= 1 else scale.contiguous()
 
 
 def sparsegpt_(weight: Tensor, *rest) -> None:
@@ -189,12 +192,24 @@ def reads(tensor: Tensor) -> bool:
 
 def all_finite(tensor: Tensor, non_negative: bool) -> bool:
     """Whether a tensor holds no NaN, no infinity and, if `non_negative`, no negative number."""
-    return native_op("native_all_finite")(as_rows(tensor), non_negative)
+    return native_op("native_all_finite")(_as_stack(tensor), non_negative)
 
 
 def count_zeros(tensor: Tensor) -> int:
     """The number of elements that are +0.0 or -0.0."""
-    return native_op("native_count_zeros")(as_rows(tensor))
+    return native_op("native_count_zeros")(_as_stack(tensor))
+
+
+def _as_stack(tensor: Tensor) -> Tensor:
+    """Its elements, in any order, as `[rows, columns]` or `[matrices, rows, columns]`.
+
+    Neighbours in memory become columns, so that transposed storage is read without a copy.
+    """
+    if tensor.dim() == 1:
+        return tensor[None]
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return tensor.flatten(0, -3) if tensor.dim() > 3 else tensor
 
 
 def as_rows(x: Tensor) -> Tensor:

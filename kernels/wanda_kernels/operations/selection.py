@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call
+from wanda_kernels.dispatch.backends import call, call_on_rows
 
 
 def prune_rows_(
@@ -16,15 +16,18 @@ def prune_rows_(
 ) -> None:
     """Zero the num_pruned lowest scores of each row, in place; ties prune the lower column first.
 
-    The score of a weight is abs(W[i, j]) * sqrt(scale[j]), or scale[i, j], in fp32 with one rounding each.
+    The score of a weight is abs(W[i, j]) * sqrt(scale[j]), or scale[i, j], in fp32 with one rounding each. A
+    stack of experts is pruned in one call, each expert as if it were alone.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous. Pruned weights become +0.0; kept ones keep
-            their bits.
-        scale: the statistic under the root, fp32 `[in]` or `[out, in]`, not negative; None for abs(W) alone.
+        weight: fp32, fp16 or bf16 `[out, in]` or `[experts, out, in]`, of any strides that do not overlap,
+            such as transposed storage. Pruned weights become +0.0; kept ones keep their bits.
+        scale: the statistic under the root, fp32, not negative; None for abs(W) alone. `[in]` or `[out, in]`;
+            for a stack `[experts, in]`, one row for each expert, or `[experts, out, in]`.
         num_pruned: weights to zero in each row, from 0 to in.
-        mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask: bit j % 8 of
-            byte j // 8 is 1 where column j was kept (see `unpack_bits`).
+        mask: optional uint8 `[out, ceil(in / 8)]` or `[experts, out, ceil(in / 8)]`, contiguous, that
+            receives the packed mask: bit j % 8 of byte j // 8 is 1 where column j was kept (see
+            `unpack_bits`).
         backend: "auto", "torch", "triton", "cuda" or "cpu"; see `choose_backend`. All give the same bits.
         check_finite: refuse NaN, infinities and negative scales, which waits for a GPU; False if the caller
             has checked (`require_finite`).
@@ -33,8 +36,8 @@ def prune_rows_(
         with the numbers; `BackendError` if the named backend cannot serve. The weight is then unchanged.
     Source: Wanda, arXiv 2306.11695, equation 1 and algorithm 1.
     """
-    checks.require_selection(weight, scale, mask)
-    checks.require_count(num_pruned, weight.shape[1])
+    checks.require_selection(weight, scale, mask, takes_stacks=True)
+    checks.require_count(num_pruned, weight.shape[-1])
     if check_finite:
         checks.require_finite_operands(weight, scale)
     if weight.numel():
@@ -53,15 +56,19 @@ def prune_nm_(
     """Keep the n highest scores of every m consecutive columns, in place; ties prune the lower column first.
 
     n:m counts kept weights, as NVIDIA does. The score of a weight is abs(W[i, j]) * sqrt(scale[j]), or
-    scale[i, j], in fp32 with one rounding each.
+    scale[i, j], in fp32 with one rounding each. A stack of experts is pruned in one call, each expert as if
+    it were alone.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous, in a multiple of m. Pruned weights become
-            +0.0; kept ones keep their bits.
-        scale: the statistic under the root, fp32 `[in]` or `[out, in]`, not negative; None for abs(W) alone.
+        weight: fp32, fp16 or bf16 `[out, in]` or `[experts, out, in]`, in a multiple of m, of any strides
+            that do not overlap, such as transposed storage. Pruned weights become +0.0; kept ones keep their
+            bits.
+        scale: the statistic under the root, fp32, not negative; None for abs(W) alone. `[in]` or `[out, in]`;
+            for a stack `[experts, in]`, one row for each expert, or `[experts, out, in]`.
         n, m: weights to keep of every m columns, 1 <= n < m <= 32.
-        mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask: bit j % 8 of
-            byte j // 8 is 1 where column j was kept (see `unpack_bits`).
+        mask: optional uint8 `[out, ceil(in / 8)]` or `[experts, out, ceil(in / 8)]`, contiguous, that
+            receives the packed mask: bit j % 8 of byte j // 8 is 1 where column j was kept (see
+            `unpack_bits`).
         backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`. All give the same bits.
         check_finite: refuse NaN, infinities and negative scales, which waits for a GPU; False if the caller
             has checked (`require_finite`).
@@ -70,8 +77,8 @@ def prune_nm_(
         with the numbers; `BackendError` if the named backend cannot serve. The weight is then unchanged.
     Source: Wanda, arXiv 2306.11695, section 3 (structured N:M sparsity).
     """
-    checks.require_selection(weight, scale, mask)
-    checks.require_nm(n, m, weight.shape[1])
+    checks.require_selection(weight, scale, mask, takes_stacks=True)
+    checks.require_nm(n, m, weight.shape[-1])
     if check_finite:
         checks.require_finite_operands(weight, scale)
     if weight.numel():
@@ -92,8 +99,9 @@ def prune_matrix_(
     The score of a weight is abs(W[i, j]) * sqrt(scale[j]), or scale[i, j], in fp32 with one rounding each.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous. Pruned weights become +0.0; kept ones keep
-            their bits.
+        weight: fp32, fp16 or bf16 `[out, in]`, of any strides that do not overlap; unless its rows are
+            contiguous, a copy is pruned and copied back. Pruned weights become +0.0; kept ones keep their
+            bits.
         scale: the statistic under the root, fp32 `[in]` or `[out, in]`, not negative; None for abs(W) alone.
         rank: position in the ascending order of all out * in scores, from 0; rank + 1 weights or, with ties,
             more are pruned.
@@ -112,7 +120,7 @@ def prune_matrix_(
     if check_finite:
         checks.require_finite_operands(weight, scale)
     if weight.numel():
-        call("prune_matrix_", weight, scale, rank, mask, backend)
+        call_on_rows("prune_matrix_", weight, scale, rank, mask, backend)
 
 
 def prune_variant_(
@@ -133,8 +141,9 @@ def prune_variant_(
     abs(W[i, j]) * sqrt(scale[j]), or scale[i, j], in fp32 with one rounding each.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, not empty, rows contiguous. Pruned weights become +0.0; kept
-            ones keep their bits.
+        weight: fp32, fp16 or bf16 `[out, in]`, not empty, of any strides that do not overlap; unless its rows
+            are contiguous, a copy is pruned and copied back. Pruned weights become +0.0; kept ones keep their
+            bits.
         scale: the statistic under the root, fp32 `[in]` or `[out, in]`, not negative; None for abs(W) alone.
         ratio: the wanted fraction of zeros, in [0, 1).
         mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask: bit j % 8 of
@@ -155,4 +164,4 @@ def prune_variant_(
         raise ValueError(f"weight is empty: {weight.dtype} {list(weight.shape)}")
     if check_finite:
         checks.require_finite_operands(weight, scale)
-    return call("prune_variant_", weight, scale, ratio, mask, backend)
+    return call_on_rows("prune_variant_", weight, scale, ratio, mask, backend)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call
+from wanda_kernels.dispatch.backends import call_on_rows
 from wanda_kernels.hessian_factor import Factor
 from wanda_kernels.sparsegpt import SELECTORS
 
@@ -27,7 +27,8 @@ def sparsegpt_(
     the result is rounded to the weight's dtype once, at the end.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous. Pruned weights become +0.0, kept ones change.
+        weight: fp32, fp16 or bf16 `[out, in]`, of any strides that do not overlap; unless its rows are
+            contiguous, a copy is pruned and copied back. Pruned weights become +0.0, kept ones change.
         factor: of the Hessian of the inputs, from `factor_hessian`, on the weight's device. Weights of dead
             inputs become 0 first.
         pattern: which weights to prune, by the scores of the weights as updated so far. A ratio in [0, 1):
@@ -64,7 +65,7 @@ def sparsegpt_(
         checks.require_finite_operands(weight, scale)
     if weight.numel():
         operands = (weight, factor.upper, factor.dead, ratio, n, m, selector, scale, pruned, mask)
-        call("sparsegpt_", *operands, backend)
+        call_on_rows("sparsegpt_", *operands, backend)
 
 
 def _rule(pattern: float | str | None, in_features: int) -> tuple[float | None, int, int]:

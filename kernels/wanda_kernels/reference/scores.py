@@ -10,13 +10,17 @@ from wanda_kernels.mask_bits import pack_bits
 
 
 def score(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Importance of each weight, fp32 `[out, in]`: abs(W) * sqrt(scale), or abs(W) where scale is None."""
+    """Importance of each weight, fp32 of its shape: abs(W) * sqrt(scale), or abs(W) where scale is None."""
     magnitude = weight.float().abs()
-    return magnitude if scale is None else magnitude * scale.sqrt()
+    if scale is None:
+        return magnitude
+    if scale.dim() < weight.dim():
+        scale = scale.unsqueeze(-2)  # one row of scales for all rows of a matrix
+    return magnitude * scale.sqrt()
 
 
 def zero_(weight: Tensor, pruned: Tensor, mask: Tensor | None) -> None:
-    """Zero the weights where `pruned`, bool `[out, in]`, is True, and write the packed mask of the others."""
+    """Zero weights where `pruned`, bool of their shape, is True, and write the packed mask of the others."""
     weight.masked_fill_(pruned, 0.0)
     if mask is not None:
         mask.copy_(pack_bits(~pruned))

@@ -127,7 +127,7 @@ def ranked_key(weight: Tensor, scale: Tensor, stride_sm: int, kind: int, rank: i
 
 def prune_matrix_(weight: Tensor, scale: Tensor | None, rank: int, mask: Tensor | None) -> None:
     n_rows, n_cols = weight.shape
-    scale, stride_sm, kind = scale_arguments(weight, scale)
+    scale, _, stride_sm, kind = scale_arguments(weight, scale)
     packed, stride_mm = mask_arguments(weight, mask)
     threshold = ranked_key(weight, scale, stride_sm, kind, rank)
     _prune_up_to_kernel[(n_rows, triton.cdiv(n_cols, 1024))](

@@ -1,8 +1,9 @@
 """Keep the n highest scores of every m consecutive columns; ties prune the lower column first.
 
-W [n_rows, n_cols] in place, n_cols a multiple of m; scale [n_cols], [n_rows, n_cols] or None. Reads W once
-and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A
-program takes several rows of its columns, so that it reads a scale vector once for all of them.
+W [E, n_rows, n_cols] in place, n_cols a multiple of m; scale [E, n_cols], [E, n_rows, n_cols] or None. One
+launch for all matrices. Reads W once and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale
+matrix; the roof is copy bandwidth. A program takes several rows of its columns, so that it reads a scale
+vector once for all of them. prune_strided_nm.py has the kernel for transposed storage.
 If m is a power of two, one thread holds a whole group: a short group in one 16-byte load, a long one in
 several. For any other m, a group is spread over threads. `nm_groups.py` chooses which of a group are kept.
 """
@@ -20,16 +21,21 @@ from wanda_kernels.triton_ops.nm_groups import (
     kept_of,
     split_columns,
 )
+from wanda_kernels.triton_ops.prune_strided_nm import prune_strided_nm_
 from wanda_kernels.triton_ops.score_keys import (
+    MASK_BITS,
+    MASK_BYTES,
+    NO_MASK,
     ROOT_VECTOR,
     SCALE_MATRIX,
     keys_of,
     mask_arguments,
+    n_matrices,
     pack_mask,
     scale_arguments,
+    stack_strides,
+    tile_of_stack,
 )
-
-NO_MASK, MASK_BITS, MASK_BYTES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -41,8 +47,8 @@ def _root_of(scale_ptrs, inside, SCALE: tl.constexpr):
 
 @triton.jit
 def _prune_short_groups_kernel(
-    w_ptr, stride_wm,
-    scale_ptr, stride_sm,
+    w_ptr, stride_we, stride_wm,
+    scale_ptr, stride_se, stride_sm,
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, GROUP: tl.constexpr,  # within one thread's 16-byte load
@@ -50,7 +56,10 @@ def _prune_short_groups_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-    first_row = tl.program_id(0).to(tl.int64) * (BLOCK_M * TILES) + tl.arange(0, BLOCK_M)[:, None]
+    matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, BLOCK_M * TILES)
+    w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
+    mask_ptr += matrix * n_rows * stride_mm
+    first_row += tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     # no group is half outside, so keys outside of the matrix need no padding value
     everywhere = tl.full((BLOCK_M, BLOCK_N), 1, tl.int1)
@@ -91,8 +100,8 @@ def _long_group(ptrs, inside, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _prune_long_groups_kernel(
-    w_ptr, stride_wm,
-    scale_ptr, stride_sm,
+    w_ptr, stride_we, stride_wm,
+    scale_ptr, stride_se, stride_sm,
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,  # CHUNK: weights in 16 bytes
@@ -102,7 +111,10 @@ def _prune_long_groups_kernel(
     CHUNKS: tl.constexpr = GROUP // CHUNK
     GROUPS: tl.constexpr = GROUPS_M * GROUPS_N  # of a tile, one or two a thread
     group = tl.arange(0, GROUPS)[:, None]
-    first_row = tl.program_id(0).to(tl.int64) * (GROUPS_M * TILES) + group // GROUPS_N  # [GROUPS, 1]
+    matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, GROUPS_M * TILES)
+    w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
+    mask_ptr += matrix * n_rows * stride_mm
+    first_row += group // GROUPS_N  # [GROUPS, 1]
     first_col = (tl.program_id(1) * GROUPS_N + group % GROUPS_N) * GROUP
     offs = first_col + tl.arange(0, CHUNK)[None, :]  # [GROUPS, CHUNK]
     everywhere = tl.full((GROUPS, CHUNK), 1, tl.int1)
@@ -143,15 +155,18 @@ def _prune_long_groups_kernel(
 
 @triton.jit
 def _prune_nm_kernel(
-    w_ptr, stride_wm,
-    scale_ptr, stride_sm,
+    w_ptr, stride_we, stride_wm,
+    scale_ptr, stride_se, stride_sm,
     mask_ptr, stride_mm,
     n_rows, n_cols,
     N_PRUNED: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,  # GROUP: the power of two above m
     SCALE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, BLOCK_M)
+    w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
+    mask_ptr += matrix * n_rows * stride_mm
+    rows = first_row + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     first_col = tl.program_id(1) * (BLOCK_N // GROUP * M)
     slots = tl.arange(0, BLOCK_N)[None, :]
     cols = first_col + slots // GROUP * M + slots % GROUP  # [1, BLOCK_N]
@@ -193,7 +208,9 @@ def _tile(group: int, chunk: int, n_rows: int, n_cols: int) -> dict[str, int]:
 
 
 def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
-    if triton.next_power_of_2(m) == m:
+    if weight.stride(-1) != 1 and weight.shape[-1] > 1:
+        prune_strided_nm_(weight, scale, n, m, mask)
+    elif triton.next_power_of_2(m) == m:
         _prune_groups_in_threads_(weight, scale, n, m, mask)
     else:
         _prune_any_groups_(weight, scale, n, m, mask)
@@ -202,44 +219,43 @@ def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor
 def _prune_groups_in_threads_(
     weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None
 ) -> None:
-    n_rows, n_cols = weight.shape
+    n_rows, n_cols = weight.shape[-2:]
     chunk = 16 // weight.element_size()
-    tile = _tile(m, chunk, n_rows, n_cols)
-    if scale is not None and scale.dim() == 1:
+    tile = _tile(m, chunk, n_matrices(weight) * n_rows, n_cols)
+    if scale is not None and scale.dim() < weight.dim():
         # the kernel computes the roots: one launch less
-        stride_sm, kind = 0, ROOT_VECTOR.value
+        scale, stride_se, stride_sm, kind = scale.contiguous(), n_cols, 0, ROOT_VECTOR.value
     else:
-        scale, stride_sm, kind = scale_arguments(weight, scale)
+        scale, stride_se, stride_sm, kind = scale_arguments(weight, scale)
     packed, stride_mm = mask_arguments(weight, mask)
-    operands = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols)
+    scales = (scale, stride_se, stride_sm)
+    operands = (weight, *stack_strides(weight), *scales, packed, stride_mm, n_rows, n_cols)
     flags = {"SCALE": kind, "MASK": NO_MASK.value if mask is None else MASK_BITS.value}
     flags |= {"N_PRUNED": m - n, "GROUP": m, "enable_fp_fusion": False}
     # rows first: the other dimensions of a grid are limited to 65,535
     if m <= chunk:
-        grid = (triton.cdiv(n_rows, tile["BLOCK_M"] * tile["TILES"]), triton.cdiv(n_cols, tile["BLOCK_N"]))
+        rows, columns = tile["BLOCK_M"] * tile["TILES"], tile["BLOCK_N"]
+        grid = (n_matrices(weight) * triton.cdiv(n_rows, rows), triton.cdiv(n_cols, columns))
         _prune_short_groups_kernel[grid](*operands, **flags, **tile)
     else:
-        n_groups = triton.cdiv(n_cols, m)
-        grid = (
-            triton.cdiv(n_rows, tile["GROUPS_M"] * tile["TILES"]),
-            triton.cdiv(n_groups, tile["GROUPS_N"]),
-        )
+        rows, columns = tile["GROUPS_M"] * tile["TILES"], tile["GROUPS_N"] * m
+        grid = (n_matrices(weight) * triton.cdiv(n_rows, rows), triton.cdiv(n_cols, columns))
         _prune_long_groups_kernel[grid](*operands, **flags, **tile, CHUNK=chunk)
 
 
 def _prune_any_groups_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
-    n_rows, n_cols = weight.shape
-    scale, stride_sm, kind = scale_arguments(weight, scale)
+    n_rows, n_cols = weight.shape[-2:]
+    scale, stride_se, stride_sm, kind = scale_arguments(weight, scale)
     group = triton.next_power_of_2(m)
     kept = mask
     if mask is not None:
         # a byte of the mask spans groups of several programs: write one byte a weight and pack them
         # afterwards
-        kept = torch.empty_like(weight, dtype=torch.uint8)
+        kept = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     packed, stride_mm = mask_arguments(weight, kept)
     block_n = 512  # four 64-bit places a thread
-    _prune_nm_kernel[(n_rows, triton.cdiv(n_cols // m, block_n // group))](
-        weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_rows, n_cols,
+    _prune_nm_kernel[(n_matrices(weight) * n_rows, triton.cdiv(n_cols // m, block_n // group))](
+        weight, *stack_strides(weight), scale, stride_se, stride_sm, packed, stride_mm, n_rows, n_cols,
         N_PRUNED=m - n, M=m, GROUP=group, SCALE=kind,
         MASK=NO_MASK.value if mask is None else MASK_BYTES.value,
         BLOCK_M=1, BLOCK_N=block_n, num_warps=4, enable_fp_fusion=False,

@@ -1,54 +1,33 @@
 """Zero the num_pruned lowest scores of each row; ties prune the lower column first.
 
-W [n_rows, n_cols] in place; scale [n_cols], [n_rows, n_cols] or None. Reads W once from DRAM and writes it
-once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof is copy bandwidth. A row's keys stay
-in registers. A search finds the threshold: it narrows low < high until num_pruned keys are below low, or one
-key value is left; then the same search over columns divides the ties. The cost is in counting the keys below
-a guess: about 9 passes a row on LLM-like scores (halving takes 14 to 17). A row too long for the registers is
-read again, from L2, at every pass.
-The number of keys below a guess never falls as the guess rises. False position guesses the key from the
-counts at both ends. The final key depends on the guesses and the set of keys below it does not, so
-approximate arithmetic serves.
-Sources: RTop-K (ICLR 2025), which bisects float values for a small k; integer keys make it exact, with stable
-ties. The Illinois variant of false position (Dowell & Jarratt 1971).
+W [E, n_rows, n_cols] in place; scale [E, n_cols], [E, n_rows, n_cols] or None. One launch for all matrices.
+Reads W once from DRAM and writes it once: 4 bytes a 16-bit weight, and 4 more with a scale matrix; the roof
+is copy bandwidth. A row's keys stay in registers. A search finds the threshold: it narrows low < high until
+num_pruned keys are below low, or one key value is left; then the same search over columns divides the ties.
+The cost is in counting the keys below a guess: about 9 passes a row on LLM-like scores (halving takes 14 to
+17). A row too long for the registers is read again, from L2, at every pass. prune_strided_rows.py has the
+kernel for transposed storage.
+Source: RTop-K (ICLR 2025), which bisects float values for a small k; integer keys make it exact, with stable
+ties.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanda_kernels.triton_ops.prune_strided_rows import MOST_COLUMNS, prune_strided_rows_
+from wanda_kernels.triton_ops.row_search import NO_SIDE, narrow, next_guess
 from wanda_kernels.triton_ops.score_keys import (
     PAD_KEY,
     highest_key,
     load_keys,
     mask_arguments,
+    n_matrices,
     pack_mask,
+    row_of_stack,
     scale_arguments,
+    stack_strides,
 )
-
-FALSE_POSITION_PASSES = tl.constexpr(16)  # after these every second pass halves, which bounds the search
-NO_SIDE, LOW_SIDE, HIGH_SIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _next_guess(low, high, missing, surplus, n_passes):
-    """The next key to count below, in low..high: by false position, or the middle once that takes long."""
-    width = high - low
-    guess = low + (width.to(tl.float32) * (missing / (missing + surplus))).to(tl.int32)
-    halve = (n_passes >= FALSE_POSITION_PASSES) & (n_passes % 2 == 0)
-    guess = tl.where(halve, low + width // 2, guess)
-    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
-
-
-@triton.jit
-def _narrow(low, high, below, missing, surplus, side, guess, count, wanted):
-    """The bracket after `count` keys were found below `guess`; an end that stays twice weighs half."""
-    is_low = count <= wanted
-    gap = tl.maximum(tl.abs(count - wanted), 1).to(tl.float32)
-    surplus = tl.where(is_low, tl.where(side == LOW_SIDE, surplus * 0.5, surplus), gap)
-    missing = tl.where(is_low, gap, tl.where(side == HIGH_SIDE, missing * 0.5, missing))
-    low, high = tl.where(is_low, guess, low), tl.where(is_low, high, guess)
-    return low, high, tl.where(is_low, count, below), missing, surplus, tl.where(is_low, LOW_SIDE, HIGH_SIDE)
 
 
 @triton.jit
@@ -58,16 +37,29 @@ def _count_ties(keys, key, first_col, col_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _to_columns(offs, stride_wn, STRIDED: tl.constexpr):
+    """Offsets in memory of a row's columns."""
+    return offs.to(tl.int64) * stride_wn if STRIDED else offs
+
+
+@triton.jit
+def _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED: tl.constexpr, SCALE: tl.constexpr):
+    return load_keys(w_ptr + _to_columns(offs, stride_wn, STRIDED), scale_ptr + offs, offs < n_cols, SCALE)
+
+
+@triton.jit
 def _store_kept(
-    w_ptr, mask_ptr, keys, key, tie_end, first_col, n_cols, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
-):
+    w_ptr, stride_wn, mask_ptr, keys, key, tie_end, first_col, n_cols,
+    STRIDED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write a segment back, +0.0 where its key is below `key`, or equal to it in a column before tie_end."""
     offs = first_col + tl.arange(0, BLOCK)
     inside = offs < n_cols
     kept = (keys > key) | ((keys == key) & (offs >= tie_end))
     # from L2: holding it through the passes would take registers
-    w = tl.load(w_ptr + offs, mask=inside)
-    tl.store(w_ptr + offs, tl.where(kept, w, 0.0), mask=inside)
+    w_ptrs = w_ptr + _to_columns(offs, stride_wn, STRIDED)
+    w = tl.load(w_ptrs, mask=inside)
+    tl.store(w_ptrs, tl.where(kept, w, 0.0), mask=inside)
     if HAS_MASK:
         offs = first_col // 8 + tl.arange(0, BLOCK // 8)
         tl.store(mask_ptr + offs, pack_mask(kept & inside, BLOCK), mask=offs < tl.cdiv(n_cols, 8))
@@ -75,17 +67,17 @@ def _store_kept(
 
 @triton.jit(do_not_specialize=["num_pruned"])
 def _prune_rows_kernel(
-    w_ptr, stride_wm,
-    scale_ptr, stride_sm,
+    w_ptr, stride_we, stride_wm,
+    scale_ptr, stride_se, stride_sm,
     mask_ptr, stride_mm,
-    n_cols, num_pruned,
+    n_rows, n_cols, num_pruned,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    w_ptr += row * stride_wm
-    scale_ptr += row * stride_sm
-    mask_ptr += row * stride_mm
+    row = tl.program_id(0)
+    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
+    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
+    mask_ptr += row.to(tl.int64) * stride_mm
 
     offs_0 = tl.arange(0, B0)
     k0 = load_keys(w_ptr + offs_0, scale_ptr + offs_0, offs_0 < n_cols, SCALE)  # [B0]
@@ -106,13 +98,13 @@ def _prune_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = _next_guess(low, high, missing, surplus, n_passes)
+        guess = next_guess(low, high, missing, surplus, n_passes)
         count = tl.sum((k0 < guess).to(tl.int32))
         if B1 > 0:
             count += tl.sum((k1 < guess).to(tl.int32))
         if B2 > 0:
             count += tl.sum((k2 < guess).to(tl.int32))
-        low, high, below, missing, surplus, side = _narrow(
+        low, high, below, missing, surplus, side = narrow(
             low, high, below, missing, surplus, side, guess, count, num_pruned
         )
         n_passes += 1
@@ -122,42 +114,42 @@ def _prune_rows_kernel(
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = _count_ties(k0, low, 0, guess, B0)
         if B1 > 0:
             count += _count_ties(k1, low, B0, guess, B1)
         if B2 > 0:
             count += _count_ties(k2, low, B0 + B1, guess, B2)
-        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
 
-    _store_kept(w_ptr, mask_ptr, k0, low, tie_low, 0, n_cols, HAS_MASK, B0)
+    _store_kept(w_ptr, 1, mask_ptr, k0, low, tie_low, 0, n_cols, False, HAS_MASK, B0)
     if B1 > 0:
-        _store_kept(w_ptr, mask_ptr, k1, low, tie_low, B0, n_cols, HAS_MASK, B1)
+        _store_kept(w_ptr, 1, mask_ptr, k1, low, tie_low, B0, n_cols, False, HAS_MASK, B1)
     if B2 > 0:
-        _store_kept(w_ptr, mask_ptr, k2, low, tie_low, B0 + B1, n_cols, HAS_MASK, B2)
+        _store_kept(w_ptr, 1, mask_ptr, k2, low, tie_low, B0 + B1, n_cols, False, HAS_MASK, B2)
 
 
 @triton.jit(do_not_specialize=["num_pruned"])
 def _prune_long_rows_kernel(
-    w_ptr, stride_wm,
-    scale_ptr, stride_sm,
+    w_ptr, stride_we, stride_wm, stride_wn,
+    scale_ptr, stride_se, stride_sm,
     mask_ptr, stride_mm,
-    n_cols, num_pruned,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    n_rows, n_cols, num_pruned,
+    STRIDED: tl.constexpr, SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    w_ptr += row * stride_wm
-    scale_ptr += row * stride_sm
-    mask_ptr += row * stride_mm
+    row = tl.program_id(0)
+    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
+    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
+    mask_ptr += row.to(tl.int64) * stride_mm
 
     lowest, highest = PAD_KEY, -1
     for first_col in range(0, n_cols, BLOCK):
         offs = first_col + tl.arange(0, BLOCK)
-        keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)  # [BLOCK]
+        keys = _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED, SCALE)  # [BLOCK]
         lowest, highest = tl.minimum(lowest, tl.min(keys)), tl.maximum(highest, highest_key(keys))
 
     high = highest + 1
@@ -166,12 +158,12 @@ def _prune_long_rows_kernel(
     missing, surplus = num_pruned.to(tl.float32), (n_cols - num_pruned).to(tl.float32)
     side, n_passes = NO_SIDE, 0
     while (high - low > 1) & (below != num_pruned):
-        guess = _next_guess(low, high, missing, surplus, n_passes)
+        guess = next_guess(low, high, missing, surplus, n_passes)
         counts = tl.zeros((BLOCK,), tl.int32)
         for first_col in range(0, n_cols, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
-            counts += load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE) < guess
-        low, high, below, missing, surplus, side = _narrow(
+            counts += _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED, SCALE) < guess
+        low, high, below, missing, surplus, side = narrow(
             low, high, below, missing, surplus, side, guess, tl.sum(counts), num_pruned
         )
         n_passes += 1
@@ -180,21 +172,23 @@ def _prune_long_rows_kernel(
     tie_low, tie_high, tie_below = 0, n_cols, 0
     missing, surplus, side, n_passes = ties.to(tl.float32), ties.to(tl.float32), NO_SIDE, 0
     while (tie_high - tie_low > 1) & (tie_below != ties):
-        guess = _next_guess(tie_low, tie_high, missing, surplus, n_passes)
+        guess = next_guess(tie_low, tie_high, missing, surplus, n_passes)
         count = 0
         for first_col in range(0, guess, BLOCK):
             offs = first_col + tl.arange(0, BLOCK)
-            keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
+            keys = _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED, SCALE)
             count += _count_ties(keys, low, first_col, guess, BLOCK)
-        tie_low, tie_high, tie_below, missing, surplus, side = _narrow(
+        tie_low, tie_high, tie_below, missing, surplus, side = narrow(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
 
     for first_col in range(0, n_cols, BLOCK):
         offs = first_col + tl.arange(0, BLOCK)
-        keys = load_keys(w_ptr + offs, scale_ptr + offs, offs < n_cols, SCALE)
-        _store_kept(w_ptr, mask_ptr, keys, low, tie_low, first_col, n_cols, HAS_MASK, BLOCK)
+        keys = _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED, SCALE)
+        _store_kept(
+            w_ptr, stride_wn, mask_ptr, keys, low, tie_low, first_col, n_cols, STRIDED, HAS_MASK, BLOCK
+        )
 
 
 # most columns -> segments in registers, warps. Segments compare 30 % fewer keys than one padded block.
@@ -227,15 +221,22 @@ def _segments(n_cols: int, spills: bool) -> tuple[tuple[int, int, int], int] | N
 
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
-    n_rows, n_cols = weight.shape
-    scale, stride_sm, kind = scale_arguments(weight, scale)
+    n_rows, n_cols = weight.shape[-2:]
+    stride_wn = weight.stride(-1) if n_cols > 1 else 1
+    if stride_wn != 1 and n_cols <= MOST_COLUMNS:
+        prune_strided_rows_(weight, scale, num_pruned, mask)
+        return
+    scale, stride_se, stride_sm, kind = scale_arguments(weight, scale)
     packed, stride_mm = mask_arguments(weight, mask)
-    arguments = (weight, weight.stride(0), scale, stride_sm, packed, stride_mm, n_cols, num_pruned)
+    strides = stack_strides(weight)
+    others = (scale, stride_se, stride_sm, packed, stride_mm, n_rows, n_cols, num_pruned)
     flags = {"SCALE": kind, "HAS_MASK": mask is not None, "enable_fp_fusion": False}
+    grid = (n_matrices(weight) * n_rows,)
     # packing the bits of 28 fp32 keys a thread takes 48 bytes of stack
     tile = _segments(n_cols, spills=mask is not None and weight.element_size() == 4)
-    if tile is None:
-        _prune_long_rows_kernel[(n_rows,)](*arguments, **flags, BLOCK=IN_PARTS, num_warps=IN_PARTS_WARPS)
+    if tile is None or stride_wn != 1:
+        tile = {"STRIDED": stride_wn != 1, "BLOCK": IN_PARTS, "num_warps": IN_PARTS_WARPS}
+        _prune_long_rows_kernel[grid](weight, *strides, stride_wn, *others, **flags, **tile)
         return
     (b0, b1, b2), num_warps = tile
-    _prune_rows_kernel[(n_rows,)](*arguments, **flags, B0=b0, B1=b1, B2=b2, num_warps=num_warps)
+    _prune_rows_kernel[grid](weight, *strides, *others, **flags, B0=b0, B1=b1, B2=b2, num_warps=num_warps)

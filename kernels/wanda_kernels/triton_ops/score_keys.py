@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 NO_SCALE = tl.constexpr(0)
-ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale), [in], computed once by torch
-SCALE_MATRIX = tl.constexpr(2)  # scale itself, [out, in]; the kernel computes its roots
+ROOT_VECTOR = tl.constexpr(1)  # sqrt(scale), one row a matrix, computed once by torch
+SCALE_MATRIX = tl.constexpr(2)  # scale itself, of the weight's shape; the kernel computes its roots
 RAW_BITS = tl.constexpr(3)  # no scale, and a 16-bit weight: its own bits are the key, half as many to search
 SQUARE_OVER_VECTOR = tl.constexpr(4)  # SparseGPT's score, W^2 / scale with scale [in], in fp32
+
+NO_MASK, MASK_BITS, MASK_BYTES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 PAD_KEY = tl.constexpr(0x7FFFFFFF)  # above every key: padding is never counted and never pruned
 
@@ -78,18 +80,40 @@ def pack_mask(kept, SIZE: tl.constexpr):
     return tl.sum(bits, axis=1).to(tl.uint8)
 
 
-def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, int]:
-    """(tensor, row stride, kind) to pass to a selection kernel for `scale`."""
+@triton.jit
+def row_of_stack(ptr, row, n_rows, stride_e, stride_m):
+    """The first element of a row, numbered through all matrices of n_rows."""
+    return ptr + (row // n_rows).to(tl.int64) * stride_e + (row % n_rows).to(tl.int64) * stride_m
+
+
+@triton.jit
+def tile_of_stack(tile, n_rows, BLOCK_M: tl.constexpr):
+    """(matrix, first row) of a tile of BLOCK_M rows, numbered through all matrices."""
+    tiles = tl.cdiv(n_rows, BLOCK_M)
+    return (tile // tiles).to(tl.int64), (tile % tiles).to(tl.int64) * BLOCK_M
+
+
+def stack_strides(weight: Tensor) -> tuple[int, int]:
+    """Strides from matrix to matrix and from row to row; one matrix is a stack of one."""
+    return (weight.stride(0) if weight.dim() == 3 else 0), weight.stride(-2)
+
+
+def n_matrices(weight: Tensor) -> int:
+    return weight.shape[0] if weight.dim() == 3 else 1
+
+
+def scale_arguments(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, int, int, int]:
+    """(tensor, matrix stride, row stride, kind) to pass to a selection kernel for `scale`."""
     if scale is None:
         kind = NO_SCALE if weight.dtype == torch.float32 else RAW_BITS
-        return weight, 0, kind.value  # never read
-    if scale.dim() == 1:
-        return scale.sqrt(), 0, ROOT_VECTOR.value
-    if scale.stride(1) != 1:
+        return weight, 0, 0, kind.value  # never read
+    if scale.dim() < weight.dim():
+        return scale.sqrt().contiguous(), weight.shape[-1], 0, ROOT_VECTOR.value
+    if scale.stride(-1) != 1:
         scale = scale.contiguous()
-    return scale, scale.stride(0), SCALE_MATRIX.value
+    return scale, *stack_strides(scale), SCALE_MATRIX.value
 
 
 def mask_arguments(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
     """(tensor, row stride) to pass for the packed mask; without a mask, the weight, which is not written."""
-    return (weight, 0) if mask is None else (mask, mask.stride(0))
+    return (weight, 0) if mask is None else (mask, mask.stride(-2))
