@@ -32,6 +32,7 @@ from wanda_kernels.triton_ops import (
     add_gated_coactivation,
     add_hessian,
     add_sq_norm,
+    grouped_product,
     prune_matrix,
     prune_nm,
     prune_rows,
@@ -45,6 +46,7 @@ MODULES = (
     add_coactivation,
     add_gated_coactivation,
     add_hessian,
+    grouped_product,
     prune_rows,
     prune_nm,
     prune_matrix,
@@ -156,6 +158,7 @@ def variants() -> list[Variant]:
         _launch_coactivation()
         _launch_gated_coactivation()
         _launch_hessian()
+        _launch_segments()
         _launch_sparsegpt()
         _launch_forward()
     finally:
@@ -232,6 +235,17 @@ def _launch_hessian() -> None:
     add_hessian.mirror_(acc)
     one = torch.empty(2048, 1, dtype=torch.bfloat16, device="meta")  # a stride of 1 is a constant
     add_hessian.add_symmetric_(torch.empty(1, 1, device="meta"), one)
+
+
+def _launch_segments() -> None:
+    layers = (128, 2048, torch.int64), (384, 512, torch.int32)  # experts, features, dtype of the offsets
+    for dtype, (n_experts, width, counted) in product(FLOATS, layers):
+        x = torch.empty(32_768, width, dtype=dtype, device="meta")
+        offsets = torch.empty(n_experts + 1, dtype=counted, device="meta")
+        add_sq_norm.add_sq_norm_(torch.empty(n_experts, width, device="meta"), x, offsets)
+        acc = torch.empty(n_experts, width, width, device="meta")
+        add_coactivation.add_coactivation_(acc, x, x, "silu", 1, None, offsets)
+        add_hessian.add_hessian_(acc, x, offsets)
 
 
 def _launch_sparsegpt() -> None:

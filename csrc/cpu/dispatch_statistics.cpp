@@ -32,7 +32,8 @@ std::vector<Share> pieces_of(const Context& context, const Matrix& x, const Segm
   for (int64_t first = 0, last; first < s.n; first = last) {
     int64_t work = elements(first);
     for (last = first + 1; last < s.n && work + elements(last) <= grain; ++last) work += elements(last);
-    const int64_t n_ranges = std::clamp<int64_t>(work / grain, 1, std::max<int64_t>(1, x.n_cols / kMinStreamColumns));
+    const int64_t most = std::clamp<int64_t>(x.n_cols / kMinStreamColumns, 1, context.n_threads);
+    const int64_t n_ranges = std::clamp<int64_t>(work / grain, 1, most);
     const int64_t n_blocks = (x.n_cols + kColumnBlock - 1) / kColumnBlock;
     const int64_t width = (n_blocks + n_ranges - 1) / n_ranges * kColumnBlock;
     for (int64_t begin = 0; begin < x.n_cols; begin += width) {

@@ -12,18 +12,22 @@ constexpr int kFewThreads = 512, kManyThreads = 1024, kMostVectors = 4;
 template <typename T, int kVectors, int kThreads>
 constexpr int blocks_for = kThreads == kFewThreads && kVectors * (kVector + Words<T>::kChunks * 4) <= 36 ? 2 : 1;
 
-// A row of a stack, as row 0 of a selection in it alone.
+// The block's row, numbered through all matrices, as row 0 of a selection in it alone, without the mask.
 template <typename T>
-__device__ Selection row_of_stack(const StackSelection& s, int64_t index) {
+__device__ Selection row_of_block(const StackSelection& s) {
   const Stack& stack = s.weight;
   const uint32_t n_rows = static_cast<uint32_t>(stack.n_rows);
-  const int64_t matrix = static_cast<uint32_t>(index) / n_rows, row = static_cast<uint32_t>(index) % n_rows;
+  const int64_t matrix = blockIdx.x / n_rows, row = blockIdx.x % n_rows;
   T* weights = static_cast<T*>(stack.data) + matrix * stack.matrix_stride + row * stack.row_stride;
   Selection part = {{weights, stack.dtype, 1, stack.n_cols, 0}, nullptr, nullptr, 0, nullptr};
   if (s.root != nullptr) part.root = s.root + matrix * stack.n_cols;
   if (s.scale != nullptr) part.scale = s.scale + matrix * s.scale_matrix_stride + row * s.scale_row_stride;
-  if (s.mask != nullptr) part.mask = s.mask + index * ((stack.n_cols + 7) / 8);
   return part;
+}
+
+// Computed where it is used: it would take registers through the search.
+__device__ inline uint8_t* mask_of_block(const StackSelection& s) {
+  return s.mask + static_cast<int64_t>(blockIdx.x) * ((s.weight.n_cols + 7) / 8);
 }
 
 // For rows of whole vectors.
@@ -31,8 +35,8 @@ template <typename T, int kVectors, Scale kScale, int kThreads>
 __global__ void __launch_bounds__(kThreads, blocks_for<T, kVectors, kThreads>)
     prune_rows_kernel(StackSelection stack, uint32_t num_pruned) {
   __shared__ Search search;
-  const Selection s = row_of_stack<T>(stack, blockIdx.x);
-  const uint32_t n_cols = static_cast<uint32_t>(s.weight.n_cols);
+  const Selection s = row_of_block<T>(stack);
+  const uint32_t n_cols = static_cast<uint32_t>(stack.weight.n_cols);
   T* weights = static_cast<T*>(s.weight.data);
   constexpr bool kHoldsWeights = kThreads == kFewThreads;  // otherwise weights are read again from L2
   RegisterKeys<T, kVectors, kScale, kHoldsWeights> keys;
@@ -62,14 +66,14 @@ __global__ void __launch_bounds__(kThreads, blocks_for<T, kVectors, kThreads>)
       if (pruned >> i & 1) keys.weights[v].clear(i);
     }
     keys.weights[v].store(weights + col);
-    if (s.mask != nullptr) s.mask[col / kVector] = static_cast<uint8_t>(~pruned);
+    if (stack.mask != nullptr) mask_of_block(stack)[col / kVector] = static_cast<uint8_t>(~pruned);
   }
 }
 
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kManyThreads) prune_long_rows_kernel(StackSelection stack, uint32_t num_pruned) {
   __shared__ Search search;
-  const Selection s = row_of_stack<T>(stack, blockIdx.x);
+  const Selection s = row_of_block<T>(stack);
   const int64_t n_cols = s.weight.n_cols;
   LongKeys<T, kShared> keys = {s, 0, kShared ? reinterpret_cast<uint32_t*>(dynamic_shared()) : nullptr};
   clear_bins(search);
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kManyThreads) prune_long_rows_kernel(StackSele
       if (prunes) weights[col] = T{};
       kept |= static_cast<unsigned>(!prunes) << i;
     }
-    if (s.mask != nullptr) s.mask[byte] = static_cast<uint8_t>(kept);
+    if (stack.mask != nullptr) mask_of_block(stack)[byte] = static_cast<uint8_t>(kept);
   }
 }
 

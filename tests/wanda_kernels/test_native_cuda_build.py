@@ -14,8 +14,8 @@ import pytest
 
 BUILD = Path(__file__).resolve().parents[2] / "csrc" / "build.py"
 KERNELS = (
-    "Li512EEEvNS_9SelectionEj",  # prune_rows_kernel with up to 512 threads
-    "Li1024EEEvNS_9SelectionEj",  # prune_rows_kernel with up to 1024 threads
+    "Li512EEEvNS_14StackSelectionEj",  # prune_rows_kernel with up to 512 threads
+    "Li1024EEEvNS_14StackSelectionEj",  # prune_rows_kernel with up to 1024 threads
     "prune_long_rows_kernel",
     "order_keys_kernel",
     "find_thresholds_kernel",

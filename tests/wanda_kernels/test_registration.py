@@ -36,6 +36,14 @@ def test_opcheck(operation):
     assert len(result) == 4 and set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("operation", ["add_sq_norm_", "add_hessian_"])
+def test_opcheck_with_offsets(operation):
+    acc, offsets = torch.zeros(2, *(16,) * (1 + (operation == "add_hessian_"))), torch.tensor([0, 2, 5])
+    run = getattr(torch.ops.wanda_kernels, operation).default
+    result = torch.library.opcheck(run, (acc, torch.rand(5, 16), offsets, "torch"))
+    assert len(result) == 4 and set(result.values()) == {"SUCCESS"}
+
+
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_cpu)]
 
 

@@ -171,3 +171,45 @@ def test_the_bits_of_a_call_for_each_expert(operation, dtype, isa, monkeypatch):
                 torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6 * right.abs().max().item())
     finally:
         torch.set_num_threads(threads)
+
+
+def test_many_experts_with_few_tokens(monkeypatch):
+    """One has most of the tokens; threads share experts, and columns of the large one."""
+    monkeypatch.delenv("WANDA_KERNELS_BACKEND", raising=False)
+    counts = torch.randint(0, 4, (128,), generator=torch.Generator().manual_seed(0))
+    counts[77] = 900
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    x = random_weight(int(offsets[-1]), 1100, torch.bfloat16) * 20
+    expected = torch.zeros(128, 1100, dtype=torch.float64)
+    expected.index_add_(0, torch.arange(128).repeat_interleave(counts), x.double().square())
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            acc = torch.zeros(128, 1100)
+            wanda_kernels.add_sq_norm_(acc, x, offsets)
+            torch.testing.assert_close(acc.double(), expected, rtol=2e-6, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_stack_of_halves():
+    """The sums of gate and up are halves of one tensor, as in a fused projection."""
+    given, offsets = tokens(torch.float32), OFFSETS["some without tokens"]
+    both = torch.zeros(len(offsets) - 1, 2 * N_OUT, N_IN)
+    sums = [*both.chunk(2, dim=1), torch.zeros(len(offsets) - 1, N_IN)]
+    before = [each.clone() for each in sums]
+    add("add_gated_coactivation_", sums, given, torch.tensor(offsets))
+    assert_sums("add_gated_coactivation_", before, sums, given, offsets, torch.float32)
+
+
+def test_compiled_without_a_graph_break():
+    def run(acc, x, offsets):
+        wanda_kernels.add_hessian_(acc, x, offsets)
+        return acc.sum()
+
+    x, offsets = tokens(torch.float32)["x"], torch.tensor([0, 5, 5, N_TOKENS])
+    expected, acc = torch.zeros(2, 3, N_IN, N_IN)
+    total = run(expected, x, offsets)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(acc, x, offsets), total) and torch.equal(acc, expected)

@@ -114,6 +114,7 @@ def find_conversions(model: nn.Module, stored: dict[str, Tensor], dtype: torch.d
         conversion.patterns[name] = pattern
         conversion.renamed[renamed] = name
     for conversion in found.values():
+        _settle(conversion, stored, state)
         conversion.targets = _targets(conversion, stored, state)
     return list(found.values())
 
@@ -154,6 +155,16 @@ def _with_prefix(name: str, before: str, after: str) -> str:
     if before.endswith(after):
         return name.removeprefix(before.removesuffix(after))
     return after.removesuffix(before) + name
+
+
+def _settle(conversion: Conversion, stored: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Decide now about a transposition that depends on the shape on disk: the way back cannot."""
+    operations = getattr(conversion.converter, "operations", ())
+    if len(operations) == 1 and getattr(operations[0], "check_dims", False):
+        same = stored[next(iter(conversion.patterns))].shape == state[conversion.key].shape
+        conversion.converter = None if same else deepcopy(conversion.converter)
+        if not same:
+            conversion.converter.operations[0].check_dims = False
 
 
 def _targets(conversion: Conversion, stored: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:

@@ -62,6 +62,11 @@ class MetaModel:
             if name in self.conversion
         }
 
+    @property
+    def converted(self) -> frozenset[str]:
+        """Names of the model's tensors that are not on disk as they are."""
+        return frozenset(name for made in self.conversions if made.converter for name in made.targets)
+
     def update_dtypes(self, weights: list[str]) -> dict[str, torch.dtype]:
         """By name of each weight in the model, the dtype to which it is rounded when it is updated."""
         own = self.files.on_meta(self.conversion)

@@ -138,13 +138,13 @@ class StreamedOutput:
             stored.arrived()
             return {file: begin_tensors(file, tensors) for file, tensors in contents.items()}
 
-        # Tensors that are no copy are the model's own, so they are written before the block changes.
+        # Tensors that are no copy are the model's own: they are written before the block changes. `commit`
+        # does not hold them.
         with self._writing():
-            begun = None if stored.is_copy else begin()
+            begun = begin if stored.is_copy else begin().copy
 
         def commit() -> None:
-            files = begun or begin()
-            digests = {str(file.relative_to(self.partial)): finish() for file, finish in files.items()}
+            digests = {str(file.relative_to(self.partial)): finish() for file, finish in begun().items()}
             held = {name: asdict(linear) for name, linear in linears.items()}
             note = {"files": digests, "linears": held, "versions": self.versions}
             self.journal.write(self._note(index), note)

@@ -1,14 +1,14 @@
 """The memory model: a run's peak memory, above that of Python and torch, as a formula.
 
     kept    = activations (if they are in memory) + masks
-    block   = block + ahead + forward + widening + max(statistics + hessians, stored)
+    block   = block + ahead + forward + widening + max(statistics + hessians, stored, converted)
     ends    = surroundings + logits
     on a CPU: kept + max(block, ends)
 
 On a GPU, `widening` is not needed, and `ahead` and `stored` are on the host. `ahead` counts twice, since one
 block is copied to the GPU while the next is read. `stored` counts in any dtype, since a block is copied to
-the host to be written. Of Hessians on the host, the formula counts the bands that visit the GPU;
-`hessian_memory.place_hessians` checks the rest.
+the host to be written. `converted` is on the GPU, at times when only the block is there. Of Hessians on the
+host, the formula counts the bands that visit the GPU; `hessian_memory.place_hessians` checks the rest.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,8 @@ class Footprint:
         ahead: the next block while it is read, with the copy that its widening needs if it is computed in
             another dtype.
         stored: the copy of a block that is written, if it is not written from where it is.
+        converted: parameters of a block that are merged from several tensors on disk: they are copied when
+            they are merged, and when they are split to be written.
         activations: hidden states of all sequences, for calibration and evaluation.
         statistics: of one block.
         hessians: of one block, if the method has them.
@@ -51,6 +53,7 @@ class Footprint:
     block: int
     ahead: int
     stored: int
+    converted: int
     activations: int
     statistics: int
     hessians: int
@@ -66,25 +69,37 @@ class Footprint:
         on_host = self.activations if kind == "host" else 0
         if device.type == "cpu":
             kept = self.masks + (self.activations if kind != "disk" else 0)
-            inside = self.block + self.ahead + self.forward + self.widening + max(gathered, self.stored)
+            inside = (
+                self.block
+                + self.ahead
+                + self.forward
+                + self.widening
+                + max(gathered, self.stored, self.converted)
+            )
             return {"host": kept + max(inside, ends)}
         on_device = self.activations if kind == "device" else 0
         return {
             "host": self.masks
             + on_host
             + max(2 * self.ahead + (self.stored or self.block), 2 * self.surroundings),
-            str(device): on_device + max(self.block + gathered + self.forward, ends),
+            str(device): on_device + max(self.block + max(gathered + self.forward, self.converted), ends),
         }
 
 
 def footprint(
-    job: Job, model: nn.Module, blocks: list[Block], stored: torch.dtype | None, batch_size: int
+    job: Job,
+    model: nn.Module,
+    blocks: list[Block],
+    stored: torch.dtype | None,
+    batch_size: int,
+    converted: frozenset[str] = frozenset(),
 ) -> Footprint:
     """The formula's terms for a job with `batch_size` sequences per forward pass.
 
     Args:
         stored: dtype of a streamed checkpoint. None for a model in memory: its weights exist already and do
             not count, nor do its perplexities, which its own forward computes.
+        converted: names of the parameters that are merged from several tensors of the checkpoint.
     """
     config, dtype = model.config.get_text_config(), dtype_of(model)
     size = dtype.itemsize
@@ -111,6 +126,7 @@ def footprint(
         block=weights * size,
         ahead=weights * (size + widened),
         stored=weights * widened,
+        converted=max(_converted(block, converted) for block in blocks) * size,
         activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * hidden_value,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
@@ -145,6 +161,12 @@ def _statistics(block: Block, method: Method) -> int:
 
 def _mask_bytes(block: Block) -> int:
     return sum(linear.out_features * -(-linear.in_features // 8) for linear in block.linears)
+
+
+def _converted(block: Block, names: frozenset[str]) -> int:
+    """Weights of a block in the parameters with these names in the model."""
+    each = block.module.named_parameters(block.name)
+    return sum(parameter.numel() for name, parameter in each if name in names)
 
 
 def _weights(module: nn.Module) -> int:

@@ -128,12 +128,13 @@ def _choose_resources(
     options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
 ) -> None:
     """Set the job's batch size and where its hidden states are kept."""
-    stored = loaded.dtype if isinstance(loaded, MetaModel) else None
+    streamed = isinstance(loaded, MetaModel)
+    stored, converted = (loaded.dtype, loaded.converted) if streamed else (None, frozenset())
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = _chosen_before(options, "batch_size")
     resources = choose_resources(
-        job, loaded.model, blocks, job.device, stored, batch_size, options.activations
+        job, loaded.model, blocks, job.device, stored, batch_size, options.activations, converted
     )
     job.batch_size, job.activations = resources.batch_size, resources.activations
     job.report.resources, job.report.predicted_memory = resources.chosen, resources.predicted

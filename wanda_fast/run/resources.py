@@ -66,11 +66,12 @@ def choose_resources(
     stored: torch.dtype | None,
     batch_size: int | None = None,
     activations: str = "auto",
+    converted: frozenset[str] = frozenset(),
 ) -> Resources:
     """The first placement of activations with room for a full batch; else the last, with the batch that fits.
 
     Args:
-        stored: as in `footprint`.
+        stored, converted: as in `footprint`.
         batch_size, activations: used as they are, unless None and "auto".
     """
     free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
@@ -81,7 +82,7 @@ def choose_resources(
 
     @cache
     def parts_of(batch: int) -> Footprint:
-        return footprint(job, model, blocks, stored, batch)
+        return footprint(job, model, blocks, stored, batch, converted)
 
     def fits(kind: str, batch: int) -> bool:
         needed = parts_of(batch).peak(device, kind)
