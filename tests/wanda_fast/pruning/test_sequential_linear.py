@@ -109,7 +109,7 @@ def test_on_a_gpu_one_thread_computes_attention(monkeypatch):
 def zeros_in_common(model, other):
     pairs = list(zip(find_blocks(model), find_blocks(other), strict=True))
     same = [
-        (one.module.weight.eq(0) == two.module.weight.eq(0)).float().mean()
+        (one.weight.eq(0) == two.weight.eq(0)).float().mean()
         for blocks in pairs
         for one, two in zip(blocks[0].linears, blocks[1].linears, strict=True)
     ]
