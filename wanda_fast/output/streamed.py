@@ -112,8 +112,7 @@ class StreamedOutput:
 
     def restore_block(self, index: int) -> None:
         """Load the pruned weights of the finished block `index` into the source's model."""
-        shard = TensorFiles.of([self._shard(index)])
-        self.source.place(self.source.read(list(shard.location), shard))
+        self.source.restore(TensorFiles.of([self._shard(index)]))
 
     def write_block(
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
