@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, XLMConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
@@ -202,6 +203,27 @@ def test_blocks_that_run_in_cycles():
     once = model.model.forward
     model.model.forward = lambda **inputs: once(inputs_embeds=once(**inputs).last_hidden_state)
     refused_unchanged(model, r"model\.layers\.0 runs 2 times in a forward")
+
+
+def test_blocks_that_pass_on_more_than_hidden_states():
+    """Zaya's routers take the states of the router before them."""
+    model = FAMILIES["llama2"]()
+    for layer in model.model.layers:
+        own = layer.forward
+        layer.forward = lambda hidden, state=None, own=own, **inputs: (own(hidden, **inputs), hidden.mean(-1))
+
+    def forward(input_ids, **_options):
+        hidden, state = model.model.embed_tokens(input_ids), None
+        positions = torch.arange(input_ids.shape[1])[None]
+        for layer in model.model.layers:
+            inputs = dict(position_embeddings=model.model.rotary_emb(hidden, positions))
+            hidden, state = layer(hidden, state, **inputs)
+        return BaseModelOutputWithPast(last_hidden_state=model.model.norm(hidden))
+
+    model.model.forward = forward
+    refused_unchanged(
+        model, r"model\.layers\.1 takes more of an earlier block's output than its hidden states"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from wanda_fast.errors import HiddenStatesError
 from wanda_fast.model.architecture import Block
@@ -86,6 +86,12 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
                 f"the input of {blocks[index].name} is not the output of {blocks[index - 1].name}: only "
                 "blocks that follow each other directly can be pruned one by one"
             )
+        call = recorders[index].call
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((call.args, call.kwargs))):
+            raise HiddenStatesError(
+                f"{blocks[index].name} takes more of an earlier block's output than its hidden states: such "
+                "blocks cannot be pruned one by one"
+            )
 
 
 @contextmanager
@@ -131,8 +137,10 @@ class _Recorder:
         self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         self.outputs = self._outputs()
-        output = self.hidden if self.given is None else self.given
-        return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
+        others = self.outputs.others
+        if self.given is not None:
+            return self.given if others is None else (self.given, *[None] * len(others))
+        return self.hidden if others is None else (self.hidden, *others)
 
     def _outputs(self) -> "_Outputs":
         """What the block would return: found once for each class of blocks and dtype.
@@ -149,7 +157,8 @@ class _Recorder:
                 except (RuntimeError, NotImplementedError):
                     output = _on_zeros(self.block, self.hidden, self.call)
             hidden, *others = output if isinstance(output, tuple) else (output,)
-            self.known[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
+            others = [each.to("meta") if isinstance(each, Tensor) else None for each in others]
+            self.known[key] = _Outputs(hidden.dtype, others if isinstance(output, tuple) else None)
         return self.known[key]
 
 
@@ -159,11 +168,12 @@ class _Outputs:
 
     Attributes:
         dtype: of the hidden states.
-        others: number of values after the hidden states in a tuple; None if the block returns no tuple.
+        others: what follows the hidden states in a tuple: tensors on the meta device, which are recognised in
+            another block's arguments, and None for all else. None if the block returns no tuple.
     """
 
     dtype: torch.dtype
-    others: int | None
+    others: list[Tensor | None] | None
 
 
 # first block of a model -> (class of a block, dtype of its input) -> the form of its return value. Models of
