@@ -203,12 +203,16 @@ def test_blocks_that_run_in_cycles():
     refused_unchanged(model, r"model\.layers\.0 runs 2 times in a forward")
 
 
-def test_blocks_that_pass_on_more_than_hidden_states():
-    """Zaya's routers take the states of the router before them."""
+@pytest.mark.parametrize("read", [True, False])
+def test_blocks_that_pass_on_more_than_hidden_states(read):
+    """Zaya's routers read the states of the router before; GLM-5's blocks may ignore what they receive."""
     model = FAMILIES["llama2"]()
     for layer in model.model.layers:
         own = layer.forward
-        layer.forward = lambda hidden, state=None, own=own, **inputs: (own(hidden, **inputs), hidden.mean(-1))
+        layer.forward = lambda hidden, state=None, own=own, **inputs: (
+            own(hidden + state if read and state is not None else hidden, **inputs),
+            hidden.mean(-1, keepdim=True),
+        )
 
     def forward(input_ids, **_options):
         hidden, state = model.model.embed_tokens(input_ids), None
@@ -219,6 +223,9 @@ def test_blocks_that_pass_on_more_than_hidden_states():
         return BaseModelOutputWithPast(last_hidden_state=model.model.norm(hidden))
 
     model.model.forward = forward
+    if not read:
+        assert wanda_fast.prune(model, dataset=token_ids(model, 2, 24), seqlen=24).sparsity == 0.5
+        return
     refused_unchanged(
         model, r"model\.layers\.1 takes more of an earlier block's output than its hidden states"
     )
