@@ -157,7 +157,7 @@ def test_offline_hub_dataset_names_the_local_file_option(llama, run, monkeypatch
     assert code == 2 and "wikitext2" in said and "--dataset FILE.txt" in said and said.count("\n") == 1
 
 
-def test_nan_weight_names_block_and_linear_and_writes_nothing(llama, run, tmp_path, pydoc_text):
+def test_nan_weight_names_block_and_linear_and_keeps_the_blocks_before_it(run, tmp_path, pydoc_text):
     model = FAMILIES["llama2"]()
     model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     folder, out = tmp_path / "nan", tmp_path / "out"
@@ -165,7 +165,8 @@ def test_nan_weight_names_block_and_linear_and_writes_nothing(llama, run, tmp_pa
     code, said = run("prune", "--model", folder, *QUICK, "--save_model", out, "--save", tmp_path / "log")
     assert code == 2
     assert "block model.layers.1" in said and "model.layers.1.mlp.up_proj.weight" in said and "[3, 5]" in said
-    assert sorted(tmp_path.iterdir()) == [folder]
+    assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "out.partial"]
+    assert sorted(file.name for file in (tmp_path / "out.partial").glob("block-*")) == ["block-00000.json"]
 
 
 def test_infinite_activation_names_block_and_linear():
