@@ -3,14 +3,15 @@
 A recorder stores its arguments and returns the hidden states unchanged, so the blocks need no weights.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from wanda_fast.errors import HiddenStatesError
@@ -19,6 +20,8 @@ from wanda_fast.model.block_inputs import BlockCall, BlockInputs
 from wanda_fast.model.experts import Experts, sorted_by_expert
 from wanda_fast.model.offload import Offload
 from wanda_fast.model.patching import forwards_replaced
+
+NOTHING = nullcontext()
 
 
 @torch.no_grad()
@@ -86,8 +89,7 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
                 f"the input of {blocks[index].name} is not the output of {blocks[index - 1].name}: only "
                 "blocks that follow each other directly can be pruned one by one"
             )
-        call = recorders[index].call
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((call.args, call.kwargs))):
+        if recorders[index].reads_other_outputs():
             raise HiddenStatesError(
                 f"{blocks[index].name} takes more of an earlier block's output than its hidden states: such "
                 "blocks cannot be pruned one by one"
@@ -142,6 +144,20 @@ class _Recorder:
             return self.given if others is None else (self.given, *[None] * len(others))
         return self.hidden if others is None else (self.hidden, *others)
 
+    def reads_other_outputs(self) -> bool:
+        """Whether the block computes with what an earlier block returned after its hidden states.
+
+        GLM-5's blocks receive the indices that the block before has selected, and only some of them read it.
+        """
+        watch = _Watch(leaf for leaf in tree_leaves((self.call.args, self.call.kwargs)) if _is_meta(leaf))
+        if watch.tensors:
+            with forwards_replaced({self.block: self.own}):
+                try:
+                    _on_meta(self.block, self.hidden, self.call, watch)
+                except (RuntimeError, NotImplementedError):
+                    return True
+        return watch.used
+
     def _outputs(self) -> "_Outputs":
         """What the block would return: found once for each class of blocks and dtype.
 
@@ -181,11 +197,31 @@ class _Outputs:
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[tuple[type, torch.dtype], _Outputs]] = WeakKeyDictionary()
 
 
-def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
+class _Watch(TorchFunctionMode):
+    """Notes whether an operation takes one of these tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__()
+        self.tensors, self.used = {id(tensor): tensor for tensor in tensors}, False
+
+    def __torch_function__(self, operation, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.used |= any(id(leaf) in self.tensors for leaf in tree_leaves((args, kwargs)))
+        return operation(*args, **kwargs)
+
+
+def _is_meta(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_meta
+
+
+def _on_meta(
+    block: nn.Module, hidden: Tensor, call: BlockCall, watch: AbstractContextManager = NOTHING
+) -> object:
     state = dict(block.named_parameters()) | dict(block.named_buffers())
     to_meta = lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf  # noqa: E731
     state, args, kwargs = tree_map(to_meta, (state, (hidden, *call.args), call.kwargs))
-    return torch.func.functional_call(block, state, args, kwargs)
+    with watch:
+        return torch.func.functional_call(block, state, args, kwargs)
 
 
 def _on_zeros(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
@@ -218,6 +254,9 @@ class _KeepOnce:
         return BlockCall(*tree_unflatten(leaves, structure))
 
     def _keep(self, leaf: object, known: object) -> object:
+        # Of an earlier block's output, which this one does not read.
+        if _is_meta(leaf):
+            return None
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in self.kept:

@@ -28,6 +28,8 @@ def sole_writer(options: Options) -> Iterator[None]:
     outputs = {Path(name).resolve(): Path(name) for name in names if name}
     if outputs or not isinstance(options.model, nn.Module):
         require_one_process()
+    for file in filter(None, (options.save_log, options.save_mask)):
+        saving.require_free(Path(file), overwrite=True)
     with ExitStack() as locks:
         for output in outputs.values():
             locks.enter_context(locked(output))
