@@ -55,17 +55,26 @@ SIZES = (
     | dict(linear_num_value_heads=4, max_position_embeddings=256, n_positions=256, initializer_range=0.1)
     | dict(pad_token_id=0, bos_token_id=0, eos_token_id=1)
 )
+SPARSE_ATTENTION = dict(index_head_dim=16, index_n_heads=4, index_topk=16, num_key_value_heads=4)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_expand=2, mamba_n_groups=1)
 OWN = {  # what these need beside
+    "axk2": SPARSE_ATTENTION,
     "bamba": MAMBA | dict(attn_layer_indices=[1]),
+    "deepseek_v32": SPARSE_ATTENTION,
+    "gemma3n_text": dict(num_kv_shared_layers=0, laurel_rank=8, intermediate_size=96)
+    | dict(layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=None),
+    "glm_moe_dsa": SPARSE_ATTENTION,
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": MAMBA | dict(layer_types=["mamba", "attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
     | dict(mamba_dt_rank=4),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "mamba2": dict(num_heads=8, head_dim=16, expand=2, n_groups=1),
     "nemotron_h": dict(num_hidden_layers=4, layers_block_type=["mamba", "attention", "mlp", "moe"])
     | dict(mamba_num_heads=8, mamba_head_dim=16, n_groups=1),
+    "qwen4_exp_text": dict(hc_lowrank=8, ple_embed_dim=16),
     "youtu": dict(pad_token_id=None),  # transformers zeroes its padding's embedding as it loads
+    "zaya": dict(num_experts_per_tok=1),
     "zamba2": dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"])
     | dict(mamba_headdim=16, n_mamba_heads=8, mamba_ngroups=1, num_mem_blocks=1)
     | dict(attention_head_dim=32, attention_hidden_size=128),

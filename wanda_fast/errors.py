@@ -65,8 +65,11 @@ class DtypeError(RefusedInputError):
     """A weight of a model in memory has a dtype that no operation takes."""
 
 
-class NonFiniteError(RefusedInputError):
-    """A weight, or the activations that a linear receives, hold NaN or infinity."""
+class NonFiniteError(WandaFastError, ValueError):
+    """A weight, or the activations that a linear receives, hold NaN or infinity.
+
+    Resumable: the weight's shard may be broken, and can be repaired.
+    """
 
 
 class HessianError(WandaFastError, ArithmeticError):

@@ -263,6 +263,14 @@ class Options:
         decides=BYTES,
         commands=("prune", "eval"),
     )
+    dequantize: bool = option(
+        False,
+        help="Read a checkpoint in block fp8 or MXFP4 as 16-bit weights, and save those. Without it, "
+        "quantised weights are refused.",
+        panel=MODEL,
+        commands=("prune", "eval"),
+        decides=None,
+    )
     cache_dir: str | None = option(
         None,
         help="Folder for hub downloads. Default: Hugging Face's own cache.",

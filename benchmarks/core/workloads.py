@@ -26,6 +26,7 @@ class Workload:
     error: Callable[[Tensor, Tensor], float]
     tolerance: float  # on error; 0: every bit
     headline: bool = False
+    peers: tuple = ()  # providers of this workload alone
 
 
 def differing_weights(result: Tensor, expected: Tensor) -> float:

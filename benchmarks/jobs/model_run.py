@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from benchmarks.jobs import model_shapes
+from benchmarks.jobs.linear_experts import with_linear_experts
 from benchmarks.jobs.model_table import PHASES
 from benchmarks.jobs.published_pipeline import prune_published
 from benchmarks.jobs.stopwatch import Stopwatch
 from wanda_fast.memory import prefer_huge_pages
+from wanda_fast.model.architecture import find_blocks
 
 ALIASES = {"load": "read", "factor": "selection", "error": "selection"}
 
@@ -70,6 +72,7 @@ def _published(source: str | nn.Module, token_ids: torch.Tensor, settings: dict)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(settings["device"])
     pattern = settings["pattern"] if ":" in settings["pattern"] else "0.5"
     blocks = settings["reference_blocks"]
+    model = with_linear_experts(model)
     prune_published(model, token_ids, settings["method"], pattern, stopwatch=stopwatch, n_blocks=blocks)
     if settings["out"]:
         with stopwatch.phase("write"):
@@ -111,13 +114,12 @@ def _zeros(model: str | nn.Module, settings: dict) -> dict[str, torch.Tensor]:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    layers = model.model.layers
-    last = (settings["reference_blocks"] or len(layers)) - 1
+    last = (settings["reference_blocks"] or len(find_blocks(model))) - 1
+    blocks = find_blocks(model)
     return {
-        f"{index}.{name}": (module.weight == 0).cpu()
+        f"{index}{linear.name.removeprefix(blocks[index].name)}": (linear.weight == 0).cpu()
         for index in sorted({0, last})
-        for name, module in layers[index].named_modules()
-        if isinstance(module, nn.Linear)
+        for linear in blocks[index].linears
     }
 
 

@@ -1,4 +1,4 @@
-"""Llama-shaped models for whole jobs: random weights, their blocks' FLOPs, the rate of their matmuls."""
+"""Models of random weights for whole jobs: random weights, their blocks' FLOPs, the rate of their matmuls."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ SHAPES = {  # words, hidden, intermediate, heads, key-value heads, blocks
     "llama3-8b": (32_000, 4096, 14_336, 32, 8, 32),
     "smollm2-135m": (49_152, 576, 1536, 9, 3, 30),
     "tiny": (256, 64, 160, 4, 2, 3),
+    # Of Qwen3-30B-A3B's proportions: 128 experts, 8 of them a token.
+    "qwen3-moe-half": (32_000, 1024, 384, 16, 2, 4),
+    "qwen3-moe-tiny": (256, 64, 32, 4, 2, 2),
 }
+EXPERTS = {"qwen3-moe-half": (128, 8), "qwen3-moe-tiny": (8, 2)}  # experts, experts of a token
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("num_hidden_layers",)
 REPEATS = 9
@@ -38,7 +42,10 @@ class Work:
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         q, kv = heads * head_dim, config.num_key_value_heads * head_dim
         linears = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
-        linears += [(inner, hidden), (inner, hidden), (hidden, inner)]
+        times = 1
+        if getattr(config, "num_experts", None):
+            inner, times = config.moe_intermediate_size, config.num_experts_per_tok
+        linears += times * [(inner, hidden), (inner, hidden), (hidden, inner)]
         return cls(linears, heads, head_dim, config.num_hidden_layers, nsamples, seqlen)
 
     def flops(self, pipeline: str, sequential: str = "block") -> int:
@@ -84,26 +91,31 @@ def _median(stopwatch, call, x: torch.Tensor, weight: torch.Tensor) -> float:
 
 def config_of(model: str | None, shape: str | None):
     """The transformers config of a checkpoint's folder or of a named shape."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig, LlamaConfig, Qwen3MoeConfig
 
     if model:
         return AutoConfig.from_pretrained(model)
-    return LlamaConfig(**dict(zip(SIZES, SHAPES[shape], strict=True)), max_position_embeddings=4096)
+    sizes = dict(zip(SIZES, SHAPES[shape], strict=True)) | {"max_position_embeddings": 4096}
+    if shape not in EXPERTS:
+        return LlamaConfig(**sizes)
+    experts, chosen = EXPERTS[shape]
+    sizes |= {"moe_intermediate_size": sizes["intermediate_size"], "num_experts": experts}
+    return Qwen3MoeConfig(**sizes, num_experts_per_tok=chosen, head_dim=64)
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> nn.Module:
     """The same weights whenever it is called with the same arguments; norms are ones."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(config_of(None, shape)).to(dtype)
+        model = AutoModelForCausalLM.from_config(config_of(None, shape)).to(dtype)
     rotary = type(model.model.rotary_emb)(model.config).to(device)
     model.to_empty(device=device)
     model.model.rotary_emb = rotary  # its buffers are computed, not loaded
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+            parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
         else:
             parameter.data.fill_(1)
     return model.eval()

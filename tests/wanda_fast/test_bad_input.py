@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, XLMConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
@@ -157,7 +158,7 @@ def test_offline_hub_dataset_names_the_local_file_option(llama, run, monkeypatch
     assert code == 2 and "wikitext2" in said and "--dataset FILE.txt" in said and said.count("\n") == 1
 
 
-def test_nan_weight_names_block_and_linear_and_writes_nothing(llama, run, tmp_path, pydoc_text):
+def test_nan_weight_names_block_and_linear_and_keeps_the_blocks_before_it(run, tmp_path, pydoc_text):
     model = FAMILIES["llama2"]()
     model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     folder, out = tmp_path / "nan", tmp_path / "out"
@@ -165,7 +166,8 @@ def test_nan_weight_names_block_and_linear_and_writes_nothing(llama, run, tmp_pa
     code, said = run("prune", "--model", folder, *QUICK, "--save_model", out, "--save", tmp_path / "log")
     assert code == 2
     assert "block model.layers.1" in said and "model.layers.1.mlp.up_proj.weight" in said and "[3, 5]" in said
-    assert sorted(tmp_path.iterdir()) == [folder]
+    assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "out.partial"]
+    assert sorted(file.name for file in (tmp_path / "out.partial").glob("block-*")) == ["block-00000.json"]
 
 
 def test_infinite_activation_names_block_and_linear():
@@ -202,6 +204,34 @@ def test_blocks_that_run_in_cycles():
     once = model.model.forward
     model.model.forward = lambda **inputs: once(inputs_embeds=once(**inputs).last_hidden_state)
     refused_unchanged(model, r"model\.layers\.0 runs 2 times in a forward")
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_blocks_that_pass_on_more_than_hidden_states(read):
+    """Zaya's routers read the states of the router before; GLM-5's blocks may ignore what they receive."""
+    model = FAMILIES["llama2"]()
+    for layer in model.model.layers:
+        own = layer.forward
+        layer.forward = lambda hidden, state=None, own=own, **inputs: (
+            own(hidden + state if read and state is not None else hidden, **inputs),
+            hidden.mean(-1, keepdim=True),
+        )
+
+    def forward(input_ids, **_options):
+        hidden, state = model.model.embed_tokens(input_ids), None
+        positions = torch.arange(input_ids.shape[1])[None]
+        for layer in model.model.layers:
+            inputs = dict(position_embeddings=model.model.rotary_emb(hidden, positions))
+            hidden, state = layer(hidden, state, **inputs)
+        return BaseModelOutputWithPast(last_hidden_state=model.model.norm(hidden))
+
+    model.model.forward = forward
+    if not read:
+        assert wanda_fast.prune(model, dataset=token_ids(model, 2, 24), seqlen=24).sparsity == 0.5
+        return
+    refused_unchanged(
+        model, r"model\.layers\.1 takes more of an earlier block's output than its hidden states"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import wanda_fast
+from tests.every_architecture import tiny_config
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from tests.wanda_fast.model.test_fused_modules import names_of_calls
 from wanda_fast.model.fused_modules import fused_modules
@@ -45,6 +46,25 @@ def test_streamed_equals_live(method, llama, tmp_path):
     report, streamed = prune(str(llama), tmp_path / "streamed", prune_method=method)
     assert_equal_bytes(streamed, expected)
     assert 0 < report.peak_memory["cuda:0"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "gated", "sparsegpt"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_pruned_as_on_a_cpu(name, method):
+    """gpt_oss: stored transposed, gate and up alternate, with biases."""
+    pruned = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
+        ids = token_ids(model, 8, 64)
+        settings = dict(prune_method=method, sparsity_type="2:4", dataset=ids, seqlen=64, batch_size=2)
+        report = wanda_fast.prune(model.to(device), device=device, **settings)
+        pruned.append({key: (p == 0).cpu() for key, p in model.named_parameters()})
+        assert report.sparsity == 0.5
+    experts = [key for key in pruned[0] if ".experts." in key and "bias" not in key]
+    assert experts
+    for key in experts:
+        assert (pruned[0][key] == pruned[1][key]).float().mean() > 0.97, key
 
 
 @pytest.mark.parametrize("sequential", ["block", "linear"])

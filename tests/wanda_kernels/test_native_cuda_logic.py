@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
+from tests.wanda_kernels.stack_cases import assert_equals_a_loop, random_stack, stack_scale
 from wanda_kernels import reference
 
 HERE = Path(__file__).resolve().parent
@@ -115,6 +116,19 @@ def test_rows(blocks, recipe, dtype):
             weight, statistic = make(recipe, shape, dtype, scale)
             for num_pruned in {0, shape[1] // 2, shape[1] - 1, shape[1]}:
                 assert_same(blocks, "prune_rows_", weight, statistic, num_pruned)
+
+
+# rows in registers, of whole vectors and not, and longer ones
+@pytest.mark.parametrize("n_cols", [8, 37, 264, 2056])
+@pytest.mark.parametrize("layout", ["contiguous", "some rows", "every second row", "some columns"])
+def test_rows_of_a_stack(blocks, layout, n_cols):
+    def prune(view, scale, num_pruned, mask):
+        given, _root = operands(view, scale, mask)
+        blocks.prune_rows(ctypes.byref(given), ctypes.c_int64(num_pruned))
+
+    for dtype, kind in zip(DTYPES, ("vector", "matrix", "none"), strict=True):
+        weight, scale = random_stack(3, 2, n_cols, dtype), stack_scale(kind, 3, 2, n_cols)
+        assert_equals_a_loop(prune, "prune_rows_", weight, scale, n_cols // 2, layout=layout)
 
 
 @pytest.mark.parametrize("recipe", ["normal", "ties", "zeros"])

@@ -1,5 +1,7 @@
 """The CPU library's selections equal the reference bit for bit, on each instruction set of this machine."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,13 @@ from tests.wanda_kernels.native_cases import (
     bits,
     make,
     needs_cpu,
+)
+from tests.wanda_kernels.stack_cases import (
+    LAYOUTS,
+    assert_equals_a_loop,
+    random_stack,
+    stack_scale,
+    stored,
 )
 from wanda_kernels import reference
 from wanda_kernels.native import ops as native
@@ -112,6 +121,40 @@ def test_any_number_of_threads_gives_the_same_bits(isa):
         assert_same("prune_variant_", weight, scale, 0.4)
 
 
+# more and fewer rows and columns than a tile and a vector have
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 5, 3), (3, 35, 72), (2, 64, 17), (2, 16, 64)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stacks(isa, layout, shape):
+    for dtype, kind in product(DTYPES, ("vector", "matrix", "none")):
+        weight, scale = random_stack(*shape, dtype), stack_scale(kind, *shape)
+        weight[-1, ::2] = (weight[-1, ::2] * 20).round()
+        assert_equals_a_loop(native.prune_rows_, "prune_rows_", weight, scale, shape[2] // 2, layout=layout)
+        rule = (2, 4) if shape[2] % 4 == 0 else (1, 3)
+        whole = weight[..., : shape[2] // rule[1] * rule[1]]
+        scale = None if scale is None else scale[..., : whole.shape[2]]
+        assert_equals_a_loop(native.prune_nm_, "prune_nm_", whole, scale, *rule, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "transposed, every second row"])
+def test_threads_that_begin_inside_an_expert(isa, layout):
+    """Five threads share seven experts of 67 rows, each of 512 columns."""
+    weight, scale = random_stack(7, 67, 512, torch.bfloat16), stack_scale("vector", 7, 67, 512)
+    torch.set_num_threads(5)
+    assert_equals_a_loop(native.prune_rows_, "prune_rows_", weight, scale, 200, layout=layout)
+    assert_equals_a_loop(native.prune_nm_, "prune_nm_", weight, scale, 4, 8, layout=layout)
+    _, view = stored((weight * 20).round(), layout)
+    assert native.count_zeros(view) == (view == 0).sum().item()
+
+
+def test_bits_of_a_nan_survive_a_copy_to_rows(isa):
+    """Kept weights keep their bits in transposed storage, whatever they say."""
+    weight = torch.arange(-30_000, -30_000 + 33 * 72, dtype=torch.int16).view(1, 33, 72)
+    for dtype in (torch.bfloat16, torch.float16):
+        _, view = stored(weight.view(dtype), "transposed")
+        native.prune_rows_(view, None, 0, None)
+        assert torch.equal(bits(view.contiguous()), weight)
+
+
 def test_long_row(isa):
     weight, scale = make("ties", (1, 131_072), torch.bfloat16, "vector")
     for num_pruned in (1, 65_536, 131_071):
@@ -147,6 +190,10 @@ def test_memory_is_checked_below_the_face():
     weight, scale = make("normal", (4, 16), torch.float32, "vector")
     with pytest.raises(RuntimeError, match="root must be contiguous with 16 elements"):
         native.prune_rows_(weight, scale[:8], 3, None)
+    with pytest.raises(RuntimeError, match="root must be contiguous with 48 elements"):
+        native.prune_rows_(torch.ones(3, 2, 16), torch.ones(2, 16), 3, None)
+    with pytest.raises(RuntimeError, match="scale must have the weight's shape"):
+        native.prune_rows_(torch.ones(3, 2, 16), torch.ones(3, 1, 16), 3, None)
     with pytest.raises(RuntimeError, match="num_pruned out of range"):
         native.prune_rows_(weight, scale, 17, None)
     with pytest.raises(RuntimeError, match="mask must be contiguous uint8"):

@@ -40,7 +40,8 @@ class StreamedModel:
     Attributes:
         names: for each block, its tensors' names on disk.
         outside: names of all other tensors on disk that the model reads.
-        copied: names of all tensors on disk that are in no block.
+        copied: names of all tensors in no block that the output has as they are on disk.
+        dequantized: conversions of the others in no block.
     """
 
     def __init__(self, meta_model: MetaModel, blocks: list[Block], device: torch.device, clock: Clock):
@@ -49,8 +50,18 @@ class StreamedModel:
         self.names = [self._names_under(block.name + ".") for block in blocks]
         inside = {name for names in self.names for name in names}
         self.outside = [name for name in meta_model.names if name not in inside]
+        quantized = [
+            made for made in meta_model.conversions if made.written and made.sources[0] not in inside
+        ]
+        self.dequantized = quantized + meta_model.unused_quantized
+        inside |= {name for made in self.dequantized for name in made.sources}
         self.copied = [name for name in meta_model.files.location if name not in inside]
-        self._own = {name: t.dtype for name, t in meta_model.files.on_meta(meta_model.conversion).items()}
+        on_disk = meta_model.files.on_meta(meta_model.conversion)
+        # By name in the output.
+        self._own = {
+            name: made.dtype if made is not meta_model.conversion.get(name) else on_disk[name].dtype
+            for name, made in meta_model.written.items()
+        }
         weights = {linear.parameter for block in blocks for linear in block.linears}
         self._prunable = {
             name for name, made in meta_model.conversion.items() if not weights.isdisjoint(made.targets)
@@ -62,11 +73,11 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         with self.clock.phase("read"):
-            pending = self._ahead.pop(index, None) or self._reader.submit(self.read, self.names[index])
+            pending = self._ahead.pop(index, None) or self._reader.submit(self._read, self.names[index])
             tensors = pending.result()
             if index + 1 < len(self.blocks):
-                self._ahead = {index + 1: self._reader.submit(self.read, self.names[index + 1])}
-            self.place(tensors)
+                self._ahead = {index + 1: self._reader.submit(self._read, self.names[index + 1])}
+            self._place(tensors)
             _buffers_to(self.blocks[index].module, self.device)
         try:
             yield
@@ -77,7 +88,7 @@ class StreamedModel:
     def surroundings(self, head: bool) -> Iterator[None]:
         names = self.outside if head else [name for name in self.outside if not self._only_head(name)]
         with self.clock.phase("read"):
-            self.place(self.read(names))
+            self._place(self._read(names))
             _buffers_to(self.model, self.device)
         try:
             yield
@@ -92,14 +103,19 @@ class StreamedModel:
         """Stop the reading thread."""
         self._reader.shutdown(cancel_futures=True)
 
-    def place(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, shard: TensorFiles) -> None:
+        """Put the tensors of a written block into the model."""
+        made = self.meta_model.written
+        self._place(self._read(list(shard.location), shard, made), made)
+
+    def _place(self, tensors: dict[str, Tensor], made: dict[str, Conversion] | None = None) -> None:
         """Convert tensors to those of the model, and put them into it, under all of their names there.
 
         Args:
-            tensors: by name on disk, on the host, as `read` gives them. It is emptied, so that a tensor is
-                freed as soon as it is converted.
+            tensors: as `_read` gives them, with the same `made`. It is emptied, so that a tensor is freed as
+                soon as it is converted.
         """
-        for conversion in self._conversions(tensors):
+        for conversion in self._conversions(tensors, made):
             # The copies are on the computing stream, so they are ordered before their users. Pinned tensors
             # may be freed earlier: torch's allocator does not reuse their memory until the stream has passed
             # the copies.
@@ -124,34 +140,39 @@ class StreamedModel:
         for conversion in self._conversions(names):
             made = self._written(conversion, originals)
             tensors |= made if self.device.type != "cuda" else _pinned_copies(made)
-        tensors = {name: tensors[name] for name in names}
+        tensors = {name: tensors[name] for name in [*names, *tensors] if name in tensors}
         if self.device.type != "cuda":
             return Stored(tensors)
         return Stored(tensors, True, torch.cuda.current_stream(self.device).record_event().synchronize)
 
-    def read(self, names: list[str], files: TensorFiles | None = None) -> dict[str, Tensor]:
-        """Tensors by name on disk, as `from_pretrained` reads them; in pinned memory for a GPU.
+    def _read(
+        self,
+        names: list[str],
+        files: TensorFiles | None = None,
+        made: dict[str, Conversion] | None = None,
+    ) -> dict[str, Tensor]:
+        """Tensors by name, on the host, as `from_pretrained` reads them; in pinned memory for a GPU.
 
         Must not call torch functions that run on several threads. Each Python thread has its own pool of
         OpenMP threads, which would spin on the cores that the forward uses.
 
         Args:
             files: that hold them; None: the checkpoint.
+            made: their conversions by name; None: those of the checkpoint.
         """
         memory = pinned_memory if self.device.type == "cuda" else mapped_memory
-        dtypes = {name: self.meta_model.conversion[name].dtype for name in names}
         # Tensors that are converted are freed when they are, the others with the block.
-        groups = {None: []}
-        for name in names:
-            conversion = self.meta_model.conversion[name]
-            groups.setdefault(conversion.converter and conversion, []).append(name)
-        tensors = {}
+        dtypes, groups, tensors = {}, {}, {}
+        for conversion in self._conversions(names, made):
+            dtypes |= dict.fromkeys(conversion.sources, conversion.read_as)
+            group = groups.setdefault(conversion if conversion.converter else None, [])
+            group += conversion.sources
         for group in groups.values():
             tensors |= (files or self.meta_model.files).read(group, dtypes, memory)
         return tensors
 
     def _written(self, conversion: Conversion, originals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the output has of a conversion, by name on disk.
+        """What the output has of a conversion, by name there.
 
         Args:
             originals: tensors as the checkpoint has them. They keep their bits, except for the model's zeros
@@ -163,7 +184,7 @@ class StreamedModel:
             made = conversion.to_disk({name: self._get(name).detach() for name in conversion.targets})
         if prunable:
             made |= {name: pruned_original(each, conversion.dtype, made[name]) for name, each in own.items()}
-        return {name: _cast(made[name], self._saved_dtype(name)) for name in conversion.sources}
+        return {name: _cast(made[name], self._saved_dtype(name)) for name in conversion.outputs}
 
     def _saved_dtype(self, name: str) -> torch.dtype:
         own = self._own[name]
@@ -178,17 +199,21 @@ class StreamedModel:
         return [name for name in names if self._is_converted(name) or not self._is_held(name)]
 
     def _is_converted(self, name: str) -> bool:
-        return self.meta_model.conversion[name].converter is not None and name not in self._prunable
+        conversion = self.meta_model.conversion[name]
+        return bool(conversion.converter and not conversion.written and name not in self._prunable)
 
     def _is_held(self, name: str) -> bool:
-        if self.meta_model.requested is not None or not self._own[name].is_floating_point:
-            return True
         conversion = self.meta_model.conversion[name]
+        if self.meta_model.requested or conversion.written or not self._own[name].is_floating_point:
+            return True
         dtypes = {conversion.dtype, *(self._meta[target].dtype for target in conversion.targets)}
         return all(holds(dtype, self._own[name]) for dtype in dtypes)
 
-    def _conversions(self, names: Iterable[str]) -> list[Conversion]:
-        return list(dict.fromkeys(self.meta_model.conversion[name] for name in names))
+    def _conversions(
+        self, names: Iterable[str], made: dict[str, Conversion] | None = None
+    ) -> list[Conversion]:
+        made = made or self.meta_model.conversion
+        return list(dict.fromkeys(made[name] for name in names))
 
     def _names_under(self, prefix: str) -> list[str]:
         return [name for name, made in self.meta_model.names.items() if made[0].startswith(prefix)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.errors import NotStreamableError
+from wanda_fast.errors import NotStreamableError, QuantizedModelError
 
 # Operations that move values and change none.
 MOVING = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split"}
@@ -32,6 +32,7 @@ class Conversion:
         renamed: the tensor's name when the converter takes over -> its name on disk.
         targets: names in the model.
         dtype: that transformers reads floating-point tensors in.
+        written: how the output has the tensors if they are dequantised; None: as they are on disk.
     """
 
     model: nn.Module
@@ -41,11 +42,22 @@ class Conversion:
     renamed: dict[str, str] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     dtype: torch.dtype | None = None
+    written: "Conversion | None" = None
 
     @property
     def sources(self) -> list[str]:
         """Names on disk."""
         return list(self.patterns)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names in the output."""
+        return (self.written or self).sources
+
+    @property
+    def read_as(self) -> torch.dtype | None:
+        """The dtype that tensors are converted to before all else; None: each keeps its own."""
+        return None if self.written else self.dtype
 
     def to_model(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors, by name; `stored`, by name on disk, loses what they are made of."""
@@ -54,10 +66,13 @@ class Conversion:
         converter = deepcopy(self.converter)
         for name, pattern in self.patterns.items():
             converter.add_tensor(self.key, name, pattern, stored.pop(name))
-        return self._run(converter, self.key)
+        made = self._run(converter, self.key)
+        return {name: t.detach().to(self.dtype) for name, t in made.items()} if self.written else made
 
     def to_disk(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `to_model`: tensors by name on disk, views of `values` where possible."""
+        """The inverse of `to_model`: tensors by name in the output, views of `values` where possible."""
+        if self.written:
+            return self.written.to_disk(values)
         if self.converter is None:
             return dict(zip(self.patterns, [values[self.key]], strict=True))
         reverse = self.converter.reverse_transform()
@@ -72,24 +87,26 @@ class Conversion:
         Args:
             stored: all tensors on disk by name, on the meta device.
         """
-        first = next(iter(self.patterns))
-        operations = {type(operation).__name__ for operation in getattr(self.converter, "operations", ())}
+        first, converter = self.outputs[0], (self.written or self).converter
+        operations = {type(operation).__name__ for operation in getattr(converter, "operations", ())}
         if unknown := sorted(operations - MOVING):
             raise NotStreamableError(f"transformers' {unknown[0]} makes {self.key} of {first}")
-        before = {name: stored[name].shape for name in self.patterns}
         try:
             after = self.to_disk(self.to_model({name: stored[name] for name in self.patterns}))
         except INCONVERTIBLE as error:
             raise NotStreamableError(f"transformers cannot convert {self.key} back to {first}") from error
-        if {name: tensor.shape for name, tensor in after.items()} != before:
+        shapes = {name: tensor.shape for name, tensor in after.items()}
+        if shapes != {name: stored[name].shape if name in stored else shapes[name] for name in self.outputs}:
             raise NotStreamableError(f"transformers does not convert {self.key} back to {first}")
 
     def _run(self, converter, key: str) -> dict[str, Tensor]:
-        made = converter.convert(key, model=self.model, config=self.model.config)
+        made = converter.convert(key, model=self.model, config=getattr(self.model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def find_conversions(model: nn.Module, stored: dict[str, Tensor], dtype: torch.dtype) -> list[Conversion]:
+def find_conversions(
+    model: nn.Module, stored: dict[str, Tensor], dtype: torch.dtype, quantizer: object | None = None
+) -> list[Conversion]:
     """The conversions by which `from_pretrained` makes `model` of a checkpoint.
 
     Args:
@@ -97,26 +114,61 @@ def find_conversions(model: nn.Module, stored: dict[str, Tensor], dtype: torch.d
         stored: all tensors on disk by name, on the meta device. The model does not take those that are in no
             conversion.
         dtype: of the model.
-    Raises: `NotStreamableError` if tensors of the model are made twice, or have another shape.
+        quantizer: of transformers, which dequantises.
+    Raises: `NotStreamableError` if tensors of the model are made twice, or have another shape;
+        `QuantizedModelError` if one cannot be dequantised.
     """
     state = model.state_dict()
+    found = _by_key(model, stored, renaming(model, state), state)
+    if quantizer is not None:
+        for key, made in _by_key(model, stored, renaming(model, state, quantizer), state).items():
+            if key not in found or found[key].sources != made.sources:
+                made.written = found.get(key) or Conversion(model, key, None, {key: None})
+                found[key] = made
     kept = _dtype_plan(model, dtype)
-    rename, found = renaming(model, state), {}
-    for name in in_merging_order(stored):
+    for key, made in found.items():
+        made.dtype = kept(key) or state[key].dtype
+        _settle(made, stored, state)
+        made.targets = _targets(made, stored, state)
+        if made.written:
+            made.written.dtype, made.written.targets = made.dtype, made.targets
+    return list(found.values())
+
+
+def dequantized_alone(
+    names: Iterable[str], stored: dict[str, Tensor], quantizer: object, dtype: torch.dtype
+) -> list[Conversion]:
+    """The conversions of quantised weights that the model does not take: each to a tensor of its own."""
+    from transformers.core_model_loading import rename_source_key
+
+    converters, found = quantizer.get_weight_conversions(), {}
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    for name in in_merging_order(names):
+        key, pattern = rename_source_key(name, [], converters)
+        if pattern is not None:
+            alone = Conversion(None, key, None, {key: None}, targets=[key], dtype=dtype)
+            made = Conversion(None, key, by_pattern[pattern], targets=[key], dtype=dtype, written=alone)
+            found.setdefault(key, made).patterns[name] = pattern
+    quantized = [made for made in found.values() if len(made.patterns) > 1]
+    for made in quantized:
+        _on_meta(made, stored)
+    return quantized
+
+
+def _by_key(
+    model: nn.Module, names: Iterable[str], rename: Callable[[str], tuple], state: dict[str, Tensor]
+) -> dict[str, Conversion]:
+    found: dict[str, Conversion] = {}
+    for name in in_merging_order(names):
         renamed, key, converter, pattern = rename(name)
         if key not in state:
             continue
-        if key not in found:
-            found[key] = Conversion(model, key, converter, dtype=kept(key) or state[key].dtype)
-        conversion = found[key]
-        if conversion.patterns and None in (converter, conversion.converter):
-            raise NotStreamableError(f"{next(iter(conversion.patterns))} and {name} are one weight, {key}")
-        conversion.patterns[name] = pattern
-        conversion.renamed[renamed] = name
-    for conversion in found.values():
-        _settle(conversion, stored, state)
-        conversion.targets = _targets(conversion, stored, state)
-    return list(found.values())
+        made = found.setdefault(key, Conversion(model, key, converter))
+        if made.patterns and None in (converter, made.converter):
+            raise NotStreamableError(f"{next(iter(made.patterns))} and {name} are one weight, {key}")
+        made.patterns[name] = pattern
+        made.renamed[renamed] = name
+    return found
 
 
 def in_merging_order(names: Iterable[str]) -> list[str]:
@@ -126,13 +178,16 @@ def in_merging_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=dot_natural_key)
 
 
-def renaming(model: nn.Module, state: dict[str, Tensor]) -> Callable[[str], tuple]:
+def renaming(
+    model: nn.Module, state: dict[str, Tensor], quantizer: object | None = None
+) -> Callable[[str], tuple]:
     """A function: name on disk -> (its name when the converter takes over, name in the model, the converter
     or None, its pattern)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    mapping, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    prefix = model.base_model_prefix
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -168,16 +223,23 @@ def _settle(conversion: Conversion, stored: dict[str, Tensor], state: dict[str, 
 
 
 def _targets(conversion: Conversion, stored: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    first = next(iter(conversion.patterns))
-    try:
-        made = conversion.to_model({name: stored[name] for name in conversion.patterns})
-    except INCONVERTIBLE as error:
-        raise NotStreamableError(f"transformers cannot convert {first}: {error}") from error
-    for name, tensor in made.items():
+    first, targets = next(iter(conversion.patterns)), []
+    for name, tensor in _on_meta(conversion, stored).items():
         needed = list(state[name].shape) if name in state else None
         if list(tensor.shape) != needed:
             raise NotStreamableError(f"{first} makes {name} {list(tensor.shape)}, the model has {needed}")
-    return list(made)
+        targets.append(name)
+    return targets
+
+
+def _on_meta(conversion: Conversion, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return conversion.to_model({name: stored[name] for name in conversion.patterns})
+    except INCONVERTIBLE as error:
+        first = next(iter(conversion.patterns))
+        if conversion.written:
+            raise QuantizedModelError(f"{first} cannot be dequantised: {error}") from error
+        raise NotStreamableError(f"transformers cannot convert {first}: {error}") from error
 
 
 def _dtype_plan(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from wanda_fast.checkpoint.dequantize import dequantizing
 from wanda_fast.checkpoint.journal import unfinished_run
 from wanda_fast.checkpoint.model_class import model_class
 from wanda_fast.checkpoint.refusals import (
@@ -20,7 +21,7 @@ from wanda_fast.checkpoint.refusals import (
 )
 from wanda_fast.checkpoint.save_as_source import unused_names
 from wanda_fast.checkpoint.shards import TensorFiles
-from wanda_fast.errors import CheckpointError, NotStreamableError
+from wanda_fast.errors import CheckpointError, NotStreamableError, QuantizedModelError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.block_forward import multiplies_bf16
 
@@ -66,7 +67,13 @@ class Checkpoint:
         return {name: self.dtypes.get(name, self.dtype) for name in weights}
 
 
-def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu") -> Checkpoint:
+def load(
+    path: str,
+    dtype: str = "auto",
+    cache_dir: str | None = None,
+    device: str = "cpu",
+    dequantize: bool = False,
+) -> Checkpoint:
     """Load a causal LM and its tokenizer from a hub id, a folder, or a GGUF file (or the folder of one).
 
     Args:
@@ -75,6 +82,7 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
             checkpoint's dtype.
         cache_dir: for downloads from the hub.
         device: where the model will run: "cpu" or "cuda".
+        dequantize: read quantised weights as 16-bit ones.
     Raises: `CheckpointError` if it cannot be loaded, or lacks a tensor or has one of another shape;
         `OutOfMemoryError`.
     """
@@ -85,28 +93,35 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     folder, gguf = locate(path)
     options = {"cache_dir": cache_dir} | ({"gguf_file": gguf} if gguf else {})
     require_dtype(dtype)
-    _refuse(path, folder, gguf, cache_dir)
+    quantized = _refuse(path, folder, gguf, cache_dir, dequantize)
     # Tensors of another shape are reported this way, and refused below with their names.
     readable = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
-            kind = AutoModelForCausalLM if gguf else _class_of(path, folder, cache_dir)
+            kind = AutoModelForCausalLM
+            if not gguf:
+                kind, config = _class_of(path, folder, cache_dir, quantized)
+                readable |= config
             model, found = kind.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
-    except CheckpointError:
+    except (CheckpointError, QuantizedModelError):
         raise
     except UNLOADABLE as error:
         odd = odd_value(read_json(folder, "config.json", cache_dir))
         raise CheckpointError(f"model {path} cannot be loaded: {odd}{first_line(error)}") from error
-    refuse_unused(path, found["unexpected_keys"])
+    if not quantized:
+        refuse_unused(path, found["unexpected_keys"])
     _require_whole(path, found)
     tokenizer = load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
     loaded = Checkpoint(model.eval(), tokenizer, model.dtype, requested=DTYPES.get(dtype))
-    if not gguf:
+    if quantized:
+        # These would quantise again when the model is saved.
+        model._weight_conversions = None
+    elif not gguf:
         _note_files(loaded, folder, cache_dir)
     if computed_in_float32(loaded.dtype, dtype, device):
         loaded.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -114,20 +129,28 @@ def load(path: str, dtype: str = "auto", cache_dir: str | None = None, device: s
     return loaded
 
 
-def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None) -> None:
-    """Raise an error if the checkpoint's files say that it cannot be loaded and pruned."""
-    refuse_folder(path, folder, gguf, cache_dir)
-    if not gguf:
+def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None, dequantize: bool) -> bool:
+    """Raise an error if the checkpoint's files say that it cannot be loaded and pruned.
+
+    Returns: whether its weights are to be dequantised.
+    """
+    quantized = refuse_folder(path, folder, gguf, cache_dir, dequantize)
+    if not gguf and not quantized:
         try:
             refuse_quantized(path, TensorFiles.of(safetensors_of(folder, cache_dir)))
         except NotStreamableError as error:
             raise CheckpointError(f"model {path} cannot be loaded: {error}") from error
+    return quantized
 
 
-def _class_of(path: str, folder: str, cache_dir: str | None) -> type:
+def _class_of(path: str, folder: str, cache_dir: str | None, quantized: bool) -> tuple[type, dict]:
+    """The class of a checkpoint, and its configuration as a keyword if it is to dequantise the weights."""
     from transformers import AutoConfig
 
-    return model_class(path, AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
+    if quantized:
+        dequantizing(path, config)
+    return model_class(path, config), {"config": config} if quantized else {}
 
 
 def _note_files(loaded: Checkpoint, folder: str, cache_dir: str | None) -> None:

@@ -1,12 +1,13 @@
 """Opens a checkpoint without its weights: a model on the meta device, and the file of each of its tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.conversions import Conversion, find_conversions
+from wanda_fast.checkpoint.conversions import Conversion, dequantized_alone, find_conversions
+from wanda_fast.checkpoint.dequantize import dequantizing, forget_quantization
 from wanda_fast.checkpoint.load import (
     DTYPES,
     UNLOADABLE,
@@ -21,7 +22,7 @@ from wanda_fast.checkpoint.model_class import new_model
 from wanda_fast.checkpoint.own_dtypes import update_dtype
 from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refuse_unused
 from wanda_fast.checkpoint.shards import TensorFiles
-from wanda_fast.errors import CheckpointError, NotStreamableError
+from wanda_fast.errors import CheckpointError, NotStreamableError, QuantizedModelError
 from wanda_fast.model.architecture import find_blocks, require_untied_blocks
 
 
@@ -39,6 +40,7 @@ class MetaModel:
         conversions: that make the model of the tensors on disk.
         aliases: name in the model, as in a conversion's targets -> all names of the same tensor there.
         unused: tensors on disk that the model does not take. They are copied to the output unchanged.
+        unused_quantized: those that are dequantised first.
     """
 
     model: nn.Module
@@ -48,10 +50,13 @@ class MetaModel:
     conversions: list[Conversion]
     aliases: dict[str, list[str]]
     unused: list[str]
+    unused_quantized: list[Conversion] = field(default_factory=list)
     requested: torch.dtype | None = None
 
     def __post_init__(self):
         self.conversion = {name: made for made in self.conversions for name in made.sources}
+        # By name in the output.
+        self.written = {name: made.written or made for made in self.conversions for name in made.outputs}
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -74,17 +79,23 @@ class MetaModel:
         return {name: self.requested or self._update_dtype(made[name], own) for name in weights}
 
     def _update_dtype(self, conversion: Conversion, own: dict[str, Tensor]) -> torch.dtype:
+        if conversion.written:
+            return conversion.dtype
         dtypes = [own[name].dtype for name in conversion.sources]
         return reduce(lambda narrowest, each: update_dtype(each, narrowest), dtypes, conversion.dtype)
 
 
 def open_meta_model(
-    path: str, dtype: str = "auto", cache_dir: str | None = None, device: str = "cpu"
+    path: str,
+    dtype: str = "auto",
+    cache_dir: str | None = None,
+    device: str = "cpu",
+    dequantize: bool = False,
 ) -> MetaModel:
     """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same.
 
     Raises: `NotStreamableError` with the reason why the checkpoint must be loaded as a whole;
-        `CheckpointError` if it is not a model.
+        `CheckpointError` if it is not a model; `QuantizedModelError`.
     """
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
@@ -92,24 +103,28 @@ def open_meta_model(
     transformers_logging.disable_progress_bar()
     folder, gguf = locate(path)
     require_dtype(dtype)
-    refuse_folder(path, folder, gguf, cache_dir)
+    quantized = refuse_folder(path, folder, gguf, cache_dir, dequantize)
     if gguf:
         raise NotStreamableError("GGUF files are read whole")
     files = TensorFiles.of(safetensors_of(folder, cache_dir))
-    refuse_quantized(path, files)
     try:
         config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
+        quantizer = dequantizing(path, config) if quantized else None
+        if quantizer is None:
+            refuse_quantized(path, files)
+        forget_quantization(config)
         stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
         model = _without_weights(path, config, stored)
-    except CheckpointError:
+    except (CheckpointError, QuantizedModelError):
         raise
     except UNLOADABLE as error:
         raise NotStreamableError(first_line(error)) from error
     if unknown := files.unknown_dtypes():
         raise NotStreamableError(f"its tensors are {', '.join(unknown)}")
-    made = _conversions(model, files, stored)
+    made = _conversions(model, files, stored, quantizer)
     opened = MetaModel(model.eval(), None, stored, files, *made, DTYPES.get(dtype))
-    refuse_unused(path, opened.unused)
+    if quantizer is None:
+        refuse_unused(path, opened.unused)
     require_untied_blocks(model, opened.names.values())
     _require_inverses(opened)
     if computed_in_float32(stored, dtype, device):
@@ -119,14 +134,14 @@ def open_meta_model(
 
 
 def _conversions(
-    model: nn.Module, files: TensorFiles, dtype: torch.dtype
-) -> tuple[list[Conversion], dict[str, list[str]], list[str]]:
+    model: nn.Module, files: TensorFiles, dtype: torch.dtype, quantizer: object | None
+) -> tuple[list[Conversion], dict[str, list[str]], list[str], list[Conversion]]:
     """The conversions, aliases and unused tensors of a `MetaModel`. The model's tensors get their dtypes.
 
     Raises: `NotStreamableError`.
     """
     stored, state = files.on_meta(files.location), model.state_dict(keep_vars=True)
-    found = find_conversions(model, stored, dtype)
+    found = find_conversions(model, stored, dtype, quantizer)
     taken = {name for conversion in found for name in conversion.sources}
     aliases = _aliases(model, state, found, files)
     needed = [conversion for conversion in found if not aliases.keys().isdisjoint(conversion.targets)]
@@ -134,7 +149,10 @@ def _conversions(
         for tensor in (state[name] for name in conversion.targets):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(conversion.dtype)
-    return needed, aliases, [name for name in stored if name not in taken]
+    unused = [name for name in stored if name not in taken]
+    alone = dequantized_alone(unused, stored, quantizer, dtype) if quantizer else []
+    taken |= {name for conversion in alone for name in conversion.sources}
+    return needed, aliases, [name for name in unused if name not in taken], alone
 
 
 def _require_inverses(opened: MetaModel) -> None:
@@ -142,7 +160,7 @@ def _require_inverses(opened: MetaModel) -> None:
     weights = {linear.parameter for block in find_blocks(opened.model) for linear in block.linears}
     stored = opened.files.on_meta(opened.conversion)
     for conversion in opened.conversions:
-        if not weights.isdisjoint(conversion.targets):
+        if conversion.written or not weights.isdisjoint(conversion.targets):
             conversion.require_inverse(stored)
 
 
@@ -198,4 +216,5 @@ def _is_embedding(model: nn.Module, names: list[str]) -> bool:
 
 
 def _first_dtype(files: TensorFiles) -> torch.dtype:
-    return files.read([next(iter(files.location))]).popitem()[1].dtype
+    dtype = files.read([next(iter(files.location))]).popitem()[1].dtype
+    return dtype if dtype.itemsize > 1 else torch.bfloat16

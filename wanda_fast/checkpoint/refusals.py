@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from wanda_fast.checkpoint.dequantize import METHODS
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import AdapterError, CheckpointError, QuantizedModelError
 
@@ -35,33 +36,42 @@ MERGE = (
     "merge the adapter first "
     "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder))"
 )
+DEQUANTIZE = "pass --dequantize to prune them in 16 bits"
 DEQUANTIZED = "prune the 16-bit original instead, and quantise the pruned model"
 GIT_LFS = b"version https://git-lfs"
 # Files that a model is loaded from.
 LOADED = (".safetensors", ".json", ".model", ".gguf")
 
 
-def refuse_folder(path: str, folder: str, gguf: str | None, cache_dir: str | None) -> None:
+def refuse_folder(
+    path: str, folder: str, gguf: str | None, cache_dir: str | None, dequantize: bool = False
+) -> bool:
     """Raise an error if the files around the weights say that this program cannot prune the model.
 
     Args:
         path: what the user named; `folder`, `gguf`: where `load.locate` found it.
+        dequantize: quantised weights are not refused if transformers can dequantise them.
+    Returns: whether there are such weights.
     Raises: `CheckpointError` for a git-lfs pointer or code of the repository; `AdapterError`;
         `QuantizedModelError`.
     """
     _refuse_pointers(Path(folder), gguf)
     if gguf:
-        return
+        return False
     _refuse_adapter(path, folder, cache_dir)
     config = read_json(folder, "config.json", cache_dir)
+    named = False
     for where, part in _parts(config):
         for key in QUANTIZED_KEYS:
             if part.get(key):
-                raise _quantized(path, _format(part[key]), f"{key} in {where}")
+                named = key == QUANTIZED_KEYS[0] and _dequantizable(part[key])
+                if not (named and dequantize):
+                    raise _quantized(path, _format(part[key]), f"{key} in {where}", named)
     for file in QUANTIZED_FILES:
-        if content := read_json(folder, file, cache_dir):
+        if not named and (content := read_json(folder, file, cache_dir)):
             raise _quantized(path, _format(content.get("quantization") or content), file)
     _refuse_own_code(path, config)
+    return named
 
 
 def refuse_quantized(path: str, files: TensorFiles) -> None:
@@ -186,5 +196,10 @@ def _format(about: object) -> str:
     return f"{bits} bits" if bits else json.dumps(about)[:60]
 
 
-def _quantized(path: str, form: str, where: str) -> QuantizedModelError:
-    return QuantizedModelError(f"model {path} has quantised weights ({form}: {where}): {DEQUANTIZED}")
+def _dequantizable(about: object) -> bool:
+    return isinstance(about, dict) and about.get("quant_method") in METHODS
+
+
+def _quantized(path: str, form: str, where: str, dequantizable: bool = False) -> QuantizedModelError:
+    remedy = f"{DEQUANTIZE}, or {DEQUANTIZED}" if dequantizable else DEQUANTIZED
+    return QuantizedModelError(f"model {path} has quantised weights ({form}: {where}): {remedy}")

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from wanda_fast.checkpoint.atomic_write import sync_folder, write_atomically
 from wanda_fast.checkpoint.block_loader import StreamedModel
+from wanda_fast.checkpoint.conversions import Conversion
 from wanda_fast.checkpoint.journal import RUN, partial_of
 from wanda_fast.checkpoint.load import Checkpoint, first_line
 from wanda_fast.checkpoint.save_as_source import names_on_disk, save_as_source
@@ -177,15 +179,27 @@ def save_outside(source: StreamedModel, shard: Path, abandoned: Callable[[], boo
     meta_model, files = source.meta_model, source.meta_model.files
     dtypes = {name: meta_model.requested for name in source.copied}
     dtypes |= dict.fromkeys(meta_model.unused)
+    plain = {name: made for made in source.dequantized for name in made.outputs}
 
     def pieces(name: str, _tensor: Tensor) -> Iterator[Tensor]:
-        for piece in files.pieces(name, dtypes[name]):
+        whole = [_dequantized(plain[name], files, meta_model.requested)[name]] if name in plain else None
+        for piece in whole or files.pieces(name, dtypes[name]):
             if abandoned():
                 raise InterruptedError(f"{shard} was abandoned")
             yield piece
 
     tensors = files.on_meta(source.copied, meta_model.requested) | files.on_meta(meta_model.unused)
+    for made in source.dequantized:
+        tensors |= _dequantized(made, files, meta_model.requested, meta=True)
     begin_tensors(shard, tensors, pieces)()
+
+
+def _dequantized(
+    made: Conversion, files: TensorFiles, dtype: torch.dtype | None, meta: bool = False
+) -> dict[str, Tensor]:
+    """The output's tensors of a conversion that dequantises, by name; on the meta device with `meta`."""
+    stored = files.on_meta(made.sources) if meta else files.read(made.sources)
+    return {name: t.to(dtype or t.dtype) for name, t in made.to_disk(made.to_model(stored)).items()}
 
 
 def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -> dict[str, list[str]]:
@@ -194,7 +208,9 @@ def save_surroundings(source: StreamedModel, folder: Path, shards: list[Path]) -
     Returns: the names of "tensors" that the model does not take, and of "files" that were copied.
     """
     meta_model = source.meta_model
-    copied = copy_surroundings(meta_model.files.folder, folder, meta_model.requested)
+    plain = any(made.written for made in meta_model.conversions)
+    dtype = meta_model.dtype if plain else meta_model.requested
+    copied = copy_surroundings(meta_model.files.folder, folder, dtype, plain)
     _save_index(TensorFiles.of(shards), folder)
     return {"tensors": meta_model.unused, "files": copied}
 

@@ -6,6 +6,7 @@ import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes: a cache line, and the widest vector register.
@@ -142,25 +146,25 @@ class TensorFiles:
         offsets = [about["data_offsets"] for header in headers for about in header.values()]
         return sum(end - begin for begin, end in offsets)
 
-    def digest(self) -> str:
-        """sha256 of every header, and of 4 KiB at eight places of every tensor, including its beginning and
-        its end.
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Tensor name -> sha256 of name, dtype, shape, and 4 KiB at eight places, among them both ends.
 
         Tells fine-tuned models apart without reading them as a whole. Misses a change that is limited to
-        other places.
+        other places. Read once: a file that changes during the run does not change them.
         """
-        found = hashlib.sha256()
+        found = {}
         for file in self.files:
             begin, header = _header(file)
-            found.update(json.dumps(header, sort_keys=True).encode())
             with file.open("rb") as opened:
-                for about in header.values():
-                    first, end = about["data_offsets"]
-                    last = max(first, end - SAMPLE)
-                    for place in range(SAMPLES):
-                        opened.seek(begin + first + (last - first) * place // (SAMPLES - 1))
-                        found.update(opened.read(min(SAMPLE, end - first)))
-        return found.hexdigest()
+                for name, about in header.items():
+                    found[name] = _sampled(opened, begin, name, about)
+        return found
+
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """sha256 of the `digests` of these tensors, in any order and in any files; None: of all."""
+        chosen = sorted(self.location if names is None else names)
+        return hashlib.sha256("".join(self.digests[name] for name in chosen).encode()).hexdigest()
 
 
 def begin_tensors(
@@ -233,6 +237,16 @@ def _read_tensor(opened: BinaryIO, begin: int, about: dict, buffer: Tensor) -> T
             raise CheckpointError(f"{opened.name} ends before its last tensor: it is truncated")
         rest = rest[count:]
     return tensor
+
+
+def _sampled(opened: BinaryIO, begin: int, name: str, about: dict) -> str:
+    first, end = about["data_offsets"]
+    found = hashlib.sha256(json.dumps([name, about["dtype"], about["shape"]]).encode())
+    last = max(first, end - SAMPLE)
+    for place in range(SAMPLES):
+        opened.seek(begin + first + (last - first) * place // (SAMPLES - 1))
+        found.update(opened.read(min(SAMPLE, end - first)))
+    return found.hexdigest()
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from wanda_fast.checkpoint.refusals import QUANTIZED_FILES, QUANTIZED_KEYS
+
 logger = logging.getLogger(__name__)
 
 CONFIG, REPORT = "config.json", "wanda_fast.json"
@@ -17,21 +19,27 @@ INDEX = ".index.json"
 SMALL = 2**28
 
 
-def copy_surroundings(source: Path, folder: Path, dtype: torch.dtype | None) -> list[str]:
+def copy_surroundings(
+    source: Path, folder: Path, dtype: torch.dtype | None, dequantized: bool = False
+) -> list[str]:
     """Copy the files of a checkpoint's folder, except its weights and what is hidden.
 
-    config.json has the same bytes too, unless the weights have another dtype than the one it names.
+    config.json has the same bytes too, unless the weights have another dtype than the one it names, or are
+    no longer quantised.
 
     Args:
         source: the checkpoint's folder.
         folder: the output.
         dtype: that the weights were converted to; None: they were not.
+        dequantized: whether they were quantised.
     Returns: the names of the copied files.
     """
     copied = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
         if not file.is_file() or name.parts[0].startswith(".") or str(name) in (CONFIG, REPORT):
+            continue
+        if dequantized and str(name) in QUANTIZED_FILES:
             continue
         if _is_weights(name) or file.stat().st_size > SMALL:
             if name.suffix != ".safetensors" and not name.name.endswith(INDEX):
@@ -40,7 +48,9 @@ def copy_surroundings(source: Path, folder: Path, dtype: torch.dtype | None) -> 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
         copied.append(str(name))
-    (folder / CONFIG).write_bytes(config_with_dtype((source / CONFIG).read_bytes(), dtype))
+    config = (source / CONFIG).read_bytes()
+    config = without_quantization(config) if dequantized else config
+    (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))
     return copied
 
 
@@ -59,6 +69,18 @@ def config_with_dtype(config: bytes, dtype: torch.dtype | None) -> bytes:
         content["torch_dtype"] = name
     if json.dumps(content) == before:
         return config
+    return _dumped(content)
+
+
+def without_quantization(config: bytes) -> bytes:
+    """A config.json that names no format of quantised weights. All other keys keep their order."""
+    content = json.loads(config)
+    for part in (content, *(part for part in content.values() if isinstance(part, dict))):
+        part.pop(QUANTIZED_KEYS[0], None)
+    return _dumped(content)
+
+
+def _dumped(content: dict) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

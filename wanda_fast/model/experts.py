@@ -144,6 +144,10 @@ class Experts:
             return _gate_of(self.module)(first)
         return self.module.act_fn(first)
 
+    def per_token(self, chosen: int) -> int:
+        """Experts that a token goes through in a model that chooses so many: all, in Llama 4's."""
+        return self.count if _form(self.module) is Experts.forward_sorted else chosen
+
     @property
     def forwards(self) -> dict[nn.Module, Callable]:
         """The forwards of modules that run by segments instead."""

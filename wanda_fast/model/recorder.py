@@ -3,15 +3,16 @@
 A recorder stores its arguments and returns the hidden states unchanged, so the blocks need no weights.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from wanda_fast.errors import HiddenStatesError
 from wanda_fast.model.architecture import Block
@@ -19,6 +20,8 @@ from wanda_fast.model.block_inputs import BlockCall, BlockInputs
 from wanda_fast.model.experts import Experts, sorted_by_expert
 from wanda_fast.model.offload import Offload
 from wanda_fast.model.patching import forwards_replaced
+
+NOTHING = nullcontext()
 
 
 @torch.no_grad()
@@ -86,6 +89,11 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
                 f"the input of {blocks[index].name} is not the output of {blocks[index - 1].name}: only "
                 "blocks that follow each other directly can be pruned one by one"
             )
+        if recorders[index].reads_other_outputs():
+            raise HiddenStatesError(
+                f"{blocks[index].name} takes more of an earlier block's output than its hidden states: such "
+                "blocks cannot be pruned one by one"
+            )
 
 
 @contextmanager
@@ -131,8 +139,24 @@ class _Recorder:
         self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
         self.outputs = self._outputs()
-        output = self.hidden if self.given is None else self.given
-        return output if self.outputs.others is None else (output, *[None] * self.outputs.others)
+        others = self.outputs.others
+        if self.given is not None:
+            return self.given if others is None else (self.given, *[None] * len(others))
+        return self.hidden if others is None else (self.hidden, *others)
+
+    def reads_other_outputs(self) -> bool:
+        """Whether the block computes with what an earlier block returned after its hidden states.
+
+        GLM-5's blocks receive the indices that the block before has selected, and only some of them read it.
+        """
+        watch = _Watch(leaf for leaf in tree_leaves((self.call.args, self.call.kwargs)) if _is_meta(leaf))
+        if watch.tensors:
+            with forwards_replaced({self.block: self.own}):
+                try:
+                    _on_meta(self.block, self.hidden, self.call, watch)
+                except (RuntimeError, NotImplementedError):
+                    return True
+        return watch.used
 
     def _outputs(self) -> "_Outputs":
         """What the block would return: found once for each class of blocks and dtype.
@@ -149,7 +173,8 @@ class _Recorder:
                 except (RuntimeError, NotImplementedError):
                     output = _on_zeros(self.block, self.hidden, self.call)
             hidden, *others = output if isinstance(output, tuple) else (output,)
-            self.known[key] = _Outputs(hidden.dtype, len(others) if isinstance(output, tuple) else None)
+            others = [each.to("meta") if isinstance(each, Tensor) else None for each in others]
+            self.known[key] = _Outputs(hidden.dtype, others if isinstance(output, tuple) else None)
         return self.known[key]
 
 
@@ -159,11 +184,12 @@ class _Outputs:
 
     Attributes:
         dtype: of the hidden states.
-        others: number of values after the hidden states in a tuple; None if the block returns no tuple.
+        others: what follows the hidden states in a tuple: tensors on the meta device, which are recognised in
+            another block's arguments, and None for all else. None if the block returns no tuple.
     """
 
     dtype: torch.dtype
-    others: int | None
+    others: list[Tensor | None] | None
 
 
 # first block of a model -> (class of a block, dtype of its input) -> the form of its return value. Models of
@@ -171,11 +197,31 @@ class _Outputs:
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[tuple[type, torch.dtype], _Outputs]] = WeakKeyDictionary()
 
 
-def _on_meta(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
+class _Watch(TorchFunctionMode):
+    """Notes whether an operation takes one of these tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__()
+        self.tensors, self.used = {id(tensor): tensor for tensor in tensors}, False
+
+    def __torch_function__(self, operation, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.used |= any(id(leaf) in self.tensors for leaf in tree_leaves((args, kwargs)))
+        return operation(*args, **kwargs)
+
+
+def _is_meta(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_meta
+
+
+def _on_meta(
+    block: nn.Module, hidden: Tensor, call: BlockCall, watch: AbstractContextManager = NOTHING
+) -> object:
     state = dict(block.named_parameters()) | dict(block.named_buffers())
     to_meta = lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf  # noqa: E731
     state, args, kwargs = tree_map(to_meta, (state, (hidden, *call.args), call.kwargs))
-    return torch.func.functional_call(block, state, args, kwargs)
+    with watch:
+        return torch.func.functional_call(block, state, args, kwargs)
 
 
 def _on_zeros(block: nn.Module, hidden: Tensor, call: BlockCall) -> object:
@@ -208,6 +254,9 @@ class _KeepOnce:
         return BlockCall(*tree_unflatten(leaves, structure))
 
     def _keep(self, leaf: object, known: object) -> object:
+        # Of an earlier block's output, which this one does not read.
+        if _is_meta(leaf):
+            return None
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in self.kept:

@@ -1,4 +1,4 @@
-"""One run at a time writes an output folder.
+"""One run at a time writes an output folder or file.
 
 DIR.partial.lock is locked by the operating system (flock) while a run lasts. The lock ends with its process,
 however that ends; the file alone locks nothing. It holds the process id and the machine, for the message of
@@ -31,7 +31,7 @@ PATIENCE = 1.0
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context in which this run alone may write `folder` and its DIR.partial.
+    """Context in which this run alone may write `folder`, which may be a file, and its DIR.partial.
 
     Folders above it are made, and removed at the end if they are still empty.
 
@@ -98,7 +98,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     except BlockingIOError as error:
         raise OutputInUseError(
             f"output {folder} is being written by {_holder(descriptor)}: wait until that run has ended, or "
-            f"name another folder"
+            f"name another output"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:

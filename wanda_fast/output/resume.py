@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint import save as saving
+from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import differences
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
@@ -84,12 +85,24 @@ def _same_options(before: dict, now: dict) -> bool:
     return all(before.get(name) == json.loads(json.dumps(now[name], default=str)) for name in names)
 
 
-def _model_digest(loaded: MetaModel | Checkpoint) -> str:
-    """Of configuration and tensors, independent of the folder."""
+def outside_digest(source: StreamedModel) -> str:
+    """Digest of configuration and tensors outside of the blocks; each finished block has a digest of its own.
+
+    A shard that was repaired where no block is finished leaves it as it is.
+    """
+    return _model_digest(source.meta_model, source.copied)
+
+
+def _model_digest(loaded: MetaModel | Checkpoint, names: list[str] | None = None) -> str:
+    """Of configuration and tensors, independent of the folder.
+
+    Args:
+        names: of the tensors; None: all.
+    """
     config = loaded.model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    tensors = loaded.files.digest() if isinstance(loaded, MetaModel) else _sampled(loaded.model)
+    tensors = loaded.files.digest(names) if isinstance(loaded, MetaModel) else _sampled(loaded.model)
     described = json.dumps(config, sort_keys=True, default=str) + tensors
     return hashlib.sha256(described.encode()).hexdigest()
 

@@ -1,8 +1,9 @@
 """The output folder DIR of a streamed model. Each block is written as soon as it is pruned.
 
 DIR.partial/                     exists until the run has ended
-    run.json                     what the run is: options, digests of model and tokens
-    block-00003.json             block 3 is finished: checksums of its files, reports of its linears
+    run.json                     what the run is: options, digests of tokens and of tensors outside the blocks
+    block-00003.json             block 3 is finished: checksums of its files, digest of the tensors of blocks
+                                 0 to 3, reports of its linears
     masks-00003.safetensors      packed masks of block 3, if masks are saved
     boundary.json                which of the following files is valid
     boundary-00004.safetensors   the inputs of block 4
@@ -10,6 +11,7 @@ DIR.partial/                     exists until the run has ended
     replaced/                    the earlier DIR, from that rename until DIR.partial is removed
 """
 
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -35,11 +37,13 @@ from wanda_fast.checkpoint.save import (
     writing,
 )
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
-from wanda_fast.errors import InterruptedRunError, OutputError, WandaFastError
+from wanda_fast.errors import InterruptedRunError, OutputError, ResumeError, WandaFastError
 from wanda_fast.hidden_states import Activations
 from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
 from wanda_fast.report import LinearReport, Report, deciding_versions
+
+logger = logging.getLogger(__name__)
 
 
 class StreamedOutput:
@@ -75,6 +79,7 @@ class StreamedOutput:
             self.journal.require_same_run()
             notes = {index: self._valid_note(index) for index in range(self.nblocks)}
             self.finished = {index: note for index, note in notes.items() if note is not None}
+            self._require_same_blocks()
         else:
             self.discard()
             with self._writing():
@@ -93,6 +98,10 @@ class StreamedOutput:
         worth_resuming = not isinstance(error, WandaFastError) or error.resumable
         if error is None or not worth_resuming or not self.finished:
             self.discard()
+        # The messages of the others say it.
+        elif not isinstance(error, InterruptedRunError | OutputError):
+            kept = f"{len(self.finished)} of {self.nblocks} blocks are kept in {self.partial}"
+            logger.info("%s: continue with --resume", kept)
 
     def begin_(self, activations: Activations) -> int:
         """The block to continue with. `activations` becomes its inputs; all earlier blocks are finished."""
@@ -112,8 +121,7 @@ class StreamedOutput:
 
     def restore_block(self, index: int) -> None:
         """Load the pruned weights of the finished block `index` into the source's model."""
-        shard = TensorFiles.of([self._shard(index)])
-        self.source.place(self.source.read(list(shard.location), shard))
+        self.source.restore(TensorFiles.of([self._shard(index)]))
 
     def write_block(
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
@@ -146,7 +154,8 @@ class StreamedOutput:
         def commit() -> None:
             digests = {str(file.relative_to(self.partial)): finish() for file, finish in begun().items()}
             held = {name: asdict(linear) for name, linear in linears.items()}
-            note = {"files": digests, "linears": held, "versions": self.versions}
+            note = {"files": digests, "tensors": self._tensors_up_to(index), "linears": held}
+            note |= {"versions": self.versions}
             self.journal.write(self._note(index), note)
             self.finished[index] = note
 
@@ -196,6 +205,19 @@ class StreamedOutput:
         files = {self.partial / name: digest for name, digest in note["files"].items()}
         unchanged = all(file.is_file() and checksum(file) == digest for file, digest in files.items())
         return note if unchanged else None
+
+    def _require_same_blocks(self) -> None:
+        """Raise `ResumeError` if the checkpoint no longer has the tensors that finished blocks came from."""
+        for index, note in self.finished.items():
+            if note["tensors"] != self._tensors_up_to(index):
+                raise ResumeError(
+                    f"{self.partial} cannot be resumed: the model differs in block {index + 1} of "
+                    f"{self.nblocks}, which is finished, or in one before it"
+                )
+
+    def _tensors_up_to(self, index: int) -> str:
+        names = [name for block in self.source.names[: index + 1] for name in block]
+        return self.source.meta_model.files.digest(names)
 
     def _note(self, index: int) -> str:
         return f"block-{index:05}.json"

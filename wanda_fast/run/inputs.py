@@ -46,12 +46,13 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
 
 def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
     """The checkpoint without its weights, or loaded as a whole if zero-shot tasks or its format need that."""
+    arguments = (path, options.dtype, options.cache_dir, device, options.dequantize)
     if options.eval_zero_shot:
-        return checkpoints.load(path, options.dtype, options.cache_dir, device)
+        return checkpoints.load(*arguments)
     try:
-        return open_meta_model(path, options.dtype, options.cache_dir, device)
+        return open_meta_model(*arguments)
     except NotStreamableError as error:
-        loaded = checkpoints.load(path, options.dtype, options.cache_dir, device)
+        loaded = checkpoints.load(*arguments)
         logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
         return loaded
 

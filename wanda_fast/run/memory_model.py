@@ -27,6 +27,8 @@ from wanda_fast.run.job import Job
 from wanda_fast.run.live_model import dtype_of
 
 FP32 = 4
+# Attributes of a configuration that say how many experts a token is sent to.
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 
 
 @dataclass
@@ -132,7 +134,8 @@ def footprint(
         hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),
         surroundings=surroundings * size,
-        forward=max(inside, evaluated) * _forward_per_token(blocks, hidden_size, size),
+        forward=max(inside, evaluated)
+        * (_forward_per_token(blocks, hidden_size, size) + _experts_per_token(blocks, config, size)),
         widening=max(
             (_widening(linear) for block in blocks for linear in block.linears if in_fp32), default=0
         ),
@@ -143,8 +146,20 @@ def footprint(
 def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
     """Bytes per token: a gated MLP's activated gate, up and product; residual, norm and the batches that are
     being copied out; a norm's two fp32 copies."""
-    widest = max((linear.out_features for block in blocks for linear in block.linears), default=0)
+    widest = max((linear.out_features for block in blocks for linear in block.dense), default=0)
     return size * (3 * widest + (3 + MAX_PENDING_COPIES) * hidden_size) + 2 * FP32 * hidden_size
+
+
+def _experts_per_token(blocks: list[Block], config, size: int) -> int:
+    """Bytes per token in a module of experts, for each expert of the token: input, first projection's output,
+    hidden values, output; the weighted outputs, fp32, in the experts' order and in the tokens'."""
+    chosen = next((getattr(config, name) for name in EXPERTS_OF_A_TOKEN if hasattr(config, name)), 1)
+    most = 0
+    for experts in (each for block in blocks for each in block.experts):
+        first, down = experts.first.stack, experts.down.stack
+        values = first.shape[2] + first.shape[1] + down.shape[2] + down.shape[1]
+        most = max(most, experts.per_token(chosen) * (size * values + 2 * FP32 * down.shape[1]))
+    return most
 
 
 def _widening(linear: Linear) -> int:

@@ -1,6 +1,7 @@
 """What a run writes: refused before the work if it could not be written or would replace something."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -16,16 +17,23 @@ from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.report import Report
 
 
-def sole_writer(options: Options) -> AbstractContextManager:
-    """Context in which no other run writes `save_model`.
+@contextmanager
+def sole_writer(options: Options) -> Iterator[None]:
+    """Context in which no other run writes an output of this one.
 
     Raises: `OutputInUseError` if one does; `RanksError` under torchrun, unless each rank prunes a model of
         its own in memory and writes nothing.
     """
-    writes = any((options.save_model, options.save, options.save_log, options.save_mask))
-    if writes or not isinstance(options.model, nn.Module):
+    names = (options.save_model, options.save, options.save_log, options.save_mask)
+    outputs = {Path(name).resolve(): Path(name) for name in names if name}
+    if outputs or not isinstance(options.model, nn.Module):
         require_one_process()
-    return locked(Path(options.save_model)) if options.save_model else nullcontext()
+    for file in filter(None, (options.save_log, options.save_mask)):
+        saving.require_free(Path(file), overwrite=True)
+    with ExitStack() as locks:
+        for output in outputs.values():
+            locks.enter_context(locked(output))
+        yield
 
 
 def require_outputs(options: Options, recipe: dict) -> Report | None:

@@ -17,7 +17,7 @@ from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_source import LiveModel
 from wanda_fast.options import Options
-from wanda_fast.output.resume import nothing_to_do, run_identity
+from wanda_fast.output.resume import nothing_to_do, outside_digest, run_identity
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method, make_method, require_method
@@ -151,7 +151,7 @@ def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], 
     folder = path_of(options.save_model)
     if isinstance(loaded, MetaModel):
         source = StreamedModel(loaded, blocks, job.device, job.clock)
-        output = folder and StreamedOutput(folder, source, _identity(job), options.resume)
+        output = folder and StreamedOutput(folder, source, _identity(job, source), options.resume)
         run_streamed(job, source, output)
         return
     if options.resume:
@@ -159,9 +159,10 @@ def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], 
     run_in_memory(job, LiveModel(loaded.model, blocks, job.device, job.clock), loaded, folder)
 
 
-def _identity(job: Job) -> dict:
+def _identity(job: Job, source: StreamedModel) -> dict:
     on_host = job.method.hessians.on_host if job.method.hessians else frozenset()
-    return run_identity(job.report.recipe, job.report.digests, job.device, job.batch_size, on_host)
+    digests = job.report.digests | {"model": outside_digest(source)}
+    return run_identity(job.report.recipe, digests, job.device, job.batch_size, on_host)
 
 
 @contextmanager

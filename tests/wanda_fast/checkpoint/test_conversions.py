@@ -214,14 +214,14 @@ def test_dtypes_of_the_file_are_kept(folder_of, tmp_path):
 
 def test_tensors_on_disk_are_freed_once_they_are_merged(folder_of, monkeypatch):
     _, source = opened(folder_of("mixtral"), dtype="bfloat16")
-    read, seen = source.read, {}
+    read, seen = source._read, {}
 
     def watched(names):
         tensors = read(names)
         seen.update({name: weakref.ref(tensor.untyped_storage()) for name, tensor in tensors.items()})
         return tensors
 
-    monkeypatch.setattr(source, "read", watched)
+    monkeypatch.setattr(source, "_read", watched)
     with source.block(1):  # the last: no other one is read ahead
         alive = {name for name, storage in seen.items() if storage() is not None}
     source.close()

@@ -96,6 +96,22 @@ def test_a_second_run_changes_nothing(mode, second, held, llama, tmp_path, run):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("option", ["save", "save_log", "save_mask"])
+def test_other_outputs_have_one_writer_too(option, llama, tmp_path):
+    output = {option: tmp_path / "new" / "it"}
+
+    def meanwhile():
+        with pytest.raises(errors.OutputInUseError) as refused:
+            wanda_fast.prune(llama, save_model=tmp_path / "out", overwrite=True, **output, **QUICK)
+        return str(refused.value)
+
+    first = Meanwhile(meanwhile)
+    wanda_fast.prune(llama, progress=first, **output, **QUICK)
+    assert f"output {output[option]} is being written by {THIS_PROCESS}" in first.result
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["it"]
+
+
 def test_another_name_of_the_folder(llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
     (tmp_path / "link").symlink_to(tmp_path)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 # Bound on the peak as a share of the checkpoint, above the memory of Python, torch and a first small run.
 SHARE = 0.35
@@ -18,6 +18,8 @@ GROWTH = 64 * 2**20
 SLACK = 48 * 2**20
 BLOCK = dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12)
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2)
+EXPERTS = dict(hidden_size=256, intermediate_size=544, num_attention_heads=4, num_key_value_heads=4)
+EXPERTS |= dict(num_local_experts=16)
 METHODS, NSAMPLES = ("wanda", "connect"), (4, 32)
 
 # The clock counts this process's CPU time, which does not depend on what else the machine does. The peak is
@@ -53,10 +55,10 @@ for number, (model, *case) in enumerate(cases):
 """
 
 
-def build(folder, nblocks, sizes):
-    config = LlamaConfig(vocab_size=256, num_hidden_layers=nblocks, max_position_embeddings=256, **sizes)
+def build(folder, nblocks, sizes, kind=LlamaConfig):
+    config = kind(vocab_size=256, num_hidden_layers=nblocks, max_position_embeddings=256, **sizes)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
@@ -70,9 +72,11 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("costs")
     build(folder / "tiny", 2, TINY)
     sizes = {nblocks: build(folder / str(nblocks), nblocks, BLOCK) for nblocks in (3, 12, 24)}
+    sizes["experts"] = build(folder / "experts", 24, EXPERTS, MixtralConfig)
     cases = [
         (12,),
         (24,),
+        ("experts",),
         *((3, *case, False, None, "auto") for case in itertools.product(METHODS, NSAMPLES)),
     ]
     environment = os.environ | {
@@ -97,6 +101,13 @@ def test_peak_memory_is_a_few_blocks(measured):
     (_, small), (size, large) = measured[12,], measured[24,]
     assert large["peak"] < SHARE * size
     assert large["peak"] < small["peak"] + GROWTH
+
+
+@needs_proc
+def test_peak_memory_of_experts_is_a_few_blocks(measured):
+    size, run = measured["experts",]
+    assert run["peak"] < SHARE * size
+    assert run["peak"] <= 1.15 * run["predicted"] + SLACK
 
 
 @needs_proc

@@ -122,6 +122,16 @@ def test_connect_and_linear_take_more(choose):
     assert linear.parts["forward"] == NSAMPLES * plain.parts["forward"] == NSAMPLES * SEQUENCE
 
 
+def test_experts_take_more_for_each_expert_of_a_token():
+    model = FAMILIES["mixtral"]()  # two of four experts, hidden 64, inner 160
+    ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
+    parts = footprint(a_job("wanda", ids), model, blocks, None, 1)
+    experts = 2 * (4 * (64 + 2 * 160 + 160 + 64) + 2 * 4 * 64)
+    for block in blocks:
+        block.experts = []
+    assert parts.forward - footprint(a_job("wanda", ids), model, blocks, None, 1).forward == SEQLEN * experts
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit_counts(version, tmp_path):
     """The tightest group around the process, less what is in use, but for pages that can be dropped."""

@@ -24,11 +24,21 @@ def text(llama):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory, pydoc_text):
     """Folder of a checkpoint of five blocks."""
-    folder, small = tmp_path_factory.mktemp("llama"), CONFIGS["smollm"]
+    return five_blocks("smollm", tmp_path_factory, pydoc_text)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory, pydoc_text):
+    """The same with experts, which the checkpoint has in tensors of their own."""
+    return five_blocks("mixtral", tmp_path_factory, pydoc_text)
+
+
+def five_blocks(family, tmp_path_factory, text):
+    folder, small = tmp_path_factory.mktemp(family), CONFIGS[family]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "smollm", lambda: deeper(small()))
-        save_checkpoint(FAMILIES["smollm"]().bfloat16(), folder, pydoc_text[:20000])
-    (folder / "text.txt").write_text(pydoc_text[:20000])
+        patch.setitem(CONFIGS, family, lambda: deeper(small()))
+        save_checkpoint(FAMILIES[family]().bfloat16(), folder, text[:20000])
+    (folder / "text.txt").write_text(text[:20000])
     return folder
 
 

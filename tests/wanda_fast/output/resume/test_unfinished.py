@@ -36,12 +36,16 @@ from wanda_fast.run import job
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("method", "kills"), [("connect", 21), ("sparsegpt", 7)])
-def test_killed_at_random_moments(llama, tmp_path, method, kills):
+@pytest.mark.parametrize(
+    ("family", "method", "kills"),
+    [("llama", "connect", 21), ("llama", "sparsegpt", 7), ("mixtral", "gated", 14)],
+)
+def test_killed_at_random_moments(request, tmp_path, family, method, kills):
     """Many kills at different moments. Every run that ends gives the same bytes."""
+    model = request.getfixturevalue(family)
     script = Path(__file__).with_name("killed_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    words = [sys.executable, str(script), str(llama), str(tmp_path / "out"), method, str(kills), "1"]
+    words = [sys.executable, str(script), str(model), str(tmp_path / "out"), method, str(kills), "1"]
     runs = json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
     assert len(runs["digests"]) >= 2 and len(set(runs["digests"])) == 1
     assert len(runs["moments"]) == kills
