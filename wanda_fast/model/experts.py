@@ -93,8 +93,10 @@ class Projection(nn.Module):
             return output
         output = empty(len(x), stack.shape[1], dtype=x.dtype, device=x.device)
         for expert, begin, end in segments(offsets):
-            own = None if bias is None else bias[expert]
-            output[begin:end] = F.linear(x[begin:end], stack[expert], own)
+            output[begin:end] = F.linear(x[begin:end], stack[expert])
+            if bias is not None:
+                # Rounded before the bias is added, as transformers' experts are.
+                output[begin:end] += bias[expert]
         return output
 
 

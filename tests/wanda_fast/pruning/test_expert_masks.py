@@ -324,7 +324,9 @@ def test_mask_file(family, tmp_path):
         assert np.array_equal(kept == 0, mask.numpy()), name
 
 
-@pytest.mark.parametrize("option", [("shrinkage", 64.0), ("tokens", "all"), ("weighting", "router")])
+@pytest.mark.parametrize(
+    "option", [("shrinkage", 64.0), ("tokens", "all"), ("weighting", "router")], ids=lambda option: option[0]
+)
 @pytest.mark.parametrize("method", ["wanda", "gated", "sparsegpt"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_options_of_experts(family, method, option):
