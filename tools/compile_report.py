@@ -246,6 +246,10 @@ def _launch_segments() -> None:
         acc = torch.empty(n_experts, width, width, device="meta")
         add_coactivation.add_coactivation_(acc, x, x, "silu", 1, None, offsets)
         add_hessian.add_hessian_(acc, x, offsets)
+    one = torch.empty(2048, 1, dtype=torch.bfloat16, device="meta")  # a stride of 1 is a constant
+    offsets = torch.empty(2, dtype=torch.int64, device="meta")
+    add_sq_norm.add_sq_norm_(torch.empty(1, 1, device="meta"), one, offsets)
+    add_hessian.add_hessian_(torch.empty(1, 1, 1, device="meta"), one, offsets)
 
 
 def _launch_sparsegpt() -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.model.experts import Experts, find_experts
+from wanda_fast.model.experts import Experts
+from wanda_fast.model.find_experts import find_experts
 
 
 class Expert(nn.Module):

@@ -46,6 +46,35 @@ def test_sq_norm_is_the_same_for_any_threads_and_layout(isa):
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
+@pytest.mark.parametrize("n_cols", [5, 1100])
+def test_sq_norm_of_128_segments(isa, n_cols):
+    """Threads share experts of at most three tokens, and the columns of one that has most of them."""
+    counts = torch.randint(0, 4, (128,), generator=torch.Generator().manual_seed(0))
+    counts[77] = 900
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    x = torch.randn(int(offsets[-1]), n_cols).bfloat16()
+    expected = torch.zeros(128, n_cols, dtype=torch.float64)
+    expected.index_add_(0, torch.arange(128).repeat_interleave(counts), x.double().square())
+    sums, threads = [], torch.get_num_threads()
+    try:
+        for n_threads in (1, 3, 7):
+            torch.set_num_threads(n_threads)
+            sums.append(torch.zeros(128, n_cols))
+            native.add_sq_norm_(sums[-1], x, offsets)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(sums[0].double(), expected, rtol=SUM_TOLERANCE, atol=0)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.parametrize("offsets", [[0, 5, 3], [-1, 3, 5], [0, 3, 6], []])
+def test_segments_outside_of_x_are_refused(isa, offsets):
+    acc = torch.zeros(max(len(offsets) - 1, 0), 4)
+    with pytest.raises(RuntimeError, match="offsets must"):
+        native.add_sq_norm_(acc, torch.ones(5, 4), torch.tensor(offsets, dtype=torch.int64))
+    assert not acc.any()
+
+
 def test_sq_norm_carries_infinity_and_nan(isa):
     x = torch.ones(9, 40)
     x[3, 7], x[8, 39] = float("inf"), float("nan")

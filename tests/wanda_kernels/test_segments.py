@@ -173,26 +173,6 @@ def test_the_bits_of_a_call_for_each_expert(operation, dtype, isa, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_many_experts_with_few_tokens(monkeypatch):
-    """One has most of the tokens; threads share experts, and columns of the large one."""
-    monkeypatch.delenv("WANDA_KERNELS_BACKEND", raising=False)
-    counts = torch.randint(0, 4, (128,), generator=torch.Generator().manual_seed(0))
-    counts[77] = 900
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    x = random_weight(int(offsets[-1]), 1100, torch.bfloat16) * 20
-    expected = torch.zeros(128, 1100, dtype=torch.float64)
-    expected.index_add_(0, torch.arange(128).repeat_interleave(counts), x.double().square())
-    threads = torch.get_num_threads()
-    try:
-        for n_threads in (1, 3):
-            torch.set_num_threads(n_threads)
-            acc = torch.zeros(128, 1100)
-            wanda_kernels.add_sq_norm_(acc, x, offsets)
-            torch.testing.assert_close(acc.double(), expected, rtol=2e-6, atol=0)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_a_stack_of_halves():
     """The sums of gate and up are halves of one tensor, as in a fused projection."""
     given, offsets = tokens(torch.float32), OFFSETS["some without tokens"]

@@ -15,7 +15,7 @@ from wanda_fast.errors import NotStreamableError, QuantizedModelError
 
 # Operations that move values and change none.
 MOVING = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split"}
-MOVING |= {"SplitModulelist", "Transpose"}
+MOVING |= {"SplitModulelist", "Transpose", "Conv3dToLinear", "LinearToConv3d"}
 # Exceptions of an operation on tensors that it cannot convert.
 INCONVERTIBLE = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.conversions import in_merging_order, renaming
+from wanda_fast.checkpoint.conversions import find_conversions, in_merging_order, renaming
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
+from wanda_fast.errors import NotStreamableError
 
 
 def names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, Tensor] | None:
@@ -19,33 +20,17 @@ def names_on_disk(model: nn.Module, files: TensorFiles) -> dict[str, Tensor] | N
 
     Names that the model does not take are missing.
 
-    Returns: None if a weight of a linear is under no name of the files, as if transformers merged it with
-        another in a way that it cannot revert.
+    Returns: None if a tensor of the model cannot be converted back to those of the files.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    reverted = revert_weight_conversion(model, state)
-    stored, rename, values = files.on_meta(files.location), renaming(model, state), {}
-    for name in in_merging_order(stored):
-        _, key, converter, _ = rename(name)
-        found = reverted.get(name)
-        if found is None and converter is None:
-            found = state.get(key)
-        if found is not None and found.shape == stored[name].shape:
-            values[name] = found
-    return None if _loose(model, state, reverted, values) else values
-
-
-def _loose(
-    model: nn.Module, state: dict[str, Tensor], reverted: dict[str, Tensor], values: dict[str, Tensor]
-) -> list[str]:
-    """Tensors, linears' weights among them, that are under no name of the files."""
-    held = {tensor.data_ptr() for tensor in values.values()}
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    # Others of the model may be absent from the files: transformers computes them.
-    matters = [name for name in reverted if name in linears or name not in state]
-    return [name for name in matters if name not in values and reverted[name].data_ptr() not in held]
+    stored, values = files.on_meta(files.location), {}
+    try:
+        for made in find_conversions(model, stored, model.dtype):
+            made.require_inverse(stored)
+            values |= made.to_disk({name: state[name] for name in made.targets})
+    except NotStreamableError:
+        return None
+    return values
 
 
 def unused_names(model: nn.Module, files: TensorFiles) -> list[str]:

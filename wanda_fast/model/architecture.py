@@ -9,7 +9,8 @@ from functools import cached_property
 from torch import nn
 
 from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
-from wanda_fast.model.experts import ExpertLinear, Experts, find_experts
+from wanda_fast.model.experts import ExpertLinear, Experts
+from wanda_fast.model.find_experts import find_experts
 from wanda_fast.model.linears import Linear, dense_linears, is_linear
 
 # Modules that route tokens to experts, and attributes of a configuration that say how many experts there are.

@@ -15,16 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanda_fast.model.linears import GatedMLP, Linear, activation_of
+from wanda_fast.model.linears import Linear
 from wanda_fast.model.patching import forwards_replaced
 from wanda_kernels.forward import empty
-
-# Parameters that hold the first projection of all experts.
-FIRST_NAMES, DOWN_NAME = ("gate_up_proj", "up_proj"), "down_proj"
-# JetMoE's modules of all experts, called with the tokens sorted and the number of each expert's.
-PARALLEL_NAMES = ("input_linear", "output_linear")
-# Parameters of an expert forward behind the hidden states: the experts of each token, and their weights.
-ROUTED_ARGUMENTS = 2
 
 
 class Projection(nn.Module):
@@ -35,23 +28,36 @@ class Projection(nn.Module):
     Attributes:
         path: the parameter's name below that of the experts.
         parts: names of the matrices that the parameter holds for each expert: gate_proj and up_proj, or one.
-        interleaved: whether gate and up alternate, row by row.
         count: of experts.
+        transposed: whether the parameter is `[experts, in, out]`.
+        interleaved: whether gate and up alternate, row by row.
     """
 
-    def __init__(self, owner: nn.Module, path: str, parts: tuple[str, ...], count: int):
+    def __init__(
+        self,
+        experts: nn.Module,
+        path: str,
+        parts: tuple[str, ...],
+        count: int,
+        transposed: bool = False,
+        interleaved: bool = False,
+    ):
         super().__init__()
         inside, _, self.parameter = path.rpartition(".")
         # In a tuple, so that the owner is no submodule.
-        self._owner = (owner.get_submodule(inside),)
+        self._owner = (experts.get_submodule(inside),)
         self.path, self.parts, self.count = path, parts, count
-        self.transposed = not inside and _is_transposed(owner)
-        self.interleaved = len(parts) == 2 and not getattr(owner, "is_concatenated", True)
+        self.transposed, self.interleaved = transposed, interleaved
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self._owner[0]
 
     @property
     def stack(self) -> Tensor:
         """`[experts, out, in]`, a view of the parameter."""
-        values = getattr(self._owner[0], self.parameter)[: self.count]
+        values = getattr(self.owner, self.parameter)[: self.count]
         return values.transpose(1, 2) if self.transposed else values
 
     def rows(self, part: str) -> slice:
@@ -84,7 +90,7 @@ class Projection(nn.Module):
         """
         if x.is_meta:
             return x.new_empty(len(x), self.stack.shape[1])
-        stack, bias = self.stack, getattr(self._owner[0], f"{self.parameter}_bias", None)
+        stack, bias = self.stack, getattr(self.owner, f"{self.parameter}_bias", None)
         if _multiplies_groups(x, stack):
             output = F.grouped_mm(x, stack.transpose(1, 2), offs=offsets[1:].int())
             if bias is not None:
@@ -118,43 +124,34 @@ class ExpertLinear(Linear):
 
 @dataclass(eq=False)
 class Experts:
-    """The experts of one module.
+    """The experts of one module, which is called with the router's choice for each token.
 
     Attributes:
         name: the module's full name in the model.
         first: the projection that reads the hidden states: gate and up, or up alone.
+        hidden: what the down projections read, of the first projections' output; None: it is not known.
         linears: expert by expert, in the order gate, up, down.
-        parallel: whether only the two projections are known, and not what is between them: JetMoE's.
     """
 
     name: str
     module: nn.Module
     first: Projection
     down: Projection
+    hidden: Callable[[Tensor], Tensor] | None
     linears: list[ExpertLinear]
-    parallel: bool = False
 
     @property
     def count(self) -> int:
         return self.down.count
 
-    def hidden(self, first: Tensor) -> Tensor:
-        """What the down projections read, of the first projections' output."""
-        if len(self.first.parts) == 2:
-            return _gate_of(self.module)(first)
-        return self.module.act_fn(first)
-
-    def per_token(self, chosen: int) -> int:
-        """Experts that a token goes through in a model that chooses so many: all, in Llama 4's."""
-        return self.count if _form(self.module) is Experts.forward_sorted else chosen
-
     @property
     def forwards(self) -> dict[nn.Module, Callable]:
         """The forwards of modules that run by segments instead."""
-        if not self.parallel:
-            return {self.module: partial(_run, self)}
-        pairs = zip(PARALLEL_NAMES, (self.first, self.down), strict=True)
-        return {getattr(self.module, name): partial(_run_parallel, each) for name, each in pairs}
+        return {self.module: self._called}
+
+    def per_token(self, chosen: int) -> int:
+        """Experts that a token goes through if the router chooses so many."""
+        return chosen
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output: the sum over a token's experts of their outputs, by the router's weights.
@@ -169,13 +166,12 @@ class Experts:
         offsets = torch.searchsorted(experts, torch.arange(self.count + 1, device=experts.device))
         weights = top_k_weights.reshape(-1)[order]
         x = hidden_states[order // k]
-        output = self.run(x, offsets, weights)
-        weighted = output * weights.unsqueeze(-1)
+        weighted = self._run(x, offsets, weights) * weights.unsqueeze(-1)
         unsorted = torch.empty_like(weighted)
         unsorted[order] = weighted
         return unsorted.view(-1, k, x.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
-    def run(self, x: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Each row's expert's output, `[tokens, features]`.
 
         Args:
@@ -191,27 +187,40 @@ class Experts:
             output[offsets[-1] :] = 0
         return output
 
-    def forward_sorted(self, hidden_states: Tensor) -> Tensor:
-        """Llama 4's: every token goes through every expert, scaled by the router; it is zero for the others.
+    def _called(self, *args, **kwargs) -> Tensor:
+        """`forward`, with the arguments of the module's own forward, by position or by name."""
+        own = inspect.unwrap(type(self.module).forward)
+        given = inspect.signature(own).bind(self.module, *args, **kwargs)
+        return self.forward(*given.args[1:])
 
+
+class ScaledExperts(Experts):
+    """Llama 4's: every token goes through every expert, scaled by the router; it is zero for the others."""
+
+    def per_token(self, chosen: int) -> int:
+        return self.count
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """
         Args:
             hidden_states: `[experts * tokens, features]`, expert by expert.
         """
         tokens = len(hidden_states) // self.count
         offsets = torch.arange(self.count + 1, device=hidden_states.device) * tokens
-        return self.run(hidden_states, offsets, None)
+        return self._run(hidden_states, offsets, None)
 
 
-def find_experts(root: nn.Module, prefix: str = "") -> list[Experts]:
-    """The modules in `root` whose parameters hold experts in a known form."""
-    found = []
-    for name, module in root.named_modules():
-        first = next((each for each in FIRST_NAMES if _dim(module, each) == 3), None)
-        if first is not None and _dim(module, DOWN_NAME) == 3 and _form(module) is not None:
-            found.append(_experts(prefix + name, module, first))
-        elif all(_dim(getattr(module, each, None), "weight") == 3 for each in PARALLEL_NAMES):
-            found.append(_parallel_experts(prefix + name, module))
-    return found
+class ParallelExperts(Experts):
+    """JetMoE's: a module for each projection, called with sorted tokens and the number of each expert's."""
+
+    @property
+    def forwards(self) -> dict[nn.Module, Callable]:
+        return {each.owner: partial(_by_sizes, each) for each in (self.first, self.down)}
+
+
+def _by_sizes(projection: Projection, inputs: Tensor, expert_size: list[int]) -> Tensor:
+    offsets = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0)
+    return projection(inputs, offsets, None)
 
 
 @contextmanager
@@ -224,99 +233,12 @@ def sorted_by_expert(experts: list[Experts]) -> Iterator[None]:
         yield
 
 
-def _run(experts: Experts, *args, **kwargs) -> Tensor:
-    """Call the experts with the arguments of the module's own forward, by position or by name."""
-    own = inspect.unwrap(type(experts.module).forward)
-    given = inspect.signature(own).bind(experts.module, *args, **kwargs)
-    return _form(experts.module)(experts, *given.args[1:])
-
-
-def _run_parallel(projection: Projection, inputs: Tensor, expert_size: list[int]) -> Tensor:
-    offsets = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0)
-    return projection(inputs, offsets, None)
-
-
 def segments(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
     """(expert, begin, end) of every expert that has tokens. Waits for a GPU."""
     bounds = offsets.tolist()
     for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end > begin:
             yield expert, begin, end
-
-
-def _experts(name: str, module: nn.Module, parameter: str) -> Experts:
-    count = len(getattr(module, DOWN_NAME))
-    parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("up_proj",)
-    first = Projection(module, parameter, parts, count)
-    down = Projection(module, DOWN_NAME, ("down_proj",), count)
-    gated = _gated(module, first, down) if len(parts) == 2 else None
-    return _with_linears(Experts(name, module, first, down, []), gated)
-
-
-def _parallel_experts(name: str, module: nn.Module) -> Experts:
-    count = len(getattr(module, PARALLEL_NAMES[0]).weight)
-    first, down = (Projection(module, f"{each}.weight", (each,), count) for each in PARALLEL_NAMES)
-    return _with_linears(Experts(name, module, first, down, [], parallel=True), None)
-
-
-def _with_linears(experts: Experts, gated: GatedMLP | None) -> Experts:
-    first = experts.first
-    for index in range(experts.count):
-        for projection in (first, experts.down):
-            for part in projection.parts:
-                role = part.removesuffix("_proj") if gated is not None and projection is first else None
-                linear = ExpertLinear(f"{experts.name}.{index}.{part}", projection, role and gated, role)
-                linear.experts, linear.index, linear.matrix = experts, index, part
-                experts.linears.append(linear)
-    return experts
-
-
-def _gated(module: nn.Module, first: Projection, down: Projection) -> GatedMLP:
-    """The gated MLP of all experts: its modules give the outputs of all."""
-    plain = not _has_own_gate(module)
-    product = None if plain else lambda gate, up: _gate_of(module)(first.joined(gate, up))
-    return GatedMLP(first, first, activation_of(module) if plain else None, down, first.split, product)
-
-
-def _has_own_gate(module: nn.Module) -> bool:
-    own = getattr(type(module), "_apply_gate", None)
-    return own is not None and own.__name__ != "_default_apply_gate"
-
-
-def _gate_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate
-    activation = activation_of(module)
-
-    def gate_of(first: Tensor) -> Tensor:
-        gate, up = first.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return gate_of
-
-
-def _form(module: nn.Module) -> Callable | None:
-    """The method of `Experts` that replaces the module's forward; None if its form is unknown."""
-    if not hasattr(module, "_apply_gate") and not callable(activation_of(module)):
-        return None
-    arguments = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[2:]
-    if len(arguments) == ROUTED_ARGUMENTS:
-        return Experts.forward
-    return Experts.forward_sorted if not arguments else None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the parameters are `[experts, in, out]`."""
-    if hasattr(module, "is_transposed"):
-        return module.is_transposed
-    first = next(getattr(module, each) for each in FIRST_NAMES if _dim(module, each) == 3)
-    return first.shape[1] == getattr(module, DOWN_NAME).shape[2]
-
-
-def _dim(module: nn.Module | None, name: str) -> int | None:
-    """The number of dimensions of a module's own parameter; None if it has none of that name."""
-    value = module._parameters.get(name) if isinstance(module, nn.Module) else None
-    return None if value is None else value.dim()
 
 
 def _multiplies_groups(x: Tensor, stack: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 import wanda_kernels
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear, Projection
-from wanda_fast.pruning.expert_statistics import ExpertSums
+from wanda_fast.pruning.expert_sums import ExpertSums
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.linear_reports import Outcome
 from wanda_fast.pruning.methods import Magnitude, Method

@@ -1,66 +1,21 @@
 """Gathers a block's statistics and Hessians by forward hooks while the calibration runs through it."""
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear, Experts, Projection
 from wanda_fast.model.linears import Linear
-from wanda_fast.pruning.expert_statistics import ExpertOptions, ExpertStatistics, ExpertSums
+from wanda_fast.pruning.expert_statistics import ExpertOptions, ExpertStatistics
+from wanda_fast.pruning.expert_sums import ExpertSums
 from wanda_fast.pruning.hessian import Hessian
+from wanda_fast.pruning.shared_by_input import SharedByInput
 from wanda_fast.pruning.statistics import DenseInputs, OutputStatistic, SquaredNorm, Statistic
 from wanda_kernels.forward import saving_column_squares
-
-T = TypeVar("T")
-
-
-class SharedByInput(Generic[T]):
-    """Sums by linear name; linears that read the same tensor in a forward share one of a kind.
-
-    The tensor's identity decides, not a name. Batches may run in threads of their own.
-
-    Args:
-        make: makes a linear's sum, or returns None for a linear that has none.
-        kind: only linears of equal kind share.
-    """
-
-    def __init__(self, make: Callable[[Linear], T | None], kind: Callable[[Linear], object]):
-        self.by_name: dict[str, T] = {}
-        self._make, self._kind = make, kind
-        self._forward = _Readers()
-
-    def begin(self) -> None:
-        """A forward begins, or all are over."""
-        self._forward.readers.clear()
-
-    def to_add(self, linear: Linear, x: Tensor) -> T | None:
-        """The sum that x has to be added to; None if the linear has none, or a sharer has added x."""
-        key = id(x), self._kind(linear)
-        reference, shared = self._forward.readers.get(key, (None, None))
-        # The id may have belonged to a tensor that is gone.
-        if reference is not None and reference() is not x:
-            shared = None
-        own = self.by_name.get(linear.name) or shared or self._make(linear)
-        if own is None:
-            return None
-        self.by_name[linear.name] = own
-        if own is shared:
-            return None
-        self._forward.readers[key] = (weakref.ref(x), own)
-        return own
-
-
-class _Readers(threading.local):
-    """The sums that have received a tensor in this thread's forward: (id, kind) -> (tensor, sum)."""
-
-    def __init__(self):
-        self.readers: dict[tuple, tuple[weakref.ref, object]] = {}
 
 
 class _Forward(threading.local):

@@ -15,6 +15,7 @@ from wanda_fast import errors
 from wanda_fast.checkpoint import conversions
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.meta_model import open_meta_model
+from wanda_fast.checkpoint.save import save
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.output import streamed as output
 from wanda_fast.run import inputs
@@ -228,16 +229,34 @@ def test_tensors_on_disk_are_freed_once_they_are_merged(folder_of, monkeypatch):
     assert alive and not any("experts" in name for name in alive)
 
 
-def test_transposed_on_disk(folder_of):
+def transpose_experts(folder):
     """Qwen3-VL-MoE's experts are `[E, in, out]` on the hub, `[E, out, in]` where transformers saved them."""
-    folder, prefix = folder_of(qwen3_vl_moe), "model.language_model.layers"
+    tensors = tensors_of(folder)
+    names = [name for name in tensors if "mlp.experts" in name]
+    edit(folder, **{name: tensors[name].mT.contiguous() for name in names})
+    return names
+
+
+def test_transposed_on_disk(folder_of):
+    folder = folder_of(qwen3_vl_moe)
     expected, _ = swept(opened(folder, dtype="bfloat16")[1])
-    names = [f"{prefix}.{block}.mlp.experts.{p}_proj" for block in (0, 1) for p in ("gate_up", "down")]
-    edit(folder, **{name: tensors_of(folder)[name].mT.contiguous() for name in names})
+    names = transpose_experts(folder)
     held, written = swept(opened(folder, dtype="bfloat16")[1], converted_back=True)
     assert_equal_bytes(held, expected)
     stored = tensors_of(folder)
+    assert len(names) == 4
     assert_equal_bytes({name: written[name] for name in names}, {name: stored[name] for name in names})
+
+
+def test_transposed_experts_in_memory_are_saved_under_their_own_names(folder_of, tmp_path):
+    folder, name = folder_of(qwen3_vl_moe), "model.language_model.layers.1.mlp.experts.down_proj"
+    transpose_experts(folder)
+    loaded = inputs.checkpoints.load(str(folder), "bfloat16")
+    loaded.model.get_parameter(name).data[2, 5] = 0
+    save(loaded, tmp_path / "out")
+    expected = tensors_of(folder)
+    expected[name][2, :, 5] = 0
+    assert_equal_bytes(tensors_of(tmp_path / "out"), expected)
 
 
 def test_what_has_no_inverse_is_refused(folder_of, monkeypatch):

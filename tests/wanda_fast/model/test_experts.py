@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.every_architecture import tiny_config
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.model.experts import ExpertLinear, find_experts, sorted_by_expert
+from wanda_fast.model.experts import ExpertLinear, sorted_by_expert
+from wanda_fast.model.find_experts import find_experts
 
 # gpt_oss: transposed, gate and up alternate, biases, a gate of its own; llama4_text: transposed, every token
 # through every expert; longcat_flash: experts that return their input; nemotron_h: no gate.
