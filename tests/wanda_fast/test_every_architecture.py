@@ -17,6 +17,7 @@ UNLIKE_LLAMA += (
     "mamba2",
     "mpt",
     "nemotron_h",
+    "openai-gpt",
     "recurrent_gemma",
     "rwkv",
     "zamba2",

@@ -22,7 +22,7 @@ class BlockCall:
         """The block's output for `hidden`, both `[sequences, seqlen, features]`."""
         with faster_forward(hidden.device):
             output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass

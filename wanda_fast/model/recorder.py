@@ -172,9 +172,9 @@ class _Recorder:
                     output = _on_meta(self.block, self.hidden, self.call)
                 except (RuntimeError, NotImplementedError):
                     output = _on_zeros(self.block, self.hidden, self.call)
-            hidden, *others = output if isinstance(output, tuple) else (output,)
+            hidden, *others = output if isinstance(output, tuple | list) else (output,)
             others = [each.to("meta") if isinstance(each, Tensor) else None for each in others]
-            self.known[key] = _Outputs(hidden.dtype, others if isinstance(output, tuple) else None)
+            self.known[key] = _Outputs(hidden.dtype, others if isinstance(output, tuple | list) else None)
         return self.known[key]
 
 
