@@ -1,9 +1,12 @@
 """The quality tables: which cells they hold, how they are counted, what is not measured."""
 
 import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
 
 from benchmarks import charts, pages
 from benchmarks.quality import __main__ as quality
+from benchmarks.quality import small_llama, small_moe
 from benchmarks.quality.results import Cell, Cost, Results, mean_and_std
 
 
@@ -79,3 +82,20 @@ def test_options_of_a_cell():
         "expert_tokens": "all",
         "expert_shrinkage": 64.0,
     }
+
+
+@pytest.mark.parametrize(
+    "kind, own",
+    [(LlamaConfig, {}), (MixtralConfig, small_moe.SIZES | small_moe.BALANCE)],
+    ids=["llama", "moe"],
+)
+def test_a_small_model_learns(kind, own):
+    tiny = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = kind(**small_llama.BYTES | own | tiny | dict(num_key_value_heads=2))
+    text = torch.arange(600) % 7
+    model = small_llama.train(config, text, steps=25, batch=2, bf16=False)
+    with torch.no_grad():
+        output = model(text[None, :256], labels=text[None, :256])
+    assert output.loss < 4.5  # 5.5 untrained
+    if kind is MixtralConfig:
+        assert output.aux_loss < 4  # 2: all experts are used alike; 8: two of them get all tokens
