@@ -36,6 +36,8 @@ from wanda_kernels.triton_ops import (
     prune_matrix,
     prune_nm,
     prune_rows,
+    prune_strided_nm,
+    prune_strided_rows,
     sparsegpt_block,
 )
 from wanda_kernels.triton_ops import forward as triton_forward
@@ -49,6 +51,8 @@ MODULES = (
     grouped_product,
     prune_rows,
     prune_nm,
+    prune_strided_rows,
+    prune_strided_nm,
     prune_matrix,
     sparsegpt_block,
     triton_forward,
@@ -177,6 +181,18 @@ def _operands(dtype: torch.dtype, n_cols: int, heaviest: bool) -> tuple:
     return weight, torch.empty(n_rows, n_cols, device="meta"), mask
 
 
+def _stack(dtype: torch.dtype, n_cols: int, heaviest: bool, transposed: bool) -> tuple:
+    """As `_operands`, for a stack of experts."""
+    n_experts, n_rows = 8, 768
+    shape = (n_experts, n_cols, n_rows) if transposed else (n_experts, n_rows, n_cols)
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    weight = weight.transpose(1, 2) if transposed else weight
+    if not heaviest:
+        return weight, torch.empty(n_experts, n_cols, device="meta"), None
+    mask = torch.empty(n_experts, n_rows, -(-n_cols // 8), dtype=torch.uint8, device="meta")
+    return weight, torch.empty(n_experts, n_rows, n_cols, device="meta"), mask
+
+
 def _launch_sums() -> None:
     for dtype in FLOATS:
         add_sq_norm.add_sq_norm_(
@@ -189,6 +205,10 @@ def _launch_rows() -> None:
         for dtype, heaviest in WEIGHTS:
             weight, scale, mask = _operands(dtype, n_cols, heaviest)
             prune_rows.prune_rows_(weight, scale, n_cols // 2, mask)
+    for n_cols in (128, 1024, 2048, 2880, 8192, 16_384, 28_672):
+        for dtype, heaviest in WEIGHTS:
+            weight, scale, mask = _stack(dtype, n_cols, heaviest, transposed=True)
+            prune_rows.prune_rows_(weight, scale, n_cols // 2, mask)
 
 
 def _launch_nm() -> None:
@@ -200,6 +220,12 @@ def _launch_nm() -> None:
         ]:
             weight, scale, mask = _operands(dtype, n_cols, heaviest)
             prune_nm.prune_nm_(weight, scale, n, m, mask)
+            if n_cols > 512:
+                weight, scale, mask = _stack(dtype, n_cols, heaviest, transposed=True)
+                prune_nm.prune_nm_(weight, scale, n, m, mask)
+    # an expert's rows are not a multiple of 16 elements
+    stack = torch.empty(8, 100, 1000, dtype=torch.bfloat16, device="meta")
+    prune_nm.prune_nm_(stack[:, :99], torch.empty(8, 1000, device="meta"), 2, 4, None)
 
 
 def _launch_matrix() -> None:

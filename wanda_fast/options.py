@@ -210,8 +210,9 @@ class Options:
         decides=BYTES,
     )
     expert_weighting: str = option(
-        "none",
-        help="router: a token counts in an expert's statistics by the square of the router's weight.",
+        "router",
+        help="router: a token counts in an expert's statistics by the square of the router's weight, which "
+        "multiplies the expert's error. none: every token counts the same.",
         panel=WHAT,
         choices=("none", "router"),
         decides=BYTES,

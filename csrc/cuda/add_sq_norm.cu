@@ -2,8 +2,8 @@
 //   1. Sum slabs of tokens in fp32. x is read once: a lane owns 8 neighbouring columns, the 8 warps of a block take
 //      turns at the slab's tokens, and their sums are added in shared memory.
 //   2. Add a column's slabs in a fixed order, in fp64.
-// The slabs depend on the shape alone. With segments, a slab has consecutive tokens, and its block writes a row of partial
-// sums for each expert with tokens in it. The row's number is slab + expert, which grows from each such pair to the next.
+// The slabs depend on the shape alone. With segments, a slab has consecutive tokens, and its block writes a row of
+// partial sums for each expert with tokens in it. The row's number is slab + expert: no two such pairs share one.
 #include "block.cuh"
 
 namespace wanda {
@@ -26,7 +26,7 @@ int64_t n_slabs(const Matrix& x) {
 
 constexpr int64_t kLot = kWarps * kAtOnce;
 
-// target[col] = the sum of squares over the lots at `first`, `first` + `step`, ... before `end`, for the block's columns.
+// target[col] = the sum of squares over the lots at first, first + step, ... before `end`, for the block's columns.
 template <typename T>
 __device__ void sum_lots(const Matrix& x, int64_t first, int64_t end, int64_t step, bool aligned,
                          float (*of_warp)[kTileColumns], float* target) {

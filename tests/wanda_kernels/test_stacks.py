@@ -80,7 +80,7 @@ def test_rows_of_every_count(operation, backend):
 
 
 # one for each number of rows of a Triton program, and one too long for its registers
-@pytest.mark.parametrize("n_cols", [1000, 1100, 2050, 4100, 8200, 16_400])
+@pytest.mark.parametrize("n_cols", [500, 520, 1030, 2050, 4100, 8200])
 @pytest.mark.parametrize(("operation", "backend"), [each for each in SERVED if each[0] == "prune_rows_"])
 def test_transposed_rows_of_every_length(operation, backend, n_cols):
     weight = random_stack(1, 3, n_cols, torch.bfloat16)

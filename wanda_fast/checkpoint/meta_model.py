@@ -57,11 +57,8 @@ class MetaModel:
         self.conversion = {name: made for made in self.conversions for name in made.sources}
         # By name in the output.
         self.written = {name: made.written or made for made in self.conversions for name in made.outputs}
-
-    @property
-    def names(self) -> dict[str, list[str]]:
-        """Tensor name on disk -> the names in the model of all that it becomes a part of."""
-        return {
+        # Name on disk -> the names in the model of all that the tensor becomes a part of.
+        self.names = {
             name: [alias for target in self.conversion[name].targets for alias in self.aliases[target]]
             for name in self.files.location
             if name in self.conversion

@@ -30,9 +30,14 @@ def sole_writer(options: Options) -> Iterator[None]:
         require_one_process()
     for file in filter(None, (options.save_log, options.save_mask)):
         saving.require_free(Path(file), overwrite=True)
+    folder, mask = path_of(options.save_model), path_of(options.save_mask)
+    if folder and mask:
+        saving.require_outside(mask, folder)
     with ExitStack() as locks:
-        for output in outputs.values():
-            locks.enter_context(locked(output))
+        for resolved, output in outputs.items():
+            # The folder's lock holds for what is inside of it.
+            if folder is None or folder.resolve() not in resolved.parents:
+                locks.enter_context(locked(output))
         yield
 
 
@@ -56,8 +61,6 @@ def _require_writable(options: Options, may_replace: bool) -> None:
     folder, mask = path_of(options.save_model), path_of(options.save_mask)
     if folder:
         saving.require_empty(folder, may_replace, options.resume)
-    if folder and mask:
-        saving.require_outside(mask, folder)
     # The files may be those of the unfinished run that is resumed.
     may_replace = may_replace or (options.resume and StreamedOutput.is_under_way(folder))
     if options.save:

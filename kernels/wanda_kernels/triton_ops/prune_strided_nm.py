@@ -63,15 +63,14 @@ def _prune_strided_groups_kernel(
             keys += (tl.full((SIZE,), PAD_KEY, tl.int32),)
         kept = kept_of(keys, N_PRUNED, GROUP)
         for j in tl.static_range(M):
-            BIT: tl.constexpr = (g * M + j) % 8
             cols = first_col + (g * M + j)
             w = tl.where(kept[j], weights[j], 0.0)
             tl.store(w_ptr + cols.to(tl.int64) * stride_wn, w, mask=inside)
             if MASK == MASK_BYTES:
                 tl.store(mask_ptr + cols, kept[j].to(tl.uint8), mask=inside)
             if MASK == MASK_BITS:
-                packed |= (kept[j] & inside).to(tl.int32) << BIT
-                if BIT == 7:
+                packed |= (kept[j] & inside).to(tl.int32) << (g * M + j) % 8
+                if (g * M + j) % 8 == 7:
                     is_byte = (rows < n_rows) & (cols - 7 < n_cols)
                     tl.store(mask_ptr + cols // 8, packed.to(tl.uint8), mask=is_byte)
                     packed = tl.zeros((SIZE,), tl.int32)

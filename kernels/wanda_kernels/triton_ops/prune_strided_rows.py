@@ -1,9 +1,9 @@
 """prune_rows_ where a row's columns are apart in memory, as in transposed storage.
 
 W [E, n_rows, n_cols] in place, of any strides; scale [E, n_cols], [E, n_rows, n_cols] or None. A program
-takes neighbouring rows, so that it reads whole sectors of each column, and searches the thresholds of all of
-them at once, with their keys in registers. A tile is [columns, rows]: a warp's lanes are neighbours in
-memory. Bytes and roof are those of prune_rows.py, where the search is explained.
+takes as many neighbouring rows as fit the registers and searches the thresholds of all of them at once. A
+tile is [columns, rows]: a warp's lanes are neighbours in memory. Neighbouring programs share the cache lines
+of a column in L2. Bytes and roof are those of prune_rows.py, where the search is explained.
 """
 
 import triton
@@ -37,21 +37,23 @@ def _search_on(low, high, below, missing, surplus, side, guess, count, wanted):
     return low, high, below, new[3], new[4], new[5]
 
 
-@triton.jit(do_not_specialize=["num_pruned"])
+# A stride that is known to be 1 would give a thread vectors of rows, and as many brackets in registers.
+@triton.jit(do_not_specialize=["num_pruned", "stride_wm", "stride_sn"])
 def _prune_strided_rows_kernel(
     w_ptr, stride_we, stride_wm, stride_wn,
-    scale_ptr, stride_se, stride_sm,
+    scale_ptr, stride_se, stride_sm, stride_sn,
     mask_ptr, stride_mm,
     n_rows, n_cols, num_pruned,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, BLOCK_M)
-    rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = first_row + tl.arange(0, BLOCK_M)[None, :]  # [1, BLOCK_M]
     cols = tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N, 1]
-    inside = (rows < n_rows)[None, :] & (cols < n_cols)
-    w_ptrs = w_ptr + matrix * stride_we + rows[None, :] * stride_wm + cols.to(tl.int64) * stride_wn
-    scale_ptrs = scale_ptr + matrix * stride_se + rows[None, :] * stride_sm + cols
+    inside = (rows < n_rows) & (cols < n_cols)
+    w_ptr += matrix * stride_we
+    w_ptrs = w_ptr + rows * stride_wm + cols.to(tl.int64) * stride_wn
+    scale_ptrs = scale_ptr + matrix * stride_se + rows * stride_sm + cols * stride_sn
     keys = load_keys(w_ptrs, scale_ptrs, inside, SCALE)  # [BLOCK_N, BLOCK_M]
 
     # as in prune_rows.py, with a bracket for each row
@@ -82,25 +84,28 @@ def _prune_strided_rows_kernel(
         n_passes += 1
 
     kept = (keys > low[None, :]) | ((keys == low[None, :]) & (cols >= tie_low[None, :]))
-    # from L2: holding them through the passes would take registers
+    # From L2, by addresses computed again: holding either through the passes would take registers. The
+    # compiler would hold the addresses if it knew that no column is negative.
+    stride_wn += tl.minimum(tl.min(tie_low, axis=0), 0)
+    w_ptrs = w_ptr + rows * stride_wm + cols.to(tl.int64) * stride_wn
     w = tl.load(w_ptrs, mask=inside)
     tl.store(w_ptrs, tl.where(kept, w, 0.0), mask=inside)
     if HAS_MASK:
         bits = tl.reshape((kept & inside).to(tl.int32), (BLOCK_N // 8, 8, BLOCK_M))
         packed = tl.sum(bits << tl.arange(0, 8)[None, :, None], axis=1).to(tl.uint8)
         offs = tl.arange(0, BLOCK_N // 8)[:, None]
-        mask_ptrs = mask_ptr + (matrix * n_rows + rows)[None, :] * stride_mm + offs
-        tl.store(mask_ptrs, packed, mask=(rows < n_rows)[None, :] & (offs < tl.cdiv(n_cols, 8)))
+        mask_ptrs = mask_ptr + (matrix * n_rows + rows) * stride_mm + offs
+        tl.store(mask_ptrs, packed, mask=(rows < n_rows) & (offs < tl.cdiv(n_cols, 8)))
 
 
-MOST_COLUMNS = KEYS = 16384  # of a program: 64 keys a thread of 8 warps
+MOST_COLUMNS = KEYS = 8192  # of a program: 16 keys a thread of 16 warps; 32 keys spill
 MOST_ROWS = 16  # 32 bytes of a 16-bit column: a sector
 
 
 def _tile(n_cols: int) -> dict[str, int]:
     block_n = max(triton.next_power_of_2(n_cols), 128)
     block_m = min(KEYS // block_n, MOST_ROWS)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(block_m * block_n // 2048, 1)}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": max(block_m * block_n // 512, 1)}
 
 
 def prune_strided_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
@@ -110,7 +115,7 @@ def prune_strided_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, m
     packed, stride_mm = mask_arguments(weight, mask)
     tile = _tile(n_cols)
     _prune_strided_rows_kernel[(n_matrices(weight) * triton.cdiv(n_rows, tile["BLOCK_M"]),)](
-        weight, *stack_strides(weight), weight.stride(-1), scale, stride_se, stride_sm, packed, stride_mm,
+        weight, *stack_strides(weight), weight.stride(-1), scale, stride_se, stride_sm, 1, packed, stride_mm,
         n_rows, n_cols, num_pruned,
         SCALE=kind, HAS_MASK=mask is not None, **tile, enable_fp_fusion=False,
     )  # fmt: skip
