@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import results, rows, timing
-from benchmarks.core.providers import TORCH, Lineup, Provider, lineup, ours
+from benchmarks.core.providers import OURS, TORCH, Lineup, Provider, lineup, ours
 from benchmarks.core.roofs import Roofs
 from benchmarks.core.rows import Row, with_speed_ups
 from benchmarks.core.workloads import Workload
@@ -74,13 +74,30 @@ def measure(
 
 def run_workload(workload: Workload, line: Lineup, session: Session) -> list[Row]:
     """Judge every provider on the workload, then time those that are right, interleaved."""
-    line = replace(line, providers=[*line.providers, *workload.peers])
+    providers = _of_experts(line.providers) if workload.experts else line.providers
+    providers = [*providers, *workload.peers]
     operands = workload.make_operands()
     ring = timing.Ring(operands, timing.cache_bytes(session.device) if not session.quick else 0)
     # the reference leaves the right result in operands[0]
     ours(workload.operation, TORCH)(*operands, *workload.params)
-    found = {provider.name: _judge(provider, workload, ring, operands[0]) for provider in line.providers}
-    return _time(found, workload, line, ring, session)
+    found = {provider.name: _judge(provider, workload, ring, operands[0]) for provider in providers}
+    return _time(found, workload, providers, ring, session)
+
+
+def _of_experts(providers: list[Provider]) -> list[Provider]:
+    """For a stack: other people's code in a loop over experts, and ours both at once and in a loop."""
+    at_once = [each for each in providers if each.name in (TORCH, *OURS)]
+    loops = [replace(each, name=f"{each.name}, by expert") for each in at_once if each.name in OURS]
+    loops += [each for each in providers if each not in at_once]
+    return at_once + [replace(each, call=_by_expert(each.call)) for each in loops]
+
+
+def _by_expert(call: Callable[..., object]) -> Callable[..., None]:
+    def run(weight: Tensor, scale: Tensor, *params: object) -> None:
+        for matrix, row in zip(weight, scale, strict=True):
+            call(matrix, row, *params)
+
+    return run
 
 
 def _judge(provider: Provider, workload: Workload, ring: timing.Ring, expected: Tensor) -> Row:
@@ -102,11 +119,13 @@ def _raised(error: Exception) -> str:
     return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def _time(found: dict[str, Row], workload: Workload, line: Lineup, ring, session: Session) -> list[Row]:
+def _time(
+    found: dict[str, Row], workload: Workload, providers: list[Provider], ring, session: Session
+) -> list[Row]:
     right = {row.provider for row in found.values() if row.status != rows.FAILED}
     calls = {
         provider.name: lambda *operands, call=provider.call: call(*operands, *workload.params)
-        for provider in line.providers
+        for provider in providers
         if provider.name in right
     }
     watch = timing.stopwatch_of(session.device)

@@ -1,7 +1,8 @@
 """A workload: one problem of one shape, the same for every provider, and how its result is judged."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Workload:
     tolerance: float  # on error; 0: every bit
     headline: bool = False
     peers: tuple = ()  # providers of this workload alone
+    experts: int = 0  # more than 0: of a stack, which other providers prune one matrix at a time
 
 
 def differing_weights(result: Tensor, expected: Tensor) -> float:
@@ -65,17 +67,24 @@ def selections(
     ]
 
 
+def experts(operation: str, device: str, quick: bool, setting: str, params: tuple) -> Workload:
+    """A selection in a stack of experts, one row of scales for each."""
+    shape = shapes.QUICK_EXPERTS if quick else shapes.EXPERTS
+    workload = _selection(operation, device, setting, shape, torch.bfloat16, params, "vector", False)
+    return replace(workload, linear=f"{shape[0]} experts", experts=shape[0])
+
+
 def dtypes(headline: bool) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16, torch.float32) if headline else (torch.bfloat16,)
 
 
 def _selection(operation, device, setting, shape, dtype, params, scale, headline) -> Workload:
-    numel = shape[0] * shape[1]
-    n_scales = {"vector": shape[1], "matrix": numel, None: 0}[scale]
+    numel = math.prod(shape)
+    n_scales = {"vector": numel // shape[-2], "matrix": numel, None: 0}[scale]
     return Workload(
         operation=operation,
         linear=shapes.names().get(shape, "quick"),
-        shape=f"{shape[0]}x{shape[1]}",
+        shape="x".join(map(str, shape)),
         dtype=dtype,
         setting=setting,
         make_operands=lambda: _weight_and_scale(shape, dtype, scale, device),
@@ -95,4 +104,5 @@ def _weight_and_scale(shape, dtype, scale, device) -> Operands:
     weight = (torch.randn(shape, device=device) * 0.02).to(dtype)
     if scale is None:
         return weight, None
-    return weight, torch.randn(shape if scale == "matrix" else shape[1], device=device).mul(2).exp()
+    vector = (*shape[:-2], shape[-1])
+    return weight, torch.randn(shape if scale == "matrix" else vector, device=device).mul(2).exp()

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
-from benchmarks.core.workloads import Workload, selections
+from benchmarks.core.workloads import Workload, experts, selections
 from benchmarks.jobs.published_selection import lowest_by_topk, select
 
 PATTERNS = ((2, 4), (4, 8), (16, 32))
@@ -16,13 +16,14 @@ def published(weight: Tensor, scale: Tensor, n: int, m: int) -> None:
 
 
 def workloads(device: str, quick: bool) -> list[Workload]:
-    return [
+    single = [
         workload
         for n, m in PATTERNS
         for workload in selections(
             "prune_nm_", device, quick, f"{n}:{m}", lambda _, n=n, m=m: (n, m), headline_only=(n, m) != (2, 4)
         )
     ]
+    return [*single, experts("prune_nm_", device, quick, "2:4", (2, 4))]
 
 
 # topk leaves ties open, and a few of millions of random scores are equal

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from benchmarks.core import shapes
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
-from benchmarks.core.workloads import Workload, selections
+from benchmarks.core.workloads import Workload, experts, selections
 from benchmarks.jobs.published_selection import select
 
 RATIO = 0.5
@@ -17,13 +18,14 @@ def published(weight: Tensor, scale: Tensor, num_pruned: int) -> None:
 
 def workloads(device: str, quick: bool) -> list[Workload]:
     def num_pruned(shape):
-        return (int(shape[1] * RATIO),)
+        return (int(shape[-1] * RATIO),)
 
     vector = selections("prune_rows_", device, quick, "50%", num_pruned)
     matrix = selections(
         "prune_rows_", device, quick, "50%, scale a matrix", num_pruned, "matrix", headline_only=True
     )
-    return vector + matrix
+    shape = shapes.QUICK_EXPERTS if quick else shapes.EXPERTS
+    return [*vector, *matrix, experts("prune_rows_", device, quick, "50%", num_pruned(shape))]
 
 
 BENCHMARK = Benchmark("prune_rows_", workloads, [Provider(PUBLISHED, published)])

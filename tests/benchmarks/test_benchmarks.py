@@ -45,6 +45,13 @@ def test_quick_writes_complete_rows(quick, name):
         assert row.fastest_ms <= row.time_ms and row.commit and row.copy_gb_s > 0
 
 
+def test_a_stack_of_experts_is_pruned_at_once_and_in_a_loop(quick):
+    found = [row for row in quick.rows if row.shape == "3x16x64"]
+    ours = [row.provider for row in found if row.provider not in (PUBLISHED, TORCH)]
+    assert {row.setting for row in found} == {"2:4", "50%"}
+    assert {f"{name}, by expert" for name in ours if "by expert" not in name} <= set(ours)
+
+
 def test_quick_dispatch_has_every_operation(quick):
     found = [row for row in quick.rows if row.operation == "dispatch"]
     assert {row.setting for row in found} == bench_dispatch.PARAMS.keys()
@@ -211,6 +218,8 @@ def test_the_shapes_of_real_models_have_workloads():
         ("prune_rows_", "1024x4096", "50%"),
         ("prune_nm_", "1024x4096", "2:4"),
         ("prune_nm_", "1024x4096", "16:32"),
+        ("prune_nm_", "128x768x2048", "2:4"),
+        ("prune_rows_", "128x768x2048", "50%"),
         ("add_sq_norm_", "2048x4096", "2048 tokens"),
         ("sparsegpt_", "576x1536", "2:4"),
     }

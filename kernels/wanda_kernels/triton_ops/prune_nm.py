@@ -58,7 +58,6 @@ def _prune_short_groups_kernel(
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, BLOCK_M * TILES)
     w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
-    mask_ptr += matrix * n_rows * stride_mm
     first_row += tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     # no group is half outside, so keys outside of the matrix need no padding value
@@ -84,7 +83,7 @@ def _prune_short_groups_kernel(
         if MASK == MASK_BITS:
             packed = pack_mask(tl.reshape(kept & inside, (SIZE,)), SIZE)
             offs = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
-            mask_ptrs = mask_ptr + rows * stride_mm + offs
+            mask_ptrs = mask_ptr + (matrix * n_rows + rows) * stride_mm + offs
             packed = tl.reshape(packed, (BLOCK_M, BLOCK_N // 8))
             tl.store(mask_ptrs, packed, mask=(rows < n_rows) & (offs < tl.cdiv(n_cols, 8)))
 
@@ -113,7 +112,6 @@ def _prune_long_groups_kernel(
     group = tl.arange(0, GROUPS)[:, None]
     matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, GROUPS_M * TILES)
     w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
-    mask_ptr += matrix * n_rows * stride_mm
     first_row += group // GROUPS_N  # [GROUPS, 1]
     first_col = (tl.program_id(1) * GROUPS_N + group % GROUPS_N) * GROUP
     offs = first_col + tl.arange(0, CHUNK)[None, :]  # [GROUPS, CHUNK]
@@ -144,7 +142,8 @@ def _prune_long_groups_kernel(
             piece = tl.reshape(piece, (GROUPS, CHUNK))
             tl.store(ptrs + i * CHUNK, tl.where(piece, weights[i], 0.0), mask=inside)
         if MASK == MASK_BITS:
-            mask_ptrs = mask_ptr + tl.reshape(rows * stride_mm + first_col // 8, (GROUPS,))
+            offs_m = (matrix * n_rows + rows) * stride_mm + first_col // 8
+            mask_ptrs = mask_ptr + tl.reshape(offs_m, (GROUPS,))
             for byte in tl.static_range(GROUP // 8):
                 packed = kept[byte * 8].to(tl.int32)
                 for bit in tl.static_range(1, 8):
@@ -165,7 +164,6 @@ def _prune_nm_kernel(
 ):  # fmt: skip
     matrix, first_row = tile_of_stack(tl.program_id(0), n_rows, BLOCK_M)
     w_ptr, scale_ptr = w_ptr + matrix * stride_we, scale_ptr + matrix * stride_se
-    mask_ptr += matrix * n_rows * stride_mm
     rows = first_row + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     first_col = tl.program_id(1) * (BLOCK_N // GROUP * M)
     slots = tl.arange(0, BLOCK_N)[None, :]
@@ -186,7 +184,8 @@ def _prune_nm_kernel(
     tl.store(w_ptrs, tl.where(kept, w, 0.0), mask=inside)
 
     if MASK == MASK_BYTES:
-        tl.store(mask_ptr + rows * stride_mm + cols, kept.to(tl.uint8), mask=inside)
+        mask_ptrs = mask_ptr + (matrix * n_rows + rows) * stride_mm + cols
+        tl.store(mask_ptrs, kept.to(tl.uint8), mask=inside)
 
 
 ENOUGH_PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors

@@ -222,8 +222,8 @@ def _segments(n_cols: int, spills: bool) -> tuple[tuple[int, int, int], int] | N
 
 def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Tensor | None) -> None:
     n_rows, n_cols = weight.shape[-2:]
-    stride_wn = weight.stride(-1) if n_cols > 1 else 1
-    if stride_wn != 1 and n_cols <= MOST_COLUMNS:
+    is_strided = n_cols > 1 and weight.stride(-1) != 1
+    if is_strided and n_cols <= MOST_COLUMNS:
         prune_strided_rows_(weight, scale, num_pruned, mask)
         return
     scale, stride_se, stride_sm, kind = scale_arguments(weight, scale)
@@ -234,9 +234,11 @@ def prune_rows_(weight: Tensor, scale: Tensor | None, num_pruned: int, mask: Ten
     grid = (n_matrices(weight) * n_rows,)
     # packing the bits of 28 fp32 keys a thread takes 48 bytes of stack
     tile = _segments(n_cols, spills=mask is not None and weight.element_size() == 4)
-    if tile is None or stride_wn != 1:
-        tile = {"STRIDED": stride_wn != 1, "BLOCK": IN_PARTS, "num_warps": IN_PARTS_WARPS}
-        _prune_long_rows_kernel[grid](weight, *strides, stride_wn, *others, **flags, **tile)
+    if tile is None or is_strided:
+        # strided columns have an address each, so that half as many fit
+        block = IN_PARTS // 2 if is_strided else IN_PARTS
+        flags |= {"STRIDED": is_strided, "BLOCK": block, "num_warps": IN_PARTS_WARPS}
+        _prune_long_rows_kernel[grid](weight, *strides, weight.stride(-1), *others, **flags)
         return
     (b0, b1, b2), num_warps = tile
     _prune_rows_kernel[grid](weight, *strides, *others, **flags, B0=b0, B1=b1, B2=b2, num_warps=num_warps)
