@@ -3,6 +3,7 @@
 An expert that sees few tokens has noisy statistics: they are drawn towards those of all tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.errors import OptionError
 from wanda_fast.model.experts import ExpertLinear, Experts
 from wanda_fast.pruning.expert_sums import Make, ProjectionSums, weighted
 from wanda_fast.pruning.hessian import Hessian
@@ -36,6 +38,10 @@ class ExpertOptions:
     shrinkage: float = 0.0
     tokens: str = "routed"
     weighting: str = "none"
+
+    def __post_init__(self):
+        if not (isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage < math.inf):
+            raise OptionError(f"expert_shrinkage must be a number from 0 on, got {self.shrinkage!r}")
 
 
 class ExpertStatistics:
@@ -84,17 +90,19 @@ class ExpertStatistics:
         return {linear.name: counts[linear.index] for linear in self._linears}
 
     def finish(self) -> None:
-        """Draw the statistics of starved experts towards those of all tokens."""
+        """Draw the statistics of starved experts towards those of all tokens, once all were seen."""
         tau, sample = self.options.shrinkage, self._sample.tokens
         if not tau or sample is None or self._takes_all:
             return
+        # Not a second time.
+        self._sample.tokens = None
         mean = 1.0
         if self.options.weighting == "router":
             mean = float(self._weight / self.counts.sum().clamp(min=1))
         for expert, count in enumerate(self.counts.tolist()):
             own = [linear for linear in self._linears if linear.index == expert]
             if count < STARVED_TOKENS and own:
-                sums = self._sums(own)
+                sums = self._sums(own, joins=False)
                 self._add_all(sums, sample, expert)
                 for held, added in zip((self.first, self.down), sums, strict=True):
                     held.shrink_(added, tau * mean / len(sample))
@@ -104,10 +112,10 @@ class ExpertStatistics:
         yield from self.first.named()
         yield from self.down.named()
 
-    def _sums(self, linears: list[ExpertLinear]) -> tuple[ProjectionSums, ProjectionSums]:
+    def _sums(self, linears: list[ExpertLinear], joins: bool = True) -> tuple[ProjectionSums, ProjectionSums]:
         first, down = self.experts.first, self.experts.down
         return tuple(
-            ProjectionSums(each, [linear for linear in linears if linear.module is each], *self._make)
+            ProjectionSums(each, [linear for linear in linears if linear.module is each], *self._make, joins)
             for each in (first, down)
         )
 

@@ -18,18 +18,23 @@ class ExpertSums:
 
     Attributes:
         own: by the expert's index.
-        joint: the sums of all experts, `[experts, ...]`, of which each one's are a part; None: the class does
-            not say which attribute holds sums.
+        joint: the sums of all experts, `[experts, ...]`, of which each one's are a part; None: each has its
+            own, since the class does not say which attribute holds sums, or that is not wanted.
     """
 
-    def __init__(self, linears: list[ExpertLinear], make: Callable[[Linear], Statistic | Hessian | None]):
+    def __init__(
+        self,
+        linears: list[ExpertLinear],
+        make: Callable[[Linear], Statistic | Hessian | None],
+        joins: bool = True,
+    ):
         self.own: dict[int, Statistic | Hessian] = {}
         self.joint: Tensor | None = None
         for linear in linears:
             own = make(linear)
             if own is None:
                 continue
-            if own.sums is not None:
+            if joins and own.sums is not None:
                 sums = getattr(own, own.sums)
                 if self.joint is None:
                     shape = (linear.module.count, *sums.shape)
@@ -73,7 +78,12 @@ class ProjectionSums:
     """
 
     def __init__(
-        self, projection: Projection, linears: list[ExpertLinear], statistic: Make, hessian: Make | None
+        self,
+        projection: Projection,
+        linears: list[ExpertLinear],
+        statistic: Make,
+        hessian: Make | None,
+        joins: bool = True,
     ):
         self.projection, self.linears = projection, linears
         self.by_part: dict[str, ExpertSums] = {}
@@ -82,9 +92,9 @@ class ProjectionSums:
             kind = _kind(next((linear for linear in linears if linear.matrix == part), None), statistic)
             kinds.setdefault((part, kind) if issubclass(kind, OutputStatistic) else kind, []).append(part)
         for parts in kinds.values():
-            sums = ExpertSums(_one_each([linear for linear in linears if linear.matrix in parts]), statistic)
-            self.by_part |= dict.fromkeys(parts, sums)
-        self.hessians = None if hessian is None else ExpertSums(_one_each(linears), hessian)
+            own = _one_each([linear for linear in linears if linear.matrix in parts])
+            self.by_part |= dict.fromkeys(parts, ExpertSums(own, statistic, joins))
+        self.hessians = None if hessian is None else ExpertSums(_one_each(linears), hessian, joins)
 
     @property
     def reads_output(self) -> bool:

@@ -146,8 +146,12 @@ class BlockStatistics:
                 handle.remove()
             self._begin()
             self.complete = True
+
+    def finish_experts(self, block: Block) -> None:
+        """Complete the statistics of experts that have linears in `block`, a part of the block that ran."""
         for each in self.experts:
-            each.finish()
+            if each.experts.name in {x.experts.name for x in block.linears if isinstance(x, ExpertLinear)}:
+                each.finish()
 
     def reads_output_of(self, module: nn.Module) -> bool:
         """Whether a statistic reads the output of this module."""

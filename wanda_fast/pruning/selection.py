@@ -56,6 +56,8 @@ def _prune_block(
     block: Block, selection: Selection, statistics: BlockStatistics | None, phases: Phases
 ) -> dict[str, LinearReport]:
     method = selection.method
+    if statistics is not None:
+        statistics.finish_experts(block)
     scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
     _require_finite(block, scales, under_a_root=method.score is None)
     blind = _blind(scales, method, statistics)

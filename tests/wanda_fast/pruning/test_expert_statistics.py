@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import wanda_fast
 from tests.tiny_models import build, token_ids
+from wanda_fast import errors
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.experts import sorted_by_expert
 from wanda_fast.pruning import expert_statistics
@@ -26,6 +28,7 @@ def gathered(method, options):
         for ids in token_ids(model, 4, 24).split(2):
             model(ids)
     handle.remove()
+    statistics.finish_experts(block)
     return block, statistics, *(torch.cat(each) for each in zip(*seen, strict=True))
 
 
@@ -100,6 +103,28 @@ def test_experts_with_enough_tokens_keep_their_own(monkeypatch):
     for linear in (linear for linear in block.linears if linear not in block.dense):
         same = torch.equal(shrunk.by_name[linear.name].acc, plain.by_name[linear.name].acc)
         assert same == (plain.tokens()[linear.name] == most), linear.name
+
+
+def test_shrinkage_in_one_pass_too():
+    """With attention left dense, the first block's experts see the same tokens in either order."""
+    zeros = {}
+    for sequential, shrinkage in (("block", 0.0), ("block", TAU), ("linear", TAU)):
+        model = build("mixtral")
+        options = dict(dataset=token_ids(model, 4, 24), batch_size=2, seqlen=24, ignore=["*.self_attn.*"])
+        wanda_fast.prune(model, sequential=sequential, expert_shrinkage=shrinkage, **options)
+        zeros[sequential, shrinkage] = {
+            linear.name: linear.weight == 0 for linear in find_blocks(model)[0].linears[4:]
+        }
+    plain, shrunk, one_pass = zeros.values()
+    assert all(torch.equal(shrunk[name], one_pass[name]) for name in plain)
+    assert not all(torch.equal(shrunk[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf"), "much"])
+def test_a_shrinkage_that_is_no_number_from_0_on(shrinkage):
+    model = build("mixtral")
+    with pytest.raises(errors.OptionError, match="expert_shrinkage must be a number from 0 on, got"):
+        wanda_fast.prune(model, dataset=token_ids(model, 2, 24), expert_shrinkage=shrinkage)
 
 
 @pytest.mark.parametrize("tokens", [5, 1024, 5000, 40000])
