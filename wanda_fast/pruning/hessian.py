@@ -5,7 +5,7 @@ gathered.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,10 @@ class Hessian:
         if self.factor is None:
             self.factor = wanda_kernels.factor_hessian(self.acc, use.dampening)
             self.blind = bool(self.factor.dead.all())
-            self.acc = self.acc if use.measure_error else None
+            if not use.measure_error:
+                # An expert's Hessian is a part of one tensor for all experts, whose memory the factors take.
+                self.factor = replace(self.factor, upper=self.acc.copy_(self.factor.upper))
+                self.acc = None
 
     def factor_on(self, device: torch.device) -> Factor:
         factor = self.factor
