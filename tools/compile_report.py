@@ -209,6 +209,14 @@ def _launch_rows() -> None:
         for dtype, heaviest in WEIGHTS:
             weight, scale, mask = _stack(dtype, n_cols, heaviest, transposed=True)
             prune_rows.prune_rows_(weight, scale, n_cols // 2, mask)
+    for stack in _stacks_of_ones():
+        prune_rows.prune_rows_(stack, torch.empty(stack.shape[::2], device="meta"), 1, None)
+
+
+def _stacks_of_ones() -> tuple[torch.Tensor, ...]:
+    """One row and column, or one row of four columns that are apart: sizes and strides of 1 are constants."""
+    transposed = torch.empty(2, 4, 8, dtype=torch.bfloat16, device="meta")[..., :1].transpose(1, 2)
+    return torch.empty(2, 1, 1, dtype=torch.bfloat16, device="meta"), transposed
 
 
 def _launch_nm() -> None:
@@ -226,6 +234,7 @@ def _launch_nm() -> None:
     # an expert's rows are not a multiple of 16 elements
     stack = torch.empty(8, 100, 1000, dtype=torch.bfloat16, device="meta")
     prune_nm.prune_nm_(stack[:, :99], torch.empty(8, 1000, device="meta"), 2, 4, None)
+    prune_nm.prune_nm_(_stacks_of_ones()[1], torch.empty(2, 4, device="meta"), 2, 4, None)
 
 
 def _launch_matrix() -> None:

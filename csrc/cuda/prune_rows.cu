@@ -1,6 +1,6 @@
 // prune_rows_ on the GPU, for all matrices of a stack in one launch. One block prunes one row, which is read once and
-// written once: weights and keys stay in registers. If a row is too long for that, or does not consist of whole 16-byte vectors, its keys are in shared
-// memory. If they do not fit there, each pass computes them again from L2.
+// written once: weights and keys stay in registers. If a row is too long for that, or does not consist of whole 16-byte
+// vectors, its keys are in shared memory. If they do not fit there, each pass computes them again from L2.
 #include "row_keys.cuh"
 
 namespace wanda {

@@ -178,13 +178,15 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   for (const uint32_t each : emulator::of_lanes(value)) value = each > value ? each : value;
   return value;
 }
+// A GPU faults where a load is not aligned to its size.
 template <typename T>
 T __ldcs(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
   return *at;
 }
 template <typename T>
 T __ldg(const T* at) {
-  return *at;
+  return __ldcs(at);
 }
 template <typename T>
 T atomicAdd(T* target, T value) {

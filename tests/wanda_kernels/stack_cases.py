@@ -16,6 +16,7 @@ LAYOUTS: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], Callable[[Te
     "transposed": lambda e, o, i: ((e, i, o), lambda p: p.transpose(1, 2)),
     "some rows": lambda e, o, i: ((e, 2 * o + 1, i), lambda p: p[:, 1 : o + 1]),
     "every second row": lambda e, o, i: ((e, 2 * o, i), lambda p: p[:, 1::2]),
+    "experts apart": lambda e, o, i: ((e, o * i + 3), lambda p: p[:, : o * i].unflatten(1, (o, i))),
     "some columns": lambda e, o, i: ((e, o, i + 3), lambda p: p[..., 2 : i + 2]),
     "transposed, some rows": lambda e, o, i: ((e, i, 2 * o + 1), lambda p: p[..., o:-1].transpose(1, 2)),
     "transposed, every second row": lambda e, o, i: ((e, i, 2 * o), lambda p: p[..., ::2].transpose(1, 2)),

@@ -120,7 +120,9 @@ def test_rows(blocks, recipe, dtype):
 
 # rows in registers, of whole vectors and not, and longer ones
 @pytest.mark.parametrize("n_cols", [8, 37, 264, 2056])
-@pytest.mark.parametrize("layout", ["contiguous", "some rows", "every second row", "some columns"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "some rows", "every second row", "experts apart", "some columns"]
+)
 def test_rows_of_a_stack(blocks, layout, n_cols):
     def prune(view, scale, num_pruned, mask):
         given, _root = operands(view, scale, mask)

@@ -1,9 +1,12 @@
 """On a GPU: linears of real models, each backend against the reference, and more than 2^31 weights."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import wanda_kernels
+from tests.wanda_kernels.stack_cases import LAYOUTS, assert_equals_a_loop
 from wanda_kernels import reference
 from wanda_kernels.dispatch import backends
 
@@ -46,6 +49,19 @@ def test_selection_equals_reference_bit_for_bit(shape, operation, rule, backend)
         value = getattr(wanda_kernels, operation)(got, scale, *rule(weight), mask=masks[1], backend=backend)
         assert torch.equal(got, expected) and torch.equal(masks[0], masks[1])
         assert returned is None or returned.item() == value.item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ((8, 768, 2048), (4, 2880, 2880), (2, 512, 8200)))
+@pytest.mark.parametrize(
+    "operation, rule", (("prune_rows_", (1000,)), ("prune_nm_", (2, 4)), ("prune_nm_", (4, 8)))
+)
+def test_stacks_equal_a_loop_over_experts(operation, rule, shape, layout):
+    weight = torch.randn(shape, device="cuda").mul_(0.02).bfloat16()
+    for scale in (None, torch.rand(shape[0], shape[2], device="cuda"), torch.rand(shape, device="cuda")):
+        for backend in ("auto", "triton"):  # auto: CUDA C++ where it takes the layout
+            run = partial(getattr(wanda_kernels, operation), backend=backend)
+            assert_equals_a_loop(run, operation, weight, scale, *rule, layout=layout)
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

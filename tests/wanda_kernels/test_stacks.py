@@ -121,7 +121,7 @@ WHOLE_SERVED = [
 @pytest.mark.parametrize(("operation", "backend"), WHOLE_SERVED)
 def test_operations_on_one_matrix_take_any_storage(operation, backend, dtype):
     device, run = device_of(backend), getattr(wanda_kernels, operation)
-    for layout in (*TRANSPOSED, "experts innermost"):
+    for layout in ("transposed", "experts innermost"):
         expected = random_weight(5, 16, dtype).to(device)
         parameter, view = stored(expected[None], layout)
         arguments = WHOLE[operation](16, device)
