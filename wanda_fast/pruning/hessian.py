@@ -109,7 +109,7 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
             first.setdefault(hessians[linear.name], linear.name)
     if any(hessian.in_features in use.on_host for hessian in first):
         # Their last sums may still be on the way to the host.
-        torch.cuda.synchronize(block.linears[0].module.weight.device)
+        torch.cuda.synchronize(block.linears[0].weight.device)
     _require_finite(block, first)
     for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
         try:
@@ -123,7 +123,7 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
 
 def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:
     """Check the diagonals alone: |H[i, j]| is at most the larger of H[i, i] and H[j, j]."""
-    device = block.linears[0].module.weight.device if block.linears else None
+    device = block.linears[0].weight.device if block.linears else None
     diagonals = {
         f"{name}: diagonal of the input Hessian": hessian.acc.diagonal().contiguous().to(device)
         for hessian, name in hessians.items()

@@ -12,6 +12,7 @@ from wanda_fast.pruning import expert_statistics
 from wanda_fast.pruning.expert_statistics import ExpertOptions, TokenSample
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import make_method
+from wanda_fast.run import hessian_memory
 
 TAU = 16.0
 
@@ -118,6 +119,21 @@ def test_shrinkage_in_one_pass_too():
     plain, shrunk, one_pass = zeros.values()
     assert all(torch.equal(shrunk[name], one_pass[name]) for name in plain)
     assert not all(torch.equal(shrunk[name], plain[name]) for name in plain)
+
+
+def test_hessians_in_several_passes_give_the_same(monkeypatch):
+    weights, passes = [], []
+    for share in (0.5, 1e-12):
+        monkeypatch.setattr(hessian_memory, "SHARE_OF_DEVICE", share)
+        model = build("mixtral")
+        options = dict(prune_method="sparsegpt", sparsity_type="2:4", batch_size=2, seqlen=24)
+        report = wanda_fast.prune(model, dataset=token_ids(model, 4, 24), **options)
+        passes.append(report.resources["passes"])
+        weights.append(model.state_dict())
+        linears = [linear.name for block in find_blocks(model) for linear in block.linears]
+        assert list(report.linears) == linears and report.sparsity == 0.5
+    assert passes == [1, 4]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf"), "much"])

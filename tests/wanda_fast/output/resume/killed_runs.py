@@ -132,8 +132,9 @@ def main(model, out, method, kills, seed):
     shutil.rmtree(out)
     while len(moments) < kills or len(digests) == 1:
         planned = None if len(moments) >= kills else MOMENTS[len(moments) % len(MOMENTS)]
-        if planned == "between the renames of --overwrite":
-            out.mkdir(exist_ok=True)
+        # A kill at any moment may have come after the last rename.
+        if planned == "between the renames of --overwrite" and not out.exists():
+            out.mkdir()
             (out / "old").touch()
         status = child(model, out, method, planned, chance)
         if status == signal.SIGKILL:
