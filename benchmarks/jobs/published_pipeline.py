@@ -91,6 +91,9 @@ def prune_published(
 def prune_linear(linear, found, pattern, choose, lowest) -> Tensor:
     """Prune one linear by its statistics; returns the mask."""
     weight, method, root = linear.weight, found.method, found.root(linear)
+    if root is None:
+        # Read by magnitude alone; of an expert without tokens the published statistic is zero.
+        root = torch.zeros(weight.shape[1], device=weight.device)
     if method in UPDATING:
         return update(weight, found.hessians[linear], root, pattern, method, lowest)
     scores = weight.abs() if method == "magnitude" else weight.abs() * root
