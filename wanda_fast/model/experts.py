@@ -150,7 +150,7 @@ class Experts:
         return {self.module: self._called}
 
     def per_token(self, chosen: int) -> int:
-        """Experts that a token goes through if the router chooses so many."""
+        """Experts that a token goes through if the router chooses `chosen`."""
         return chosen
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def _grouped_product_kernel(
     b_ptr, stride_bt,
     offsets_ptr,  # [experts + 1]
     n_tokens, n_a, n_b,
-    skipped, most,  # of an expert's tokens, skip so many and add at most so many
+    skipped, most,  # of an expert's tokens, the first ones that are skipped, and the most that are added
     UPPER: tl.constexpr,  # only the tiles that reach above the diagonal
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
