@@ -34,7 +34,7 @@ def run(widths, use):
         for _ in range(2):
             hessian.add(torch.randn(256, hessian.in_features))
     weight = SimpleNamespace(device=torch.device("cpu"))
-    linears = [SimpleNamespace(name=name, module=SimpleNamespace(weight=weight)) for name in hessians]
+    linears = [SimpleNamespace(name=name, weight=weight) for name in hessians]
     prepare(SimpleNamespace(name="block", linears=linears), hessians, use)
 found = []
 run([512], HessianUse(True, True))
