@@ -131,8 +131,10 @@ class Experts:
         first: the projection that reads the hidden states: gate and up, or up alone.
         hidden: what the down projections read, of the first projections' output; None: it is not known.
         linears: expert by expert, in the order gate, up, down.
+        sees_all: whether the module is called with every token once, as the router got it.
     """
 
+    sees_all = True
     name: str
     module: nn.Module
     first: Projection
@@ -148,6 +150,10 @@ class Experts:
     def forwards(self) -> dict[nn.Module, Callable]:
         """The forwards of modules that run by segments instead."""
         return {self.module: self._called}
+
+    def tokens(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """How many tokens each expert got of the sorted x, int64 `[experts]`."""
+        return offsets.diff()
 
     def per_token(self, chosen: int) -> int:
         """Experts that a token goes through if the router chooses `chosen`."""
@@ -197,6 +203,11 @@ class Experts:
 class ScaledExperts(Experts):
     """Llama 4's: every token goes through every expert, scaled by the router; it is zero for the others."""
 
+    sees_all = False
+
+    def tokens(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return x.ne(0).any(-1).view(self.count, -1).sum(1)
+
     def per_token(self, chosen: int) -> int:
         return self.count
 
@@ -212,6 +223,8 @@ class ScaledExperts(Experts):
 
 class ParallelExperts(Experts):
     """JetMoE's: a module for each projection, called with sorted tokens and the number of each expert's."""
+
+    sees_all = False
 
     @property
     def forwards(self) -> dict[nn.Module, Callable]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import wanda_kernels
@@ -13,7 +12,7 @@ from wanda_fast.pruning.expert_sums import ExpertSums
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.linear_reports import Outcome
 from wanda_fast.pruning.methods import Magnitude, Method
-from wanda_fast.pruning.patterns import NM, Pattern
+from wanda_fast.pruning.patterns import NM, Pattern, empty_mask
 from wanda_fast.timer import mark
 
 
@@ -91,10 +90,8 @@ def _stacks(block: Block, method: Method, statistics: BlockStatistics | None) ->
 def _prune_stack_(
     stack: Stack, method: Method, pattern: Pattern, masks: dict[str, Tensor] | None
 ) -> dict[str, Outcome]:
-    weight, mask = stack.weight, None
-    if masks is not None:
-        shape = (*weight.shape[:2], -(-weight.shape[2] // 8))
-        mask = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    weight = stack.weight
+    mask = None if masks is None else empty_mask(weight)
     begin = mark(weight.device)
     operation = method.prune_(weight, stack.scale, pattern, mask)
     lap = (begin, mark(weight.device))

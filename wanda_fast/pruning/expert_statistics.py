@@ -62,7 +62,7 @@ class ExpertStatistics:
         timed: Callable[[], AbstractContextManager],
     ):
         self.experts, self.options = experts, options
-        self._takes_all = options.tokens == "all" and experts.hidden is not None
+        self._takes_all = options.tokens == "all" and experts.sees_all
         # The down projections are scored before they are called, while the first ones are dense.
         self._ahead = before_call and experts.hidden is not None
         self._linears, self._make = linears, (statistic, hessian)
@@ -124,7 +124,7 @@ class ExpertStatistics:
         if self._takes_all:
             for expert in range(self.experts.count):
                 self._add_all((self.first, self.down), x, expert)
-        elif self.options.shrinkage:
+        elif self.options.shrinkage and self.experts.sees_all:
             self._sample.see(x)
 
     def _add_all(self, sums: tuple[ProjectionSums, ProjectionSums], x: Tensor, expert: int) -> None:
@@ -141,7 +141,7 @@ class ExpertStatistics:
 
     def _before_first(self, _module: nn.Module, args: tuple) -> None:
         x, offsets, weights = args
-        self.counts += offsets.diff()
+        self.counts += self.experts.tokens(x, offsets)
         if weights is not None:
             self._weight += weights.float().square().sum()
         if self._takes_all:

@@ -12,8 +12,9 @@ from wanda_fast.pruning.registry import PATTERNS, register_pattern
 
 
 def empty_mask(weight: Tensor) -> Tensor:
-    """An uninitialised packed mask for `weight` `[out, in]`: uint8 `[out, ceil(in / 8)]` on its device."""
-    return torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
+    """An uninitialised packed mask for `weight` `[..., in]`: uint8 `[..., ceil(in / 8)]` on its device."""
+    shape = (*weight.shape[:-1], -(-weight.shape[-1] // 8))
+    return torch.empty(shape, dtype=torch.uint8, device=weight.device)
 
 
 class Pattern:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import wanda_fast
 from tests.every_architecture import tiny_config
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.experts import ExpertLinear, sorted_by_expert
@@ -88,3 +89,18 @@ def test_tokens_of_no_expert_add_nothing():
         alone = experts.module(x[:1], index[:1, :1], weights[:1, :1])
     assert torch.equal(output[1], torch.zeros_like(output[1]))
     torch.testing.assert_close(output[:1], alone)
+
+
+def test_tokens_of_llama_4_are_those_that_the_router_sent():
+    """Every token goes through every expert, as zeros where it was not sent."""
+    model = model_of("llama4_text")
+    ids = torch.randint(3, 320, (4, 24), generator=torch.Generator().manual_seed(0))
+    report = wanda_fast.prune(model, dataset=ids, seqlen=24, expert_shrinkage=4, expert_tokens="all")
+    chosen = model.config.num_experts_per_tok
+    for block in blocks_with_experts(model):
+        counts = [
+            report.linears[x.name].tokens
+            for x in block.linears
+            if x.name.endswith("down_proj") and ".experts." in x.name
+        ]
+        assert sum(counts) == ids.numel() * chosen, counts
