@@ -6,6 +6,7 @@ one, with kernels for a block's forward. `help(wanda_kernels.prune_nm_)` documen
 
 # Registers the operations with torch.
 import wanda_kernels.dispatch.torch_ops  # noqa: F401
+from wanda_kernels.admm import Ladder, admm_, damped_hessian
 from wanda_kernels.dispatch.backends import OPERATIONS, BackendError, choose_backend
 from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require_finite
 from wanda_kernels.doctor import diagnose
@@ -13,6 +14,7 @@ from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, facto
 from wanda_kernels.host_hessian import add_hessian_on_host_, host_hessian_bytes
 from wanda_kernels.mask_bits import pack_bits, unpack_bits
 from wanda_kernels.operations.selection import prune_matrix_, prune_nm_, prune_rows_, prune_variant_
+from wanda_kernels.operations.solver import admm_step_, polish_, refine_mask_
 from wanda_kernels.operations.sparsegpt import sparsegpt_
 from wanda_kernels.operations.statistics import (
     add_coactivation_,
@@ -25,23 +27,29 @@ __all__ = [
     "OPERATIONS",
     "BackendError",
     "Factor",
+    "Ladder",
     "NotPositiveDefiniteError",
     "add_coactivation_",
     "add_gated_coactivation_",
     "add_hessian_",
     "add_hessian_on_host_",
     "add_sq_norm_",
+    "admm_",
+    "admm_step_",
     "choose_backend",
     "count_zeros",
+    "damped_hessian",
     "diagnose",
     "factor_hessian",
     "first_not_finite",
     "host_hessian_bytes",
     "pack_bits",
+    "polish_",
     "prune_matrix_",
     "prune_nm_",
     "prune_rows_",
     "prune_variant_",
+    "refine_mask_",
     "require_finite",
     "sparsegpt_",
     "unpack_bits",

@@ -74,6 +74,24 @@ def _triton_sparsegpt_(*operands: Any) -> None:
     sparsegpt_(*operands)
 
 
+def _triton_refine_mask_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.refine_mask import refine_mask_
+
+    refine_mask_(*operands)
+
+
+def _triton_polish_(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.polish_step import polish_
+
+    polish_(*operands)
+
+
+def _triton_admm_step_(*operands: Any) -> Tensor:
+    from wanda_kernels.triton_ops.admm_step import admm_step_
+
+    return admm_step_(*operands)
+
+
 # operation -> backend -> function. "auto" takes the first backend of a row that serves the operands' device
 # and can run here. On GPUs the order is by measurement: the CUDA selections take half to a quarter of
 # Triton's time for all but the longest rows, and serve those too; the CUDA sum of squares is as fast as
@@ -126,6 +144,15 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "cpu": native.sparsegpt_,
         "triton": _triton_sparsegpt_,
         "torch": reference.sparsegpt_,
+    },
+    "refine_mask_": {
+        "torch": reference.refine_mask_,
+    },
+    "polish_": {
+        "torch": reference.polish_,
+    },
+    "admm_step_": {
+        "torch": reference.admm_step_,
     },
 }
 OPERATIONS = tuple(TABLE)

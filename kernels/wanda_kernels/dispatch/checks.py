@@ -158,6 +158,26 @@ def require_pruned(pruned: Tensor, weight: Tensor) -> None:
     require_same_device("pruned", pruned, weight)
 
 
+def require_hessian(hessian: Tensor, weight: Tensor) -> None:
+    n_cols = weight.shape[1]
+    if (
+        hessian.dtype != torch.float32
+        or list(hessian.shape) != [n_cols, n_cols]
+        or not hessian.is_contiguous()
+    ):
+        got = f"{hessian.dtype} {list(hessian.shape)}"
+        raise ValueError(f"hessian must be contiguous float32 [{n_cols}, {n_cols}], got {got}")
+    require_same_device("hessian", hessian, weight)
+
+
+def require_like(name: str, tensor: Tensor, first: Tensor) -> None:
+    """A contiguous fp32 operand of the first one's shape."""
+    if tensor.dtype != torch.float32 or tensor.shape != first.shape or not tensor.is_contiguous():
+        got = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name} must be contiguous float32 {list(first.shape)}, got {got}")
+    require_same_device(name, tensor, first)
+
+
 def require_finite_operands(weight: Tensor, scale: Tensor | None) -> None:
     try:
         require_finite({"weight": weight}, non_negative={"scale": scale})

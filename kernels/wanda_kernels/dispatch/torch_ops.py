@@ -28,12 +28,19 @@ SCHEMAS = {
     "prune_variant_": f"({SELECTION.format(rule='float ratio')}) -> Tensor",
     "sparsegpt_": "(Tensor(a!) weight, Tensor upper, Tensor dead, float? ratio, int n, int m, str selector,"
     " Tensor? scale, Tensor? pruned, Tensor(b!)? mask, str backend) -> ()",
+    "refine_mask_": "(Tensor weight, Tensor(a!) pruned, Tensor hessian, int n, int m, int sweeps, str backend)"
+    " -> ()",
+    "polish_": "(Tensor(a!) weight, Tensor dense, Tensor pruned, Tensor hessian, int steps, str backend) -> ()",
+    "admm_step_": "(Tensor(a!) primal, Tensor(b!) dual, Tensor dense, Tensor(c!) pruned, int num_pruned, int n,"
+    " int m, float ratio, str backend) -> Tensor",
 }
 
 
 def _fake(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
     if operation == "prune_variant_":
         return torch.empty((), dtype=torch.float64, device=tensor.device)
+    if operation == "admm_step_":
+        return torch.empty((), dtype=torch.int64, device=tensor.device)
     return None
 
 

@@ -7,7 +7,11 @@ from wanda_kernels.reference.scores import score, zero_
 
 
 def prune_nm_(weight: Tensor, scale: Tensor | None, n: int, m: int, mask: Tensor | None) -> None:
-    groups = score(weight, scale).reshape(-1, m)  # [weights / m, m]
+    zero_(weight, lowest_of_groups(score(weight, scale), n, m), mask)
+
+
+def lowest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    """Bool of the scores' shape: True for all but the n highest of every m columns."""
+    groups = scores.reshape(-1, m)  # [weights / m, m]
     lowest = groups.sort(dim=1, stable=True).indices[:, : m - n]
-    pruned = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True)
-    zero_(weight, pruned.view(weight.shape), mask)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True).view(scores.shape)

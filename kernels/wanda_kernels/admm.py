@@ -1,0 +1,141 @@
+"""ADMM for one weight: the solver that finds mask and weights of the lowest layer error together.
+
+With s = sqrt(diag H), the problem is scaled to w' = w s and H' = H / (s s^T), so that abs(w') is a weight's
+error if it alone is pruned. An iteration solves for dense weights B, projects to the pattern (Z), and updates
+the scaled dual Y:
+
+    B = (H' + rho I)^-1 (H' w' + rho (Z - Y)) = w' - rho (w' - Z + Y) (H' + rho I)^-1
+    Z = P(B + Y);    Y = B + Y - Z
+
+rho rises along a ladder; each rung is one inverse, which all weights that read the same input share. Steps of
+conjugate gradients on the final support follow (`polish_`).
+Source: ALPS, arXiv 2406.07831; Boza, arXiv 2401.02938. The published rho rises by a tenth to a third after
+every 3 iterations, with an eigendecomposition in fp64. A ladder of few rungs with a higher start reaches the
+same error in 24 iterations (benchmarks/LOG.md).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wanda_kernels.dispatch.precision import in_full_precision
+from wanda_kernels.hessian_factor import NotPositiveDefiniteError
+from wanda_kernels.mask_bits import pack_bits
+from wanda_kernels.operations.solver import admm_step_, polish_
+
+RHO, GROWTH, RUNGS = 0.2, 1.4, 4
+STEPS = 6  # on each rung
+# Share of the kept weights. A last step on a rung that changes fewer ends the iterations.
+SETTLED = 3e-4
+POLISH_STEPS = 4
+
+
+def damped_hessian(hessian: Tensor, dampening: float = 0.01) -> Tensor:
+    """A copy of the Hessian with dampening * mean(diagonal) added to the diagonal; 1 first for dead inputs.
+
+    Args:
+        hessian: fp32 `[in, in]`, symmetric, from `add_hessian_`.
+        dampening: share of the mean diagonal, positive.
+    Returns: fp32 `[in, in]`, positive definite up to rounding.
+    Source: SparseGPT's published code.
+    """
+    damped = hessian.clone(memory_format=torch.contiguous_format)
+    diagonal = damped.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1.0)
+    # an fp32 sum could overflow
+    diagonal += (dampening * diagonal.double().mean()).float()
+    return damped
+
+
+@dataclass
+class Ladder:
+    """The Hessian of one input as ADMM uses it, with its inverses for the rungs of rho, each made once.
+
+    Attributes:
+        hessian: fp32 `[in, in]`, damped.
+        keep: keep the inverses for other weights that read the same input.
+    """
+
+    hessian: Tensor
+    keep: bool = True
+    _inverses: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.scale = self.hessian.diagonal().sqrt()
+
+    def rho(self, rung: int) -> float:
+        return RHO * GROWTH**rung
+
+    @in_full_precision
+    def inverse(self, rung: int) -> Tensor:
+        """(H' + rho I)^-1, fp32 `[in, in]`.
+
+        Raises: `NotPositiveDefiniteError` if rounding or the Hessian leaves it without a Cholesky factor.
+        """
+        if rung not in self._inverses:
+            scaled = self.hessian / self.scale / self.scale[:, None]
+            scaled.diagonal().add_(self.rho(rung))
+            factor, info = torch.linalg.cholesky_ex(scaled)
+            if info.item():
+                size = f"{len(scaled)} x {len(scaled)}"
+                raise NotPositiveDefiniteError(
+                    f"the {size} Hessian is not positive definite, even with rho = {self.rho(rung):g} added"
+                )
+            inverse = torch.cholesky_inverse(factor)
+            if not self.keep:
+                return inverse
+            self._inverses[rung] = inverse
+        return self._inverses[rung]
+
+
+@torch.no_grad()
+@in_full_precision
+def admm_(
+    weight: Tensor,
+    ladder: Ladder,
+    pattern: float | str,
+    *,
+    polish: int = POLISH_STEPS,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> int:
+    """Prune to the pattern and solve for the kept weights, in place.
+
+    Args:
+        weight: fp32, fp16 or bf16 `[out, in]`. Pruned weights become +0.0, kept ones change.
+        ladder: of the damped Hessian of the inputs.
+        pattern: a ratio in [0, 1): each row loses int(in * ratio) weights; or "n:m".
+        polish: steps of conjugate gradients at the end.
+        mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask.
+        backend: of `admm_step_` and `polish_`.
+    Returns: the number of iterations.
+    Raises: `NotPositiveDefiniteError`; `ValueError` on wrong operands. The weight is then unchanged.
+    Source: ALPS, arXiv 2406.07831, algorithm 1.
+    """
+    if not isinstance(pattern, str):
+        pattern = int(weight.shape[1] * pattern)
+    dense = weight.float()
+    w = dense * ladder.scale
+    pruned = torch.zeros_like(w, dtype=torch.bool)
+    dual, product = torch.zeros_like(w), w.clone()
+    admm_step_(product, dual, w, pruned, pattern, 0.0, backend=backend)
+    kept = pruned.numel() - pruned.sum()
+    operand, product, iterations = product, torch.empty_like(w), 0
+    for rung in range(RUNGS):
+        inverse = ladder.inverse(rung)
+        for step in range(STEPS):
+            torch.addmm(w, operand, inverse, alpha=-ladder.rho(rung), out=product)
+            ratio = 1 / GROWTH if step + 1 == STEPS else 1.0
+            changed = admm_step_(product, dual, w, pruned, pattern, ratio, backend=backend)
+            operand, product = product, operand
+        iterations += STEPS
+        if changed <= SETTLED * kept:
+            break
+    # On the support the dual is 0, so the operand is w - z there.
+    solved = torch.where(pruned, 0.0, (w - operand) / ladder.scale)
+    polish_(solved, dense, pruned, ladder.hessian, polish, backend=backend, check_finite=False)
+    weight.copy_(solved)
+    if mask is not None:
+        mask.copy_(pack_bits(~pruned))
+    return iterations
