@@ -28,11 +28,12 @@ SCHEMAS = {
     "prune_variant_": f"({SELECTION.format(rule='float ratio')}) -> Tensor",
     "sparsegpt_": "(Tensor(a!) weight, Tensor upper, Tensor dead, float? ratio, int n, int m, str selector,"
     " Tensor? scale, Tensor? pruned, Tensor(b!)? mask, str backend) -> ()",
-    "refine_mask_": "(Tensor weight, Tensor(a!) pruned, Tensor hessian, int n, int m, int sweeps, str backend)"
-    " -> ()",
-    "polish_": "(Tensor(a!) weight, Tensor dense, Tensor pruned, Tensor hessian, int steps, str backend) -> ()",
-    "admm_step_": "(Tensor(a!) primal, Tensor(b!) dual, Tensor dense, Tensor(c!) pruned, int num_pruned, int n,"
-    " int m, float ratio, str backend) -> Tensor",
+    "refine_mask_": "(Tensor weight, Tensor(a!) pruned, Tensor hessian, int n, int m, int sweeps,"
+    " str backend) -> ()",
+    "polish_": "(Tensor(a!) weight, Tensor dense, Tensor pruned, Tensor hessian, int steps,"
+    " str backend) -> ()",
+    "admm_step_": "(Tensor(a!) primal, Tensor(b!) dual, Tensor dense, Tensor(c!) pruned, int num_pruned,"
+    " int n, int m, float ratio, str backend) -> Tensor",
 }
 
 

@@ -34,12 +34,12 @@ def refine_mask_(
         hessian: fp32 `[in, in]`, symmetric, contiguous, of the inputs.
         pattern: "n:m", n kept of every m columns, which `pruned` must obey; None for any other mask.
         sweeps: the most sweeps; fewer if one changes nothing.
-        backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`. All choose alike, to the bit, within
-            a block; the product before each block may differ in its last bits.
+        backend: "auto", "torch", "triton" or "cpu"; see `choose_backend`. All choose alike, to the bit,
+            within a block; the product before each block may differ in its last bits.
         check_finite: refuse NaN and infinities, which waits for a GPU; False if the caller has checked.
 
-    Raises: `ValueError` on wrong shapes, dtypes, devices, patterns or counts, with the numbers; `BackendError`
-        if the named backend cannot serve. Nothing is then changed.
+    Raises: `ValueError` on wrong shapes, dtypes, devices, patterns or counts, with the numbers;
+        `BackendError` if the named backend cannot serve. Nothing is then changed.
     Source: coordinate descent on masks; its swaps are those of SparseSwaps, arXiv 2512.10922.
     """
     n, m = _require_solvable(weight, pruned, hessian, pattern, check_finite)
