@@ -116,7 +116,7 @@ def admm_(
     if not isinstance(pattern, str):
         pattern = int(weight.shape[1] * pattern)
     dense = weight.float()
-    w = dense * ladder.scale
+    w = (dense * ladder.scale).contiguous()
     pruned = torch.zeros_like(w, dtype=torch.bool)
     dual, product = torch.zeros_like(w), w.clone()
     admm_step_(product, dual, w, pruned, pattern, 0.0, backend=backend)
