@@ -43,6 +43,14 @@ void prune_nm(const Context&, const StackSelection&, int n, int m);
 void mark_lowest(const Context&, const Selection&, int64_t rank, uint8_t* pruned, int64_t pruned_stride);
 void sparsegpt_block(const Context&, const SparseGptBlock&);
 
+// CPU only: solvers.
+
+int64_t admm_step(const Context&, const AdmmStep&);  // the number of elements of `pruned` that changed
+void polish_step(const Context&, const PolishStep&);
+void refine_groups(const Context&, const MaskBlock&);
+void refine_swaps(const Context&, const MaskBlock&);
+void add_changes(const Context&, const Changes&);
+
 // CPU only: statistics and counts.
 
 void activate(const Context&, const Matrix& x, Activation activation, int power, float* out);

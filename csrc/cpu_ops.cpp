@@ -1,5 +1,5 @@
 // Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
-// products over tokens, checks and counts, and a block's forward.
+// solvers, products over tokens, checks and counts, and a block's forward.
 #include "operands.h"
 
 namespace {
@@ -13,28 +13,31 @@ void native_prune_nm_(Tensor weight, OptionalTensor root, OptionalTensor scale, 
   wanda::prune_nm(CallContext(weight).context(), selection, static_cast<int>(n), static_cast<int>(m));
 }
 
-// An fp32 block of columns, scored with root, divisor or neither. `pruned` has its shape.
-wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const OptionalTensor& divisor,
-                            const Tensor& pruned) {
+uint8_t* pruned_of(const Tensor& pruned, const Tensor& w) {
+  const bool fits = pruned.scalar_type() == ScalarType::Bool && pruned.dim() == 2 && pruned.size(0) == w.size(0) &&
+                    pruned.size(1) == w.size(1) && (w.size(1) <= 1 || pruned.stride(1) == 1);
+  require(fits, "pruned must be bool with w's shape, rows contiguous");
+  return static_cast<uint8_t*>(data_of(pruned, "pruned"));
+}
+
+// An fp32 block of columns, scored with root, divisor or neither.
+wanda::Selection columns_of(const Tensor& w, const OptionalTensor& root, const OptionalTensor& divisor) {
   require_floats(w, "w");
   wanda::Selection columns = selection_of(w, root, std::nullopt, std::nullopt);
   columns.divisor = vector_of(divisor, columns.weight, "divisor");
-  const bool fits = pruned.scalar_type() == ScalarType::Bool && pruned.dim() == 2 && pruned.size(0) == w.size(0) &&
-                    pruned.size(1) == w.size(1) && (w.size(1) <= 1 || pruned.stride(1) == 1);
-  require(fits && !(root && divisor), "pruned must be bool with w's shape, and root or divisor null");
+  require(!(root && divisor), "root or divisor must be null");
   return columns;
 }
 
 void native_mark_lowest_(Tensor w, OptionalTensor root, OptionalTensor divisor, int64_t rank, Tensor pruned) {
-  const wanda::Selection columns = columns_of(w, root, divisor, pruned);
+  const wanda::Selection columns = columns_of(w, root, divisor);
   require(0 <= rank && rank < w.numel(), "rank out of range");
-  wanda::mark_lowest(CallContext(w).context(), columns, rank, static_cast<uint8_t*>(data_of(pruned, "pruned")),
-                     pruned.stride(0));
+  wanda::mark_lowest(CallContext(w).context(), columns, rank, pruned_of(pruned, w), pruned.stride(0));
 }
 
 void native_sparsegpt_block_(Tensor w, OptionalTensor root, OptionalTensor divisor, Tensor u, Tensor pruned, int64_t n,
                              int64_t m, Tensor errors) {
-  const wanda::Selection columns = columns_of(w, root, divisor, pruned);
+  const wanda::Selection columns = columns_of(w, root, divisor);
   require_floats(u, "u");
   const wanda::Matrix factor = matrix_of(u, "u");
   const int64_t width = columns.weight.n_cols;
@@ -44,13 +47,100 @@ void native_sparsegpt_block_(Tensor w, OptionalTensor root, OptionalTensor divis
       .columns = columns,
       .u = static_cast<const float*>(factor.data),
       .u_stride = factor.stride,
-      .pruned = static_cast<uint8_t*>(data_of(pruned, "pruned")),
+      .pruned = pruned_of(pruned, w),
       .pruned_stride = pruned.stride(0),
       .n = static_cast<int>(n),
       .m = static_cast<int>(m),
       .errors = accumulator_of(errors, w.numel(), "errors"),
   };
   wanda::sparsegpt_block(CallContext(w).context(), block);
+}
+
+int64_t native_admm_step_(Tensor primal, Tensor dual, Tensor dense, Tensor pruned, int64_t num_pruned, int64_t n,
+                          int64_t m, double ratio) {
+  require(primal.dim() == 2 && pruned.is_contiguous(), "primal must have 2 dimensions, and pruned be contiguous");
+  const int64_t n_rows = primal.size(0), n_cols = primal.size(1);
+  require(m == 0 ? 0 <= num_pruned && num_pruned <= n_cols : 1 <= n && n < m && m <= 32 && n_cols % m == 0,
+          "the pattern does not fit");
+  const wanda::AdmmStep step = {
+      .primal = accumulator_of(primal, n_rows * n_cols, "primal"),
+      .dual = accumulator_of(dual, n_rows * n_cols, "dual"),
+      .dense = accumulator_of(dense, n_rows * n_cols, "dense"),
+      .pruned = pruned_of(pruned, primal),
+      .n_rows = n_rows,
+      .n_cols = n_cols,
+      .num_pruned = num_pruned,
+      .n = static_cast<int>(n),
+      .m = static_cast<int>(m),
+      .ratio = static_cast<float>(ratio),
+  };
+  return wanda::admm_step(CallContext(primal).context(), step);
+}
+
+void native_polish_step_(Tensor z, Tensor residual, Tensor direction, Tensor product, Tensor rho,
+                         Tensor inverse_diagonal, Tensor pruned) {
+  require(z.dim() == 2 && pruned.is_contiguous(), "z must have 2 dimensions, and pruned be contiguous");
+  const int64_t n_rows = z.size(0), n_cols = z.size(1);
+  const wanda::PolishStep step = {
+      .z = accumulator_of(z, n_rows * n_cols, "z"),
+      .residual = accumulator_of(residual, n_rows * n_cols, "residual"),
+      .direction = accumulator_of(direction, n_rows * n_cols, "direction"),
+      .product = accumulator_of(product, n_rows * n_cols, "product"),
+      .rho = accumulator_of(rho, n_rows, "rho"),
+      .inverse_diagonal = accumulator_of(inverse_diagonal, n_cols, "inverse_diagonal"),
+      .pruned = pruned_of(pruned, z),
+      .n_rows = n_rows,
+      .n_cols = n_cols,
+  };
+  wanda::polish_step(CallContext(z).context(), step);
+}
+
+wanda::MaskBlock mask_block_of(const Tensor& w, const Tensor& pruned, const Tensor& c, const Tensor& h, int64_t n,
+                               int64_t m) {
+  require_floats(w, "w");
+  require_floats(h, "h");
+  const wanda::Matrix columns = matrix_of(w, "w"), hessian = matrix_of(h, "h");
+  const int64_t width = columns.n_cols;
+  require(hessian.n_rows == width && hessian.n_cols == width && width <= 128, "h must be [width, width]");
+  return {
+      .w = columns,
+      .pruned = pruned_of(pruned, w),
+      .pruned_stride = pruned.stride(0),
+      .c = accumulator_of(c, w.numel(), "c"),
+      .h = static_cast<const float*>(hessian.data),
+      .h_stride = hessian.stride,
+      .n = static_cast<int>(n),
+      .m = static_cast<int>(m),
+  };
+}
+
+void native_refine_groups_(Tensor w, Tensor pruned, Tensor c, Tensor h, int64_t n, int64_t m) {
+  require(1 <= n && n < m && m <= 32 && w.dim() == 2 && w.size(1) % m == 0, "n:m does not fit");
+  int64_t masks = 1;
+  for (int64_t i = 0; i < n; ++i) masks = masks * (m - i) / (i + 1);
+  require(masks <= 70, "groups have ", masks, " masks, more than 70");
+  wanda::refine_groups(CallContext(w).context(), mask_block_of(w, pruned, c, h, n, m));
+}
+
+void native_refine_swaps_(Tensor w, Tensor pruned, Tensor c, Tensor h, int64_t m) {
+  require(1 <= m && m <= 128, "m must be 1 to 128, got ", m);
+  wanda::refine_swaps(CallContext(w).context(), mask_block_of(w, pruned, c, h, 0, m));
+}
+
+void native_add_changes_(Tensor c, Tensor now, Tensor before, Tensor h) {
+  require_floats(h, "h");
+  require(now.dim() == 2, "now must have 2 dimensions");
+  const wanda::Matrix hessian = matrix_of(h, "h");
+  const int64_t n_rows = now.size(0);
+  require(now.size(1) == hessian.n_rows, "h must have a row for each column of now");
+  const wanda::Changes changes = {
+      .c = accumulator_of(c, n_rows * hessian.n_cols, "c"),
+      .now = accumulator_of(now, n_rows * hessian.n_rows, "now"),
+      .before = accumulator_of(before, n_rows * hessian.n_rows, "before"),
+      .h = hessian,
+      .n_rows = n_rows,
+  };
+  wanda::add_changes(CallContext(c).context(), changes);
 }
 
 void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
@@ -216,6 +306,11 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_prune_nm_", TORCH_BOX(&native_prune_nm_));
   library.impl("native_mark_lowest_", TORCH_BOX(&native_mark_lowest_));
   library.impl("native_sparsegpt_block_", TORCH_BOX(&native_sparsegpt_block_));
+  library.impl("native_admm_step_", TORCH_BOX(&native_admm_step_));
+  library.impl("native_polish_step_", TORCH_BOX(&native_polish_step_));
+  library.impl("native_refine_groups_", TORCH_BOX(&native_refine_groups_));
+  library.impl("native_refine_swaps_", TORCH_BOX(&native_refine_swaps_));
+  library.impl("native_add_changes_", TORCH_BOX(&native_add_changes_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_add_product_", TORCH_BOX(&native_add_product_));

@@ -70,6 +70,46 @@ struct SparseGptBlock {
   float* errors;          // [n_rows, n_cols], contiguous
 };
 
+// A step of ADMM. The matrices are contiguous fp32 [n_rows, n_cols].
+struct AdmmStep {
+  float *primal, *dual;
+  const float* dense;
+  uint8_t* pruned;  // 1 = pruned
+  int64_t n_rows, n_cols;
+  int64_t num_pruned;  // of each row, where m = 0
+  int n, m;
+  float ratio;
+};
+
+// A step of conjugate gradients. The matrices are contiguous fp32 [n_rows, n_cols].
+struct PolishStep {
+  float *z, *residual, *direction;
+  const float* product;
+  float* rho;                     // [n_rows]
+  const float* inverse_diagonal;  // [n_cols]
+  const uint8_t* pruned;          // 1 = pruned
+  int64_t n_rows, n_cols;
+};
+
+// One block of columns in mask descent.
+struct MaskBlock {
+  Matrix w;               // fp32
+  uint8_t* pruned;        // [n_rows, n_cols], 1 = pruned
+  int64_t pruned_stride;  // bytes from row to row of `pruned`
+  float* c;               // [n_rows, n_cols], contiguous
+  const float* h;         // [n_cols, n_cols]
+  int64_t h_stride;       // elements from row to row of `h`
+  int n, m;               // refine_groups: groups keep n of m; refine_swaps: groups of m columns
+};
+
+// c += (now - before) h. All are fp32, and contiguous but for h.
+struct Changes {
+  float* c;                   // [n_rows, h.n_cols]
+  const float *now, *before;  // [n_rows, h.n_rows]
+  Matrix h;
+  int64_t n_rows;
+};
+
 // [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.
 struct Heads {
   void* data;

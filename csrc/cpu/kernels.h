@@ -9,7 +9,8 @@ namespace wanda::cpu {
 
 constexpr int kMaxWidth = 16;         // lanes of the widest vector
 constexpr int kMaxGroup = 32;         // the largest m of n:m
-constexpr int kMaxBlock = 128;        // the most columns in a block of SparseGPT
+constexpr int kMaxBlock = 128;        // the most columns in a block of SparseGPT or mask descent
+constexpr int kMaxCandidates = 70;    // masks of a group that refine_groups tries
 constexpr int64_t kSlabTokens = 256;  // squares that are summed in fp32 before they are added to an fp64 sum
 constexpr int kHighBits = 16;         // prune_matrix: bits of a key that the first histogram counts
 constexpr int kLowBits = 15;          // prune_matrix: bits that the second histogram counts
@@ -17,6 +18,21 @@ constexpr int kLowBits = 15;          // prune_matrix: bits that the second hist
 // Bounds of a row's threshold in prune_variant: pruning up to `low` stays within the limit, up to `high` does not.
 struct Bracket {
   int32_t low, high;
+};
+
+// The masks that keep n of m columns, as their pruned columns in lexicographic order.
+struct Candidates {
+  int count, n_pruned;
+  uint8_t columns[kMaxCandidates][kMaxGroup];
+  uint32_t masks[kMaxCandidates];  // bit i is set if column i is pruned
+  uint8_t shared[kMaxCandidates];   // how many leading columns are those of the mask before
+};
+
+// Bounds on a block's Hessian, with which refine_swaps skips swaps that cannot be the best: for columns u and p of one
+// group, abs(h_up) <= reach[u] * scale[p], up to rounding.
+struct SwapBounds {
+  const float *scale, *reach;  // [n_cols]
+  float largest;               // of abs(h), reach and reach * scale
 };
 
 struct Kernels {
@@ -37,6 +53,13 @@ struct Kernels {
   int64_t (*find_variant)(const Selection&, double alpha, const Bracket* brackets, int32_t* thresholds, int64_t begin,
                           int64_t end, void* scratch);
   void (*sparsegpt_block)(const SparseGptBlock&, int64_t begin, int64_t end);
+  // Returns the number of elements of `pruned` that changed in these rows.
+  int64_t (*admm_step)(const AdmmStep&, int64_t begin, int64_t end, void* scratch);
+  void (*polish_step)(const PolishStep&, int64_t begin, int64_t end);
+  void (*refine_groups)(const MaskBlock&, const Candidates&, int64_t begin, int64_t end);
+  // Rows of `h` have room for kMaxWidth columns past the last one.
+  void (*refine_swaps)(const MaskBlock&, const SwapBounds&, int64_t begin, int64_t end);
+  void (*add_changes)(const Changes&, int64_t begin, int64_t end);
   void (*add_sq_norm)(const Matrix& x, float* acc, int64_t begin, int64_t end, void* scratch);
   // out[t, j] = abs(act(x[t, j]))^power, fp32, contiguous.
   void (*activate)(const Matrix& x, Activation activation, int power, float* out, int64_t begin, int64_t end);

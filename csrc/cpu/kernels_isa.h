@@ -3,14 +3,19 @@
 
 #include "activate.h"
 #include "activate_gated.h"
+#include "add_changes.h"
 #include "add_sq_norm.h"
+#include "admm_step.h"
 #include "all_finite.h"
 #include "count_zeros.h"
 #include "forward.h"
+#include "polish_step.h"
 #include "prune_matrix.h"
 #include "prune_nm.h"
 #include "prune_rows.h"
 #include "prune_variant.h"
+#include "refine_groups.h"
+#include "refine_swaps.h"
 #include "sparsegpt_block.h"
 #include "strided_rows.h"
 
@@ -26,6 +31,11 @@ constexpr wanda::cpu::Kernels kernels_named(const char* name) {
       .mark_at_most = mark_at_most,
       .find_variant = find_variant,
       .sparsegpt_block = sparsegpt_block,
+      .admm_step = admm_step,
+      .polish_step = polish_step,
+      .refine_groups = refine_groups,
+      .refine_swaps = refine_swaps,
+      .add_changes = add_changes,
       .add_sq_norm = add_sq_norm,
       .activate = activate,
       .activate_gated = activate_gated,

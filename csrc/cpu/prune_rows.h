@@ -90,6 +90,17 @@ inline uint32_t lowest_bits(uint32_t bits, int64_t count) {
   return bits ^ kept;
 }
 
+// Bits of the lanes whose keys are below the bound, and of the first `ties` equal to it, which are subtracted from `ties`.
+inline uint32_t lowest_lanes(Simd::Int key, Simd::Int bound, int64_t& ties) {
+  const uint32_t below = Simd::to_bits(Simd::less(key, bound));
+  if (ties == 0) return below;
+  const uint32_t equal = Simd::to_bits(Simd::equal(key, bound));
+  const int count = __builtin_popcount(equal);
+  const uint32_t taken = count <= ties ? equal : lowest_bits(equal, ties);
+  ties -= smaller<int64_t>(count, ties);
+  return below | taken;
+}
+
 // Zeroes the row's weights whose keys are below the threshold, and the first `ties` equal to it.
 inline void prune_below(const Selection& s, int64_t row, const int32_t* keys, Threshold threshold, uint8_t* pruned) {
   const Simd::Int bound = Simd::broadcast(threshold.key);
@@ -98,15 +109,8 @@ inline void prune_below(const Selection& s, int64_t row, const int32_t* keys, Th
   with_row(s.weight, row, [&](auto* w) {
     each_vector(w, s.weight.n_cols, [&](auto* w, int64_t col) {
       const Simd::Int key = Simd::load(keys + col);
-      const Simd::Mask below = Simd::less(key, bound);
-      if (ties == 0 && !wants_mask) return Simd::zero_where(below, w);
-      uint32_t bits = Simd::to_bits(below);
-      if (ties > 0) {
-        const uint32_t equal = Simd::to_bits(Simd::equal(key, bound));
-        const int count = __builtin_popcount(equal);
-        bits |= count <= ties ? equal : lowest_bits(equal, ties);
-        ties -= smaller<int64_t>(count, ties);
-      }
+      if (ties == 0 && !wants_mask) return Simd::zero_where(Simd::less(key, bound), w);
+      const uint32_t bits = lowest_lanes(key, bound, ties);
       store_bits(pruned, col, bits);
       Simd::zero_where(bits, w);
     });

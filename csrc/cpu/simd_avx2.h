@@ -43,6 +43,7 @@ struct Simd {
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   static Float nearest_integer(Float a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // a * 2^n, for integral n such that 2^n is a normal number.
   static Float times_two_to(Float n, Float a) {
@@ -106,8 +107,18 @@ struct Simd {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
+  static float lowest(Float v) {
+    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+  }
   static float first_lane(Float v) { return _mm256_cvtss_f32(v); }
 
+  // The lanes whose bits are set.
+  static Mask lanes(uint32_t bits) {
+    const Int place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return equal(bit_and(broadcast((int32_t)bits), place), place);
+  }
   // The lowest n lanes.
   static Mask first(int64_t n) {
     return _mm256_cmpgt_epi32(broadcast((int32_t)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -121,6 +132,7 @@ struct Simd {
   static Int increment_where(Mask mask, Int a) { return _mm256_sub_epi32(a, mask); }
   static uint32_t to_bits(Mask mask) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
   static Float select(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, as_float(mask)); }
+  static Int select(Mask mask, Int a, Int b) { return _mm256_blendv_epi8(b, a, mask); }
   static Float zero_unless(Mask mask, Float a) { return _mm256_and_ps(as_float(mask), a); }
   static Float zero_if(Mask mask, Float a) { return _mm256_andnot_ps(as_float(mask), a); }
 
@@ -154,9 +166,7 @@ struct Simd {
     _mm_storeu_si128((__m128i*)p, _mm_andnot_si128(words, _mm_loadu_si128((const __m128i*)p)));
   }
   static void zero_where(uint32_t bits, float* p) {
-    const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i pruned = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), place), place);
-    _mm256_storeu_ps(p, _mm256_andnot_ps(_mm256_castsi256_ps(pruned), _mm256_loadu_ps(p)));
+    zero_where(lanes(bits), p);
   }
   template <typename T>  // Half, BFloat
   static void zero_where(uint32_t bits, T* p) {

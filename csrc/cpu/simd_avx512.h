@@ -33,6 +33,7 @@ struct Simd {
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Float nearest_integer(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
   // a * 2^n, for integral n.
   static Float times_two_to(Float n, Float a) { return _mm512_scalef_ps(a, n); }
@@ -68,8 +69,11 @@ struct Simd {
 
   static float sum(Float v) { return _mm512_reduce_add_ps(v); }
   static float highest(Float v) { return _mm512_reduce_max_ps(v); }
+  static float lowest(Float v) { return _mm512_reduce_min_ps(v); }
   static float first_lane(Float v) { return _mm512_cvtss_f32(v); }
 
+  // The lanes whose bits are set.
+  static Mask lanes(uint32_t bits) { return (__mmask16)bits; }
   // The lowest n lanes.
   static Mask first(int64_t n) { return (__mmask16)((1u << n) - 1); }
   static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
@@ -81,6 +85,7 @@ struct Simd {
   static Int increment_where(Mask mask, Int a) { return add_where(mask, a, broadcast(1)); }
   static uint32_t to_bits(Mask mask) { return mask; }
   static Float select(Mask mask, Float a, Float b) { return _mm512_mask_blend_ps(mask, b, a); }
+  static Int select(Mask mask, Int a, Int b) { return _mm512_mask_blend_epi32(mask, b, a); }
   static Float zero_unless(Mask mask, Float a) { return _mm512_maskz_mov_ps(mask, a); }
   static Float zero_if(Mask mask, Float a) { return _mm512_maskz_mov_ps(_knot_mask16(mask), a); }
 

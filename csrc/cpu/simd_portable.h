@@ -37,6 +37,11 @@ struct Simd {
   }
   static Float multiply(Float x, Float y) { return {x.a * y.a, x.b * y.b}; }
   static Float add_square(Float sum, Float x) { return {sum.a + x.a * x.a, sum.b + x.b * x.b}; }
+  static Float multiply_add(Float x, Float y, Float sum) { return {sum.a + x.a * y.a, sum.b + x.b * y.b}; }
+  static Float add(Float x, Float y) { return {x.a + y.a, x.b + y.b}; }
+  static Float subtract_product(Float from, Float x, Float y) { return {from.a - x.a * y.a, from.b - x.b * y.b}; }
+  static Float min(Float x, Float y) { return select(less(x, y), x, y); }
+  static Float max(Float x, Float y) { return select(less(y, x), x, y); }
   static Float subtract(Float x, Float y) { return {x.a - y.a, x.b - y.b}; }
   static Float divide(Float x, Float y) { return {x.a / y.a, x.b / y.b}; }
   static Float sqrt(Float x) { return {sqrt(x.a), sqrt(x.b)}; }
@@ -88,6 +93,27 @@ struct Simd {
     return result;
   }
 
+  static float sum(Float v) {
+    const Float4 four = v.a + v.b;
+    return (four[0] + four[1]) + (four[2] + four[3]);
+  }
+  static float lowest(Float v) {
+    float result = v.a[0];
+    for (int lane = 0; lane < 4; ++lane) result = smaller(result, smaller<float>(v.a[lane], v.b[lane]));
+    return result;
+  }
+  static float highest(Float v) {
+    float result = v.a[0];
+    for (int lane = 0; lane < 4; ++lane) result = larger(result, larger<float>(v.a[lane], v.b[lane]));
+    return result;
+  }
+
+  // The lanes whose bits are set.
+  static Mask lanes(uint32_t bits) {
+    const Int place = {Int4{1, 2, 4, 8}, Int4{16, 32, 64, 128}};
+    return equal(bit_and(broadcast((int32_t)bits), place), place);
+  }
+  static Mask less(Float x, Float y) { return {x.a < y.a, x.b < y.b}; }
   static Mask less(Int x, Int y) { return {x.a < y.a, x.b < y.b}; }
   static Mask equal(Int x, Int y) { return {x.a == y.a, x.b == y.b}; }
   static Mask both(Mask x, Mask y) { return bit_and(x, y); }
@@ -98,6 +124,10 @@ struct Simd {
     const Int4 place = {1, 2, 4, 8};
     const Int4 low = mask.a & place, high = mask.b & place;
     return (uint32_t)(low[0] | low[1] | low[2] | low[3] | (high[0] | high[1] | high[2] | high[3]) << 4);
+  }
+  static Float select(Mask mask, Float x, Float y) { return as_float(select(mask, bits(x), bits(y))); }
+  static Int select(Mask mask, Int x, Int y) {
+    return {(x.a & mask.a) | (y.a & ~mask.a), (x.b & mask.b) | (y.b & ~mask.b)};
   }
   static Float zero_unless(Mask mask, Float x) { return as_float(bit_and(mask, bits(x))); }
   static Float zero_if(Mask mask, Float x) { return {(Float4)(~mask.a & (Int4)x.a), (Float4)(~mask.b & (Int4)x.b)}; }
@@ -125,9 +155,6 @@ struct Simd {
  private:
   static Float4 sqrt(Float4 v) {
     return Float4{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
-  }
-  static Int select(Mask mask, Int x, Int y) {
-    return {(x.a & mask.a) | (y.a & ~mask.a), (x.b & mask.b) | (y.b & ~mask.b)};
   }
 };
 

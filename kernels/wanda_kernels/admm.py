@@ -27,7 +27,7 @@ from wanda_kernels.operations.solver import admm_step_, polish_
 RHO, GROWTH, RUNGS = 0.2, 1.4, 4
 STEPS = 6  # on each rung
 # Share of the kept weights. A last step on a rung that changes fewer ends the iterations.
-SETTLED = 3e-4
+SETTLED = 1e-3
 POLISH_STEPS = 4
 
 

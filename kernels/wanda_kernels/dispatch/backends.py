@@ -146,12 +146,15 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "torch": reference.sparsegpt_,
     },
     "refine_mask_": {
+        "cpu": native.refine_mask_,
         "torch": reference.refine_mask_,
     },
     "polish_": {
+        "cpu": native.polish_,
         "torch": reference.polish_,
     },
     "admm_step_": {
+        "cpu": native.admm_step_,
         "torch": reference.admm_step_,
     },
 }

@@ -34,6 +34,13 @@ SCHEMAS = (
     "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
     "native_sparsegpt_block_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
     " int n, int m, Tensor(c!) errors) -> ()",
+    "native_admm_step_(Tensor(a!) primal, Tensor(b!) dual, Tensor dense, Tensor(c!) pruned, int num_pruned,"
+    " int n, int m, float ratio) -> int",
+    "native_polish_step_(Tensor(a!) z, Tensor(b!) residual, Tensor(c!) direction, Tensor product,"
+    " Tensor(d!) rho, Tensor inverse_diagonal, Tensor pruned) -> ()",
+    "native_refine_groups_(Tensor w, Tensor(a!) pruned, Tensor(b!) c, Tensor h, int n, int m) -> ()",
+    "native_refine_swaps_(Tensor w, Tensor(a!) pruned, Tensor(b!) c, Tensor h, int m) -> ()",
+    "native_add_changes_(Tensor(a!) c, Tensor now, Tensor before, Tensor h) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_add_product_(Tensor(a!) acc, Tensor a, Tensor b, bool in_bf16) -> ()",

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wanda_kernels.conjugate_gradients import polish_by_steps_
+from wanda_kernels.mask_descent import refine_in_blocks_
 from wanda_kernels.native.library import native_op, products, squares, why_not
 from wanda_kernels.native.reused_memory import empty
 from wanda_kernels.native.segments import blocks
@@ -182,6 +184,34 @@ def sparsegpt_block(
 def _divisor(u: Tensor, selector: str) -> Tensor | None:
     """The divisors of the squared weights in SparseGPT's own score, `obs`."""
     return u.diagonal().square() if selector == "obs" else None
+
+
+def refine_mask_(weight: Tensor, *rest) -> None:
+    refine_in_blocks_(refine_groups, refine_swaps, weight, *rest, add_changes)
+
+
+def refine_groups(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, n: int, m: int) -> None:
+    native_op("native_refine_groups_")(w, pruned, c, h, n, m)
+
+
+def refine_swaps(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, m: int) -> None:
+    native_op("native_refine_swaps_")(w, pruned, c, h, m)
+
+
+def add_changes(c: Tensor, now: Tensor, before: Tensor, h: Tensor) -> None:
+    native_op("native_add_changes_")(c, now, before, h)
+
+
+def polish_(weight: Tensor, *rest) -> None:
+    polish_by_steps_(polish_step, weight, *rest)
+
+
+def polish_step(z: Tensor, *rest) -> None:
+    native_op("native_polish_step_")(z, *rest)
+
+
+def admm_step_(primal: Tensor, *rest) -> Tensor:
+    return torch.tensor(native_op("native_admm_step_")(primal, *rest))
 
 
 def reads(tensor: Tensor) -> bool:

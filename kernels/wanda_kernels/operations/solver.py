@@ -44,7 +44,7 @@ def refine_mask_(
     """
     n, m = _require_solvable(weight, pruned, hessian, pattern, check_finite)
     _require_steps("sweeps", sweeps)
-    if m and weight.numel() and (pruned.view(-1, m).sum(dim=1) != m - n).any():
+    if m and weight.numel() and (pruned.unflatten(1, (-1, m)).sum(dim=2) != m - n).any():
         raise ValueError(f"pruned must mark {m - n} of every {m} columns for the pattern {pattern}")
     if weight.numel() and sweeps:
         call("refine_mask_", weight, pruned, hessian, n, m, sweeps, backend)
