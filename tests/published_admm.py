@@ -10,12 +10,17 @@ SETTLED, SETTLED_AFTER = 3e-4, 30
 GRADIENT_STEPS = 10
 
 
-def prune_admm_published(weight, hessian, pattern):
-    """The solution [out, in] for a damped Hessian and a pattern "0.5" or "2:4", fp64."""
-    weight, hessian = weight.double(), hessian.double()
-    scale = hessian.diagonal().sqrt()
-    w, h = weight * scale, hessian / scale / scale[:, None]
-    values, vectors = torch.linalg.eigh(h)
+def decompose(hessian):
+    """What `prune_admm_published` takes of a damped Hessian, for any number of weights and patterns."""
+    scale = hessian.double().diagonal().sqrt()
+    h = hessian.double() / scale / scale[:, None]
+    return scale, h, *torch.linalg.eigh(h)
+
+
+def prune_admm_published(weight, decomposed, pattern):
+    """The solution [out, in] for a pattern such as "0.5" or "2:4", fp64."""
+    scale, h, values, vectors = decomposed
+    w = weight.double() * scale
     kept = highest(w, pattern)
     z, dual, rho = w * kept, torch.zeros_like(w), RHO
     last_kept, iteration = kept, 0
