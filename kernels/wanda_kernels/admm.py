@@ -117,8 +117,8 @@ def admm_(
     Source: ALPS, arXiv 2406.07831, algorithm 1.
     """
     pattern = _require_operands(weight, ladder, pattern, mask)
-    dense = weight.float().contiguous()
-    w = dense * ladder.scale
+    dense = weight.float()
+    w = (dense * ladder.scale).contiguous()
     pruned = torch.zeros_like(w, dtype=torch.bool)
     dual, product = torch.zeros_like(w), w.clone()
     admm_step_(product, dual, w, pruned, pattern, 0.0, backend=backend)

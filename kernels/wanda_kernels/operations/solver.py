@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call, has_rows
+from wanda_kernels.dispatch.backends import call
 
 
 def refine_mask_(
@@ -29,7 +29,7 @@ def refine_mask_(
     and sum rounded.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous, dense: its values at pruned weights count.
+        weight: fp32, fp16 or bf16 `[out, in]`, dense: its values at pruned weights count.
         pruned: bool `[out, in]`, rows contiguous, True for pruned weights; changed in place.
         hessian: fp32 `[in, in]`, symmetric, contiguous, of the inputs.
         pattern: "n:m", n kept of every m columns, which `pruned` must obey; None for any other mask.
@@ -66,7 +66,7 @@ def polish_(
     for all rows. Products and sums are fp32; the result is rounded to the weight's dtype once, at the end.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous: where the steps begin. Pruned weights become
+        weight: fp32, fp16 or bf16 `[out, in]`: where the steps begin. Pruned weights become
             +0.0, kept ones change.
         dense: `[out, in]` of any of these dtypes: the weights W before pruning.
         pruned: bool `[out, in]`, rows contiguous, True for pruned weights.
@@ -156,8 +156,6 @@ def _require_solvable(
 ) -> tuple[int, int]:
     """Check the operands that the solvers share. Returns n and m; 0 and 0 for no groups."""
     checks.require_selection(weight, None, None)
-    if not has_rows(weight):
-        raise ValueError(f"weight's rows must be contiguous, got strides {list(weight.stride())}")
     checks.require_pruned(pruned, weight)
     checks.require_hessian(hessian, weight)
     _, n, m = pattern_numbers(0 if pattern is None else pattern, weight.shape[1])
