@@ -102,7 +102,7 @@ def admm_step_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Project to the pattern and update the dual, in one pass over the rows; `admm_` computes the product.
+    """Project to the pattern and update the dual, in place; `admm_` computes the product before it.
 
     With u = primal + dual: `pruned` marks the lowest abs(u) of each row or group, z is u with those at 0, and
 
