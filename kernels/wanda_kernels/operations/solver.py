@@ -44,8 +44,8 @@ def refine_mask_(
     """
     n, m = _require_solvable(weight, pruned, hessian, pattern, check_finite)
     _require_steps("sweeps", sweeps)
-    if m and weight.numel() and (pruned.unflatten(1, (-1, m)).sum(dim=2) != m - n).any():
-        raise ValueError(f"pruned must mark {m - n} of every {m} columns for the pattern {pattern}")
+    if m and weight.numel():
+        _require_groups(pruned, n, m)
     if weight.numel() and sweeps:
         call("refine_mask_", weight, pruned, hessian, n, m, sweeps, backend)
 
@@ -82,8 +82,12 @@ def polish_(
     _require_solvable(weight, pruned, hessian, None, check_finite)
     _require_steps("steps", steps)
     if dense.shape != weight.shape or dense.dtype not in checks.DTYPES:
-        raise ValueError(f"dense must have weight's shape {list(weight.shape)}, got {list(dense.shape)}")
+        got = f"{dense.dtype} {list(dense.shape)}"
+        raise ValueError(f"dense must be float {list(weight.shape)}, the shape of weight, got {got}")
     checks.require_same_device("dense", dense, weight)
+    if check_finite and weight.numel():
+        checks.require_finite({"dense": dense})
+        _require_positive_diagonal(hessian)
     if weight.numel():
         call("polish_", weight, dense, pruned, hessian, steps, backend)
 
@@ -98,7 +102,7 @@ def admm_step_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Project to the pattern and update the dual, in one pass over the rows; `admm_` computes the product.
+    """Project to the pattern and update the dual, in place; `admm_` computes the product before it.
 
     With u = primal + dual: `pruned` marks the lowest abs(u) of each row or group, z is u with those at 0, and
 
@@ -158,6 +162,23 @@ def _require_solvable(
     if check_finite:
         checks.require_finite({"weight": weight, "hessian": hessian})
     return n, m
+
+
+def _require_groups(pruned: Tensor, n: int, m: int) -> None:
+    counts = pruned.unflatten(1, (-1, m)).sum(dim=2)
+    wrong = (counts != m - n).nonzero()
+    if len(wrong):
+        row, group = wrong[0].tolist()
+        place = f"{counts[row, group].item()} of columns {group * m} to {group * m + m - 1} of row {row}"
+        raise ValueError(f"pruned must mark {m - n} of every {m} columns for {n}:{m}, but marks {place}")
+
+
+def _require_positive_diagonal(hessian: Tensor) -> None:
+    not_positive = (hessian.diagonal() <= 0).nonzero()
+    if len(not_positive):
+        column = int(not_positive[0])
+        value = hessian[column, column].item()
+        raise ValueError(f"hessian's diagonal must be positive, got {value:g} at {column}")
 
 
 def _require_steps(name: str, count: int) -> None:
