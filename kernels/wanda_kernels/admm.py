@@ -10,9 +10,8 @@ the scaled dual Y:
 rho rises along a ladder; each rung is one inverse, which all weights that read the same input share. Steps of
 conjugate gradients on the final support follow (`polish_`).
 Source: ALPS, arXiv 2406.07831; Boza, arXiv 2401.02938. The published rho rises by a tenth to a third after
-every 3 iterations, with an eigendecomposition in fp64. Here it rises by a
-half after 5, until the support settles: about 30 iterations and 6 inverses reach the same error within 1%
-(tests/wanda_kernels/test_admm.py, benchmarks/LOG.md).
+every 3 iterations, with an eigendecomposition in fp64. Here it rises by 1.4 after every 4, until the support
+settles: about 30 iterations and 8 inverses reach the same error within 1% (tests/wanda_kernels/test_admm.py, benchmarks/LOG.md).
 """
 
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ from wanda_kernels.hessian_factor import NotPositiveDefiniteError
 from wanda_kernels.mask_bits import pack_bits
 from wanda_kernels.operations.solver import admm_step_, pattern_numbers, polish_
 
-RHO, GROWTH, RUNGS = 0.1, 1.5, 10
-STEPS = 5  # on each rung
+RHO, GROWTH, RUNGS = 0.1, 1.4, 12
+STEPS = 4  # on each rung
 # Share of the kept weights. A last step on a rung that changes fewer ends the iterations.
 SETTLED = 1e-3
 POLISH_STEPS = 4
