@@ -146,12 +146,15 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "torch": reference.sparsegpt_,
     },
     "refine_mask_": {
+        "triton": _triton_refine_mask_,
         "torch": reference.refine_mask_,
     },
     "polish_": {
+        "triton": _triton_polish_,
         "torch": reference.polish_,
     },
     "admm_step_": {
+        "triton": _triton_admm_step_,
         "torch": reference.admm_step_,
     },
 }
