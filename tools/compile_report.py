@@ -32,12 +32,16 @@ from wanda_kernels.triton_ops import (
     add_gated_coactivation,
     add_hessian,
     add_sq_norm,
+    admm_step,
     grouped_product,
+    polish_step,
     prune_matrix,
     prune_nm,
     prune_rows,
     prune_strided_nm,
     prune_strided_rows,
+    refine_groups,
+    refine_swaps,
     sparsegpt_block,
 )
 from wanda_kernels.triton_ops import forward as triton_forward
@@ -55,6 +59,10 @@ MODULES = (
     prune_strided_nm,
     prune_matrix,
     sparsegpt_block,
+    refine_groups,
+    refine_swaps,
+    polish_step,
+    admm_step,
     triton_forward,
 )
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -164,6 +172,8 @@ def variants() -> list[Variant]:
         _launch_hessian()
         _launch_segments()
         _launch_sparsegpt()
+        _launch_refine()
+        _launch_steps()
         _launch_forward()
     finally:
         for module, name, kernel in kernels:
@@ -295,6 +305,35 @@ def _launch_sparsegpt() -> None:
         dead, scale = torch.empty(size, dtype=torch.bool, device="meta"), torch.empty(size, device="meta")
         scale = scale if selector == "wanda" else None
         sparsegpt_block.sparsegpt_(weight, upper, dead, ratio, n, m, selector, scale, None, None)
+
+
+def _launch_refine() -> None:
+    # rows that are not a multiple of 16 bytes apart take other loads
+    for size, (n, m) in ((4096, (2, 4)), (4096, (4, 8)), (4095, (3, 5)), (4096, (1, 16))):
+        refine_groups.refine_groups(*_block(size, 128 // m * m), n, m)
+    for size in (4096, 4095):
+        refine_swaps.refine_swaps(*_block(size, 128), 128)
+
+
+def _block(size: int, width: int) -> tuple[torch.Tensor, ...]:
+    """(w, pruned, c, h) of mask descent."""
+    w, pruned = (torch.empty(4096, size, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bool))
+    hessian = torch.empty(size, size, device="meta")
+    return w[:, :width], pruned[:, :width], torch.empty(4096, width, device="meta"), hessian[:width, :width]
+
+
+def _launch_steps() -> None:
+    for size in (100, 576, 1024, 4096, 4095, 14_336, 28_672, 65_536):
+        z, residual, direction, product = (torch.empty(4096, size, device="meta") for _ in range(4))
+        pruned = torch.empty(4096, size, dtype=torch.bool, device="meta")
+        admm_step.admm_step_(z, residual, direction, pruned, size // 2, 0, 0, 1.0)
+        if size <= 4096:
+            vectors = torch.empty(4096, device="meta"), torch.empty(size, device="meta")
+            polish_step.polish_step(z, residual, direction, product, *vectors, pruned)
+    for (n, m), size in (((2, 4), 4096), ((4, 8), 4096), ((16, 32), 4096), ((3, 5), 4095)):
+        primal, dual, dense = (torch.empty(4096, size, device="meta") for _ in range(3))
+        pruned = torch.empty(4096, size, dtype=torch.bool, device="meta")
+        admm_step.admm_step_(primal, dual, dense, pruned, 0, n, m, 1.0)
 
 
 def _launch_forward() -> None:

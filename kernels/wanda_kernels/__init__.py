@@ -6,13 +6,13 @@ one, with kernels for a block's forward. `help(wanda_kernels.prune_nm_)` documen
 
 # Registers the operations with torch.
 import wanda_kernels.dispatch.torch_ops  # noqa: F401
-from wanda_kernels.admm import POLISH_STEPS, RUNGS, Ladder, admm_, damped_hessian
 from wanda_kernels.dispatch.backends import OPERATIONS, BackendError, choose_backend
 from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require_finite
 from wanda_kernels.doctor import diagnose
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.host_hessian import add_hessian_on_host_, host_hessian_bytes
 from wanda_kernels.mask_bits import pack_bits, unpack_bits
+from wanda_kernels.operations.admm import POLISH_STEPS, RUNGS, Ladder, admm_, damped_hessian
 from wanda_kernels.operations.selection import prune_matrix_, prune_nm_, prune_rows_, prune_variant_
 from wanda_kernels.operations.solver import admm_step_, polish_, refine_mask_
 from wanda_kernels.operations.sparsegpt import sparsegpt_

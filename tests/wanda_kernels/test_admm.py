@@ -9,7 +9,6 @@ from tests.wanda_kernels.cases import bits, poisoned_mask, random_weight
 from wanda_kernels import (
     Ladder,
     NotPositiveDefiniteError,
-    admm,
     admm_,
     admm_step_,
     damped_hessian,
@@ -17,6 +16,7 @@ from wanda_kernels import (
     sparsegpt_,
     unpack_bits,
 )
+from wanda_kernels.operations import admm
 
 # on the published error: the ladder of rho is shorter than the published one
 MOST_OVER_PUBLISHED = 1.01

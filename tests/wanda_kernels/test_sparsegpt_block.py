@@ -8,8 +8,8 @@ import torch
 
 from tests.wanda_kernels.cases import bits, edge_weight, random_weight
 from tests.wanda_kernels.conftest import GPU
+from wanda_kernels.loops.sparsegpt import SELECTORS
 from wanda_kernels.reference import sparsegpt_block as reference_sparsegpt
-from wanda_kernels.sparsegpt import SELECTORS
 from wanda_kernels.triton_ops import sparsegpt_block
 
 POISON = -7.0

@@ -147,14 +147,17 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "refine_mask_": {
         "cpu": native.refine_mask_,
+        "triton": _triton_refine_mask_,
         "torch": reference.refine_mask_,
     },
     "polish_": {
         "cpu": native.polish_,
+        "triton": _triton_polish_,
         "torch": reference.polish_,
     },
     "admm_step_": {
         "cpu": native.admm_step_,
+        "triton": _triton_admm_step_,
         "torch": reference.admm_step_,
     },
 }

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wanda_kernels.conjugate_gradients import polish_by_steps_
-from wanda_kernels.mask_descent import refine_in_blocks_
+from wanda_kernels.loops.conjugate_gradients import polish_by_steps_
+from wanda_kernels.loops.mask_descent import refine_in_blocks_
+from wanda_kernels.loops.sparsegpt import prune_in_blocks_
 from wanda_kernels.native.library import native_op, products, squares, why_not
 from wanda_kernels.native.reused_memory import empty
 from wanda_kernels.native.segments import blocks
-from wanda_kernels.sparsegpt import prune_in_blocks_
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights and activations
 ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # enum Activation in csrc

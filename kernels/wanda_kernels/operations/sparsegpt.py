@@ -5,7 +5,7 @@ from torch import Tensor
 from wanda_kernels.dispatch import checks
 from wanda_kernels.dispatch.backends import call_on_rows
 from wanda_kernels.hessian_factor import Factor
-from wanda_kernels.sparsegpt import SELECTORS
+from wanda_kernels.loops.sparsegpt import SELECTORS
 
 
 def sparsegpt_(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wanda_kernels.conjugate_gradients import polish_by_steps_
+from wanda_kernels.loops.conjugate_gradients import polish_by_steps_
 
 
 def polish_(weight: Tensor, dense: Tensor, pruned: Tensor, hessian: Tensor, steps: int) -> None:

@@ -10,7 +10,7 @@ where c' is c without the group's own weights. `mask_descent.py` documents the a
 import torch
 from torch import Tensor
 
-from wanda_kernels.mask_descent import candidates_of
+from wanda_kernels.loops.mask_descent import candidates_of
 
 
 def refine_groups(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, n: int, m: int) -> None:

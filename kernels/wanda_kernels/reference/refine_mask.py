@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from wanda_kernels.mask_descent import refine_in_blocks_
+from wanda_kernels.loops.mask_descent import refine_in_blocks_
 from wanda_kernels.reference.refine_groups import refine_groups
 from wanda_kernels.reference.refine_swaps import refine_swaps
 

@@ -8,7 +8,7 @@ Source: Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1, and its publishe
 import torch
 from torch import Tensor
 
-from wanda_kernels.sparsegpt import prune_in_blocks_
+from wanda_kernels.loops.sparsegpt import prune_in_blocks_
 
 
 def sparsegpt_(

@@ -65,32 +65,16 @@ def _store_kept(
         tl.store(mask_ptr + offs, pack_mask(kept & inside, BLOCK), mask=offs < tl.cdiv(n_cols, 8))
 
 
-@triton.jit(do_not_specialize=["num_pruned"])
-def _prune_rows_kernel(
-    w_ptr, stride_we, stride_wm,
-    scale_ptr, stride_se, stride_sm,
-    mask_ptr, stride_mm,
-    n_rows, n_cols, num_pruned,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+@triton.jit
+def threshold_in_registers(
+    k0, k1, k2, lowest, highest, n_cols, num_pruned,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
-    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
-    mask_ptr += row.to(tl.int64) * stride_mm
+    """(key, tie_end): keys below `key`, and those equal to it in a column before tie_end, are pruned.
 
-    offs_0 = tl.arange(0, B0)
-    k0 = load_keys(w_ptr + offs_0, scale_ptr + offs_0, offs_0 < n_cols, SCALE)  # [B0]
-    lowest, highest = tl.min(k0), highest_key(k0)
-    if B1 > 0:
-        offs_1 = B0 + tl.arange(0, B1)
-        k1 = load_keys(w_ptr + offs_1, scale_ptr + offs_1, offs_1 < n_cols, SCALE)  # [B1]
-        lowest, highest = tl.minimum(lowest, tl.min(k1)), tl.maximum(highest, highest_key(k1))
-    if B2 > 0:
-        offs_2 = B0 + B1 + tl.arange(0, B2)
-        k2 = load_keys(w_ptr + offs_2, scale_ptr + offs_2, offs_2 < n_cols, SCALE)  # [B2]
-        lowest, highest = tl.minimum(lowest, tl.min(k2)), tl.maximum(highest, highest_key(k2))
-
+    k0 [B0], k1 [B1], k2 [B2]: the row's segments, of which one of 0 columns is not read; lowest, highest: of
+    all its keys.
+    """
     # narrow low < high, with `below` keys under low, until below is num_pruned or one key value is left
     high = highest + 1
     low = tl.where(num_pruned == n_cols, high, lowest)
@@ -124,28 +108,15 @@ def _prune_rows_kernel(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
-
-    _store_kept(w_ptr, 1, mask_ptr, k0, low, tie_low, 0, n_cols, False, HAS_MASK, B0)
-    if B1 > 0:
-        _store_kept(w_ptr, 1, mask_ptr, k1, low, tie_low, B0, n_cols, False, HAS_MASK, B1)
-    if B2 > 0:
-        _store_kept(w_ptr, 1, mask_ptr, k2, low, tie_low, B0 + B1, n_cols, False, HAS_MASK, B2)
+    return low, tie_low
 
 
-@triton.jit(do_not_specialize=["num_pruned"])
-def _prune_long_rows_kernel(
-    w_ptr, stride_we, stride_wm, stride_wn,
-    scale_ptr, stride_se, stride_sm,
-    mask_ptr, stride_mm,
-    n_rows, n_cols, num_pruned,
-    STRIDED: tl.constexpr, SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def threshold_in_memory(
+    w_ptr, stride_wn, scale_ptr, n_cols, num_pruned,
+    STRIDED: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
-    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
-    mask_ptr += row.to(tl.int64) * stride_mm
-
+    """As threshold_in_registers, for a row of any length, which is read again at every pass."""
     lowest, highest = PAD_KEY, -1
     for first_col in range(0, n_cols, BLOCK):
         offs = first_col + tl.arange(0, BLOCK)
@@ -182,12 +153,63 @@ def _prune_long_rows_kernel(
             tie_low, tie_high, tie_below, missing, surplus, side, guess, count, ties
         )
         n_passes += 1
+    return low, tie_low
 
+
+@triton.jit(do_not_specialize=["num_pruned"])
+def _prune_rows_kernel(
+    w_ptr, stride_we, stride_wm,
+    scale_ptr, stride_se, stride_sm,
+    mask_ptr, stride_mm,
+    n_rows, n_cols, num_pruned,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
+    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
+    mask_ptr += row.to(tl.int64) * stride_mm
+
+    offs_0 = tl.arange(0, B0)
+    k0 = load_keys(w_ptr + offs_0, scale_ptr + offs_0, offs_0 < n_cols, SCALE)  # [B0]
+    k1, k2 = k0, k0
+    lowest, highest = tl.min(k0), highest_key(k0)
+    if B1 > 0:
+        offs_1 = B0 + tl.arange(0, B1)
+        k1 = load_keys(w_ptr + offs_1, scale_ptr + offs_1, offs_1 < n_cols, SCALE)  # [B1]
+        lowest, highest = tl.minimum(lowest, tl.min(k1)), tl.maximum(highest, highest_key(k1))
+    if B2 > 0:
+        offs_2 = B0 + B1 + tl.arange(0, B2)
+        k2 = load_keys(w_ptr + offs_2, scale_ptr + offs_2, offs_2 < n_cols, SCALE)  # [B2]
+        lowest, highest = tl.minimum(lowest, tl.min(k2)), tl.maximum(highest, highest_key(k2))
+    key, tie_end = threshold_in_registers(k0, k1, k2, lowest, highest, n_cols, num_pruned, B0, B1, B2)
+
+    _store_kept(w_ptr, 1, mask_ptr, k0, key, tie_end, 0, n_cols, False, HAS_MASK, B0)
+    if B1 > 0:
+        _store_kept(w_ptr, 1, mask_ptr, k1, key, tie_end, B0, n_cols, False, HAS_MASK, B1)
+    if B2 > 0:
+        _store_kept(w_ptr, 1, mask_ptr, k2, key, tie_end, B0 + B1, n_cols, False, HAS_MASK, B2)
+
+
+@triton.jit(do_not_specialize=["num_pruned"])
+def _prune_long_rows_kernel(
+    w_ptr, stride_we, stride_wm, stride_wn,
+    scale_ptr, stride_se, stride_sm,
+    mask_ptr, stride_mm,
+    n_rows, n_cols, num_pruned,
+    STRIDED: tl.constexpr, SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    w_ptr = row_of_stack(w_ptr, row, n_rows, stride_we, stride_wm)
+    scale_ptr = row_of_stack(scale_ptr, row, n_rows, stride_se, stride_sm)
+    mask_ptr += row.to(tl.int64) * stride_mm
+    key, tie_end = threshold_in_memory(w_ptr, stride_wn, scale_ptr, n_cols, num_pruned, STRIDED, SCALE, BLOCK)
     for first_col in range(0, n_cols, BLOCK):
         offs = first_col + tl.arange(0, BLOCK)
         keys = _keys_from(w_ptr, stride_wn, scale_ptr, offs, n_cols, STRIDED, SCALE)
         _store_kept(
-            w_ptr, stride_wn, mask_ptr, keys, low, tie_low, first_col, n_cols, STRIDED, HAS_MASK, BLOCK
+            w_ptr, stride_wn, mask_ptr, keys, key, tie_end, first_col, n_cols, STRIDED, HAS_MASK, BLOCK
         )
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanda_kernels.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
+from wanda_kernels.loops.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
 from wanda_kernels.triton_ops.grouped_product import INTERPRETED
 from wanda_kernels.triton_ops.prune_matrix import ranked_key
 from wanda_kernels.triton_ops.score_keys import (

@@ -32,7 +32,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from wanda_kernels.sparsegpt import BLOCK_WIDTH, block_width
+from wanda_kernels.loops.sparsegpt import BLOCK_WIDTH, block_width
 
 # Groups with more masks than this, C(8, 4), are refined by swaps.
 MOST_CANDIDATES = 70

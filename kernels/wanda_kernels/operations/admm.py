@@ -11,7 +11,7 @@ rho rises along a ladder; each rung is one inverse, which all weights that read 
 conjugate gradients on the final support follow (`polish_`).
 Source: ALPS, arXiv 2406.07831; Boza, arXiv 2401.02938. The published rho rises by a tenth to a third after
 every 3 iterations, with an eigendecomposition in fp64. Here it rises by 1.4 after every 4, until the support
-settles: about 30 iterations and 8 inverses reach the same error within 1% (tests/wanda_kernels/test_admm.py, benchmarks/LOG.md).
+settles: about 30 iterations and 8 inverses reach the same error within 1% (tests/wanda_kernels/test_admm.py).
 """
 
 from dataclasses import dataclass, field
