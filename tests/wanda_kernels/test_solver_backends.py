@@ -61,14 +61,14 @@ def some_mask(n_rows: int, n_cols: int, n: int, m: int) -> Tensor:
 
 
 def block_of(n_rows: int, n_cols: int, n: int, m: int, exact: bool) -> tuple[Tensor, ...]:
-    """(w, pruned, c, h): random, or of integers with ties; a zero column in the weight."""
-    w = integers(n_rows, n_cols) if exact else random_weight(n_rows, n_cols, torch.float32)
+    """(w, pruned, c, h) with ties and a zero column; not exact: sums in c lose all but their highest bits."""
+    w, h = integers(n_rows, n_cols), integer_hessian(n_cols)
     w[:, n_cols // 4] = 0.0
-    h = integer_hessian(n_cols)
-    h = h if exact else h + torch.rand(n_cols, n_cols) * 0.1
     pruned = some_mask(n_rows, n_cols, n, m)
-    others = integers(n_rows, n_cols, most=9) if exact else torch.randn(n_rows, n_cols) * 0.3
-    return w, pruned, torch.where(pruned, w, 0.0) @ h + others, h
+    if exact:
+        return w, pruned, torch.where(pruned, w, 0.0) @ h + integers(n_rows, n_cols, most=9), h
+    signs = torch.where(torch.rand(n_rows, n_cols) < 0.5, 1.0, -1.0)
+    return torch.where(w == 0, w, w.sign()), pruned, signs * 2**22, h + torch.rand(n_cols, n_cols)
 
 
 def assert_same_choice(function, expected_of, w, pruned, c, h, *rule):
@@ -116,6 +116,14 @@ def test_triton_packs_the_candidates_of_wide_groups(n, m):
 @pytest.mark.parametrize("n_rows, n_cols, m", ((3, 20, 10), (2, 37, 128), (1, 26, 13), (2, 1, 128)))
 def test_triton_makes_the_best_swaps(n_rows, n_cols, m, exact):
     assert_same_choice(triton_swaps.refine_swaps, refine_swaps, *block_of(n_rows, n_cols, 0, 0, exact), m)
+
+
+def test_triton_takes_the_lowest_columns_of_equal_swaps():
+    """All swaps are equal; the rows have more kept than pruned weights, and fewer."""
+    pruned = torch.arange(24).view(2, 12) % 12 >= torch.tensor([[9], [3]])
+    pruned = torch.stack([row[torch.randperm(12)] for row in pruned])
+    block = torch.ones(2, 12), pruned, torch.where(pruned, 3.0, -3.0), torch.eye(12)
+    assert_same_choice(triton_swaps.refine_swaps, refine_swaps, *block, 128)
 
 
 def test_triton_swaps_nothing_in_rows_that_are_all_pruned_or_all_kept():
