@@ -89,8 +89,8 @@ class Options:
     )
     prune_method: str = option(
         "wanda",
-        help="How weights are ranked: magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, an "
-        "ablation (ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter), or a registered "
+        help="How weights are ranked: magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, admm, "
+        "an ablation (ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter), or a registered "
         "method. dense prunes nothing.",
         panel=WHAT,
         decides=BYTES,
@@ -160,10 +160,25 @@ class Options:
         choices=("none", "obs"),
         decides=BYTES,
     )
+    refine: int = option(
+        0,
+        help="Sweeps of mask descent, before any update: pruned and kept weights are exchanged where that "
+        "lowers the layer error ||(W - W')X||^2.",
+        panel=WHAT,
+        minimum=0,
+        decides=BYTES,
+    )
+    polish: int | None = option(
+        None,
+        help="Steps of conjugate gradients on the kept weights, at the end. Default: 4 for admm, else 0.",
+        panel=WHAT,
+        minimum=0,
+        decides=BYTES,
+    )
     dampening: float = option(
         0.01,
-        help="Fraction of the Hessian's mean diagonal that is added before factoring. It grows tenfold, up "
-        "to three times, while the Hessian is not positive definite.",
+        help="Fraction of the Hessian's mean diagonal that is added to it. It grows tenfold, up to three "
+        "times, while SparseGPT's factor does not exist.",
         panel=WHAT,
         decides=BYTES,
     )
@@ -178,7 +193,7 @@ class Options:
     measure_error: bool | None = option(
         None,
         help="Measure each linear's reconstruction error ||(W - W')X||^2 for the report. Default: only if "
-        "Hessians are gathered anyway, as for sparsegpt and update obs.",
+        "Hessians are gathered anyway, as for sparsegpt, admm, update obs, refine and polish.",
         flag_help="The flag also prints a table of them.",
         panel=OUTPUT,
         decides=BYTES,

@@ -45,7 +45,8 @@ class LinearReport:
         further: other operations, each with its backend.
         error: ||(W - W') X||^2 over the calibration tokens; relative_error: its ratio to ||W X||^2. None: not
             measured.
-        dampening: of the Hessian whose factor updated the weight.
+        dampening: of the Hessian that updated the weight.
+        iterations: of ADMM.
         fallback: the method that pruned it because its statistic was zero.
         tokens: calibration tokens that its expert saw; None: it is no expert's.
     """
@@ -63,6 +64,7 @@ class LinearReport:
     dampening: float | None = None
     fallback: str | None = None
     tokens: int | None = None
+    iterations: int | None = None
 
 
 @dataclass

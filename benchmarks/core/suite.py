@@ -77,10 +77,12 @@ def run_workload(workload: Workload, line: Lineup, session: Session) -> list[Row
     providers = _of_experts(line.providers) if workload.experts else line.providers
     providers = [*providers, *workload.peers]
     operands = workload.make_operands()
-    ring = timing.Ring(operands, timing.cache_bytes(session.device) if not session.quick else 0)
-    # the reference leaves the right result in operands[0]
+    cache_bytes = timing.cache_bytes(session.device) if not session.quick else 0
+    ring = timing.Ring(operands, cache_bytes, workload.changed)
+    # the reference leaves the right result in the operand that it changes
     ours(workload.operation, TORCH)(*operands, *workload.params)
-    found = {provider.name: _judge(provider, workload, ring, operands[0]) for provider in providers}
+    expected = operands[workload.changed]
+    found = {provider.name: _judge(provider, workload, ring, expected) for provider in providers}
     return _time(found, workload, providers, ring, session)
 
 
@@ -106,7 +108,7 @@ def _judge(provider: Provider, workload: Workload, ring: timing.Ring, expected: 
     slot = ring.take()
     try:
         provider.call(*slot, *workload.params)
-        error = workload.error(slot[0], expected)
+        error = workload.error(slot[workload.changed], expected)
         return rows.judged(workload, provider.name, error, allowed)
     except Exception as exception:  # no provider's error may end the run; the row says what happened
         logger.debug("%s", provider.name, exc_info=True)

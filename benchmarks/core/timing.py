@@ -35,10 +35,10 @@ class Timing:
 
 
 class Ring:
-    """Copies of the operands, more than the cache holds, used in turn; a call changes the first of a copy."""
+    """Copies of the operands, more than the cache holds, used in turn; a call changes one of a copy."""
 
-    def __init__(self, operands: Operands, cache_bytes: int):
-        self.original = operands[0].clone()
+    def __init__(self, operands: Operands, cache_bytes: int, changed: int = 0):
+        self.original, self.changed = operands[changed].clone(), changed
         device = operands[0].device.type
         size = sum(operand.nbytes for operand in operands if operand is not None)
         wanted = min(2 * cache_bytes, RING_BYTES[device]) // max(size, 1) + 1
@@ -51,7 +51,7 @@ class Ring:
         return self.slots[self._taken % len(self.slots)]
 
     def renew(self, slot: Operands) -> None:
-        slot[0].copy_(self.original)
+        slot[self.changed].copy_(self.original)
 
 
 def _copy(operands: Operands) -> Operands:

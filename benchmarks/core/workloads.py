@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import wanda_kernels
 from benchmarks.core import shapes
 
-Operands = tuple[Tensor, ...]  # the one that is changed in place comes first
+TOKENS_PER_INPUT = 2
+SHARED_DIRECTIONS = 32  # correlated inputs, so that one weight can make up for another
+WIDEST_HESSIAN = 14_336  # 0.8 GB, the next one's 3.3
+
+Operands = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Workload:
     tolerance: float  # on error; 0: every bit
     headline: bool = False
     peers: tuple = ()  # providers of this workload alone
+    changed: int = 0  # the position of the operand that is changed in place
     experts: int = 0  # more than 0: of a stack, which other providers prune one matrix at a time
 
 
@@ -35,6 +41,10 @@ def differing_weights(result: Tensor, expected: Tensor) -> float:
     """Fraction of elements whose bits are not the same."""
     bits = {2: torch.int16, 4: torch.int32}[result.element_size()]
     return (result.view(bits) != expected.view(bits)).float().mean().item()
+
+
+def relative_norm(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected).float().norm() / expected.float().norm()).item()
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -106,3 +116,24 @@ def _weight_and_scale(shape, dtype, scale, device) -> Operands:
         return weight, None
     vector = (*shape[:-2], shape[-1])
     return weight, torch.randn(shape if scale == "matrix" else vector, device=device).mul(2).exp()
+
+
+def hessian_shapes(device: str, quick: bool) -> dict[tuple[int, int], str]:
+    """Shapes of weights whose inputs have a Hessian, and their names: SmolLM2's on a CPU."""
+    if quick:
+        return dict.fromkeys(shapes.QUICK_SHAPES, "quick")
+    if device == "cuda":
+        names = shapes.names()
+        return {shape: names[shape] for shape in shapes.weights(device, quick) if shape[1] <= WIDEST_HESSIAN}
+    return {shape: f"SmolLM2 {name}" for name, shape in shapes.SMOLLM2.linears().items()}
+
+
+def correlated_hessian(n_in: int, device: str) -> Tensor:
+    """Of more tokens than inputs, fp32 `[in, in]`."""
+    shared = torch.randn(SHARED_DIRECTIONS, n_in, device=device)
+    hessian = torch.zeros(n_in, n_in, device=device)
+    for _ in range(TOKENS_PER_INPUT):
+        x = torch.randn(n_in, n_in, device=device)
+        x += torch.randn(n_in, SHARED_DIRECTIONS, device=device) @ shared / SHARED_DIRECTIONS**0.5
+        wanda_kernels.add_hessian_(hessian, x)
+    return hessian

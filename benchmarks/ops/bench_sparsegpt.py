@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 import wanda_kernels
-from benchmarks.core import shapes
 from benchmarks.core.providers import PUBLISHED, Provider
 from benchmarks.core.suite import Benchmark
-from benchmarks.core.workloads import Operands, Workload
+from benchmarks.core.workloads import (
+    Operands,
+    Workload,
+    correlated_hessian,
+    hessian_shapes,
+    relative_norm,
+)
 from benchmarks.jobs.published_selection import update_by_columns
 
 PATTERNS = ("2:4", 0.5)
-WIDEST = 14_336  # its Hessian is 0.8 GB, the next one's 3.3
-TOKENS_PER_INPUT = 2
-SHARED_DIRECTIONS = 32  # correlated inputs, so that one weight can make up for another
 # sums in another order: at a near tie the other weight is pruned, which changes all weights to its right
 SLACK = 2e-2
 
@@ -46,24 +48,19 @@ def published(weight: Tensor, factor: Shared, pattern: str | float) -> None:
 
 def workloads(device: str, quick: bool) -> list[Workload]:
     return [
-        _workload(shape, pattern, device, headline=index == 0)
-        for index, shape in enumerate(_shapes(device, quick))
+        _workload(shape, name, pattern, device, headline=index == 0)
+        for index, (shape, name) in enumerate(hessian_shapes(device, quick).items())
         for pattern in PATTERNS
     ]
 
 
-def _shapes(device: str, quick: bool) -> list[tuple[int, int]]:
-    if device == "cuda" and not quick:
-        return [shape for shape in shapes.weights(device, quick) if shape[1] <= WIDEST]
-    return list(shapes.QUICK_SHAPES if quick else shapes.SMOLLM2.linears().values())
-
-
-def _workload(shape: tuple[int, int], pattern: str | float, device: str, headline: bool) -> Workload:
+def _workload(
+    shape: tuple[int, int], name: str, pattern: str | float, device: str, headline: bool
+) -> Workload:
     n_out, n_in = shape
-    names = shapes.names() | {shape: f"SmolLM2 {name}" for name, shape in shapes.SMOLLM2.linears().items()}
     return Workload(
         operation="sparsegpt_",
-        linear=names.get(shape, "quick"),
+        linear=name,
         shape=f"{n_out}x{n_in}",
         dtype=torch.bfloat16,
         setting=pattern if isinstance(pattern, str) else f"{pattern:.0%}",
@@ -78,21 +75,11 @@ def _workload(shape: tuple[int, int], pattern: str | float, device: str, headlin
     )
 
 
-def relative_norm(result: Tensor, expected: Tensor) -> float:
-    return ((result - expected).float().norm() / expected.float().norm()).item()
-
-
 def _operands(shape: tuple[int, int], device: str) -> Operands:
     torch.manual_seed(0)
     n_out, n_in = shape
     weight = (torch.randn(n_out, n_in, device=device) * 0.02).bfloat16()
-    shared = torch.randn(SHARED_DIRECTIONS, n_in, device=device)
-    hessian = torch.zeros(n_in, n_in, device=device)
-    for _ in range(TOKENS_PER_INPUT):
-        x = torch.randn(n_in, n_in, device=device)
-        x += torch.randn(n_in, SHARED_DIRECTIONS, device=device) @ shared / SHARED_DIRECTIONS**0.5
-        wanda_kernels.add_hessian_(hessian, x)
-    factor = wanda_kernels.factor_hessian(hessian)
+    factor = wanda_kernels.factor_hessian(correlated_hessian(n_in, device))
     return weight, Shared(factor.upper, factor.dead, factor.dampening)
 
 

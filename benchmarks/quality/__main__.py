@@ -78,7 +78,7 @@ def options(method: str, pattern: str) -> dict:
     chosen = {"prune_method": name} | ({"update": update} if update else {})
     for keyword in keywords:
         key, _, value = keyword.partition("=")
-        chosen[key] = float(value) if value.isdecimal() else value
+        chosen[key] = int(value) if value.isdecimal() else value
     if ":" in pattern:
         return chosen | {"sparsity_type": pattern}
     return chosen | {"sparsity_type": "unstructured", "sparsity_ratio": float(pattern)}

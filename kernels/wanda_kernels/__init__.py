@@ -6,7 +6,7 @@ one, with kernels for a block's forward. `help(wanda_kernels.prune_nm_)` documen
 
 # Registers the operations with torch.
 import wanda_kernels.dispatch.torch_ops  # noqa: F401
-from wanda_kernels.admm import Ladder, admm_, damped_hessian
+from wanda_kernels.admm import POLISH_STEPS, RUNGS, Ladder, admm_, damped_hessian
 from wanda_kernels.dispatch.backends import OPERATIONS, BackendError, choose_backend
 from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require_finite
 from wanda_kernels.doctor import diagnose
@@ -25,6 +25,8 @@ from wanda_kernels.operations.statistics import (
 
 __all__ = [
     "OPERATIONS",
+    "POLISH_STEPS",
+    "RUNGS",
     "BackendError",
     "Factor",
     "Ladder",

@@ -10,8 +10,8 @@ the scaled dual Y:
 rho rises along a ladder; each rung is one inverse, which all weights that read the same input share. Steps of
 conjugate gradients on the final support follow (`polish_`).
 Source: ALPS, arXiv 2406.07831; Boza, arXiv 2401.02938. The published rho rises by a tenth to a third after
-every 3 iterations, with an eigendecomposition in fp64. A ladder of few rungs with a higher start reaches the
-same error in 24 iterations (benchmarks/LOG.md).
+every 3 iterations, with an eigendecomposition in fp64. Here it rises by 1.4 after every 4, until the support
+settles: about 30 iterations and 8 inverses reach the same error within 1% (tests/wanda_kernels/test_admm.py, benchmarks/LOG.md).
 """
 
 from dataclasses import dataclass, field
@@ -19,15 +19,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wanda_kernels.dispatch import checks
 from wanda_kernels.dispatch.precision import in_full_precision
 from wanda_kernels.hessian_factor import NotPositiveDefiniteError
 from wanda_kernels.mask_bits import pack_bits
-from wanda_kernels.operations.solver import admm_step_, polish_
+from wanda_kernels.operations.solver import admm_step_, pattern_numbers, polish_
 
-RHO, GROWTH, RUNGS = 0.2, 1.4, 4
-STEPS = 6  # on each rung
+RHO, GROWTH, RUNGS = 0.1, 1.4, 12
+STEPS = 4  # on each rung
 # Share of the kept weights. A last step on a rung that changes fewer ends the iterations.
-SETTLED = 3e-4
+SETTLED = 1e-3
 POLISH_STEPS = 4
 
 
@@ -38,8 +39,10 @@ def damped_hessian(hessian: Tensor, dampening: float = 0.01) -> Tensor:
         hessian: fp32 `[in, in]`, symmetric, from `add_hessian_`.
         dampening: share of the mean diagonal, positive.
     Returns: fp32 `[in, in]`, positive definite up to rounding.
+    Raises: `ValueError` if the Hessian is not square fp32 or not finite, or dampening is not positive.
     Source: SparseGPT's published code.
     """
+    checks.require_dampable(hessian, dampening)
     damped = hessian.clone(memory_format=torch.contiguous_format)
     diagonal = damped.diagonal()
     diagonal.masked_fill_(diagonal == 0, 1.0)
@@ -113,10 +116,9 @@ def admm_(
     Raises: `NotPositiveDefiniteError`; `ValueError` on wrong operands. The weight is then unchanged.
     Source: ALPS, arXiv 2406.07831, algorithm 1.
     """
-    if not isinstance(pattern, str):
-        pattern = int(weight.shape[1] * pattern)
+    pattern = _require_operands(weight, ladder, pattern, mask)
     dense = weight.float()
-    w = dense * ladder.scale
+    w = (dense * ladder.scale).contiguous()
     pruned = torch.zeros_like(w, dtype=torch.bool)
     dual, product = torch.zeros_like(w), w.clone()
     admm_step_(product, dual, w, pruned, pattern, 0.0, backend=backend)
@@ -139,3 +141,17 @@ def admm_(
     if mask is not None:
         mask.copy_(pack_bits(~pruned))
     return iterations
+
+
+def _require_operands(weight: Tensor, ladder: Ladder, pattern: float | str, mask: Tensor | None) -> int | str:
+    """Check the operands before the work. Returns the pattern as `admm_step_` takes it."""
+    checks.require_selection(weight, None, mask)
+    checks.require_hessian(ladder.hessian, weight)
+    if isinstance(pattern, str):
+        pattern_numbers(pattern, weight.shape[1])
+    elif 0 <= pattern < 1:
+        pattern = int(weight.shape[1] * pattern)
+    else:
+        raise ValueError(f"pattern must be a ratio in [0, 1), or 'n:m', got {pattern!r}")
+    checks.require_finite_operands(weight, None)
+    return pattern

@@ -33,7 +33,8 @@ def polish_by_steps_(
     steps: int,
 ) -> None:
     """Move the kept weights of `weight` towards the lowest error, in place; pruned ones become 0."""
-    z = torch.where(pruned, 0.0, weight.float())
+    pruned = pruned.contiguous()
+    z = torch.where(pruned, 0.0, weight.float()).contiguous()
     residual = torch.where(pruned, 0.0, (dense.float() - z) @ hessian)
     inverse_diagonal = 1 / hessian.diagonal()
     direction = residual * inverse_diagonal

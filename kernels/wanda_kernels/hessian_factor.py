@@ -54,11 +54,7 @@ def factor_hessian(hessian: Tensor, dampening: float = 0.01) -> Factor:
         `NotPositiveDefiniteError` if no dampening tried served.
     Source: SparseGPT, arXiv 2301.00774, section 3.3 and its published code.
     """
-    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or hessian.dtype != torch.float32:
-        raise ValueError(f"hessian must be float32 [in, in], got {hessian.dtype} {list(hessian.shape)}")
-    if not dampening > 0:
-        raise ValueError(f"dampening must be positive, got {dampening}")
-    checks.require_finite({"hessian": hessian})
+    checks.require_dampable(hessian, dampening)
     dead = hessian.diagonal() == 0
     for attempt in range(ATTEMPTS):
         tried = dampening * 10**attempt

@@ -50,7 +50,7 @@ def refine_in_blocks_(
     sweeps: int,
 ) -> None:
     """Lower the error of `pruned` in place. n:m: groups keep n of every m columns; 0:0: rows keep as many."""
-    w = weight.float()
+    w = weight.float().contiguous()
     # A product with the mask takes a tenth of the time of torch.where on a CPU.
     removed = w * pruned  # r
     width = block_width(m)

@@ -13,6 +13,7 @@ from benchmarks.core.rows import FAILED, Row
 from benchmarks.ops import bench_dispatch, bench_prune_rows
 
 ROOFS = Roofs(bytes_per_s=1e10, flops_per_s=1e12, copy="a copy", matmul="a matmul")
+UNPUBLISHED = {"refine_mask"}  # no code of its authors
 SESSION = suite.Session("cpu", quick=True, budget_s=0.0, roofs=ROOFS)
 
 
@@ -37,11 +38,12 @@ def test_quick_writes_complete_rows(quick, name):
     assert quick.quick and quick.matmul
     assert "triton" in quick.not_run[operation]  # no GPU's figure from the interpreter
     found = [row for row in quick.rows if row.operation == operation]
-    assert {PUBLISHED, TORCH} <= {row.provider for row in found}
+    published = name not in UNPUBLISHED
+    assert {TORCH} | ({PUBLISHED} if published else set()) <= {row.provider for row in found}
     for row in found:
         assert row.status == "ok", row
         missing = [each.name for each in fields(Row) if getattr(row, each.name) is None]
-        assert missing == [], row
+        assert missing == ([] if published else ["over_published"]), row
         assert row.fastest_ms <= row.time_ms and row.commit and row.copy_gb_s > 0
 
 

@@ -100,7 +100,7 @@ def test_the_recipe_is_the_options_in_their_order():
 
 def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
-    identity += " ignore dtype sequential update dampening measure_error"
+    identity += " ignore dtype sequential update refine polish dampening measure_error"
     identity += " expert_shrinkage expert_tokens expert_weighting"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model dataset text_column eval_dataset eval_windows eval_zero_shot batch_size save_mask"

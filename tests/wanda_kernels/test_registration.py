@@ -13,6 +13,8 @@ def arguments(operation: str, backend: str) -> tuple:
     weight, scale = random_weight(3, 16, torch.float32), torch.rand(16)
     mask = torch.zeros(3, 2, dtype=torch.uint8)
     x, gate = torch.rand(5, 16), torch.rand(5, 3)
+    dense, pruned = random_weight(3, 16, torch.float32, seed=1), weight > 0
+    hessian = torch.eye(16) + 0.1
     factor = torch.rand(16, 16).triu() + torch.eye(16), scale < 0.1
     return {
         "add_sq_norm_": (scale, x, None, backend),
@@ -24,6 +26,9 @@ def arguments(operation: str, backend: str) -> tuple:
         "prune_matrix_": (weight, None, 20, None, backend),
         "prune_variant_": (weight, scale, 0.5, mask, backend),
         "sparsegpt_": (weight, *factor, 0.5, 0, 0, "wanda", scale, None, mask, backend),
+        "refine_mask_": (weight, pruned, hessian, 0, 0, 2, backend),
+        "polish_": (weight, dense, pruned, hessian, 2, backend),
+        "admm_step_": (weight, weight.clone(), dense, pruned, 0, 2, 4, 0.7, backend),
     }[operation]
 
 

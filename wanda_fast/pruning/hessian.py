@@ -1,10 +1,11 @@
-"""The Hessian of a linear's inputs: SparseGPT's update and the reconstruction error need it.
+"""The Hessian of a linear's inputs: solvers, SparseGPT's update and the reconstruction error need it.
 
 Linears that read the same tensor share one Hessian. A block's Hessians are freed before the next block's are
 gathered.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +16,7 @@ import wanda_kernels
 from wanda_fast.errors import HessianError, NonFiniteError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
-from wanda_kernels import Factor, NotPositiveDefiniteError
+from wanda_kernels import Factor, Ladder, NotPositiveDefiniteError
 
 # Rows of a Hessian that one product of the reconstruction error reads.
 STRIPE = 4096
@@ -27,8 +28,11 @@ class HessianUse:
 
     Attributes:
         update: the weights that are kept are updated for those that are pruned (SparseGPT).
+        refine: sweeps of mask descent.
+        polish: steps of conjugate gradients at the end.
+        solve: ADMM solves for mask and weights.
         measure_error: the reconstruction error of each linear is measured.
-        dampening: share of the mean diagonal that is added to the diagonal before factoring.
+        dampening: share of the mean diagonal that is added to the diagonal.
         on_host: linears of these in_features have their Hessians kept and factored in host memory.
         rounded: by weight name, the dtype to which updated weights are rounded, since the output has it. A
             weight that is absent keeps what the update gave.
@@ -41,6 +45,19 @@ class HessianUse:
     on_host: frozenset[int] = frozenset()
     rounded: dict[str, torch.dtype] = field(default_factory=dict)
     passes: int = 1
+    refine: int = 0
+    polish: int = 0
+    solve: bool = False
+
+    @property
+    def damped(self) -> bool:
+        """Whether the damped Hessian itself is needed, and not its factor alone."""
+        return bool(self.refine or self.polish or self.solve)
+
+    @property
+    def changes(self) -> bool:
+        """Whether Hessians decide about masks or weights."""
+        return self.update or self.damped
 
     def __post_init__(self):
         if not (self.dampening > 0 and math.isfinite(self.dampening)):
@@ -65,8 +82,9 @@ class Hessian:
             # It is summed in bands, not with those of other experts.
             self.sums = None
         self.factor: Factor | None = None
-        # Set by `make_factor`: every input was zero in every token.
-        self.blind = False
+        self._ladder: Ladder | None = None
+        # Set by `prepare`: several linears read this input; every input was zero in every token.
+        self.is_shared = self.blind = False
 
     def add(self, x: Tensor) -> None:
         # With `--sequential linear`, tokens can arrive after the Hessian was factored and freed.
@@ -82,11 +100,10 @@ class Hessian:
         wanda_kernels.add_hessian_(sums, x, offsets=offsets)
 
     def make_factor(self, use: HessianUse) -> None:
-        """Factor the Hessian, once, and free it unless errors are measured."""
+        """Factor the Hessian, once, and free it unless it is needed itself."""
         if self.factor is None:
             self.factor = wanda_kernels.factor_hessian(self.acc, use.dampening)
-            self.blind = bool(self.factor.dead.all())
-            if not use.measure_error:
+            if not (use.measure_error or use.damped):
                 # An expert's Hessian is a part of one tensor for all experts, whose memory the factors take.
                 self.factor = replace(self.factor, upper=self.acc.copy_(self.factor.upper))
                 self.acc = None
@@ -94,6 +111,20 @@ class Hessian:
     def factor_on(self, device: torch.device) -> Factor:
         factor = self.factor
         return Factor(factor.upper.to(device), factor.dead.to(device), factor.dampening)
+
+    def ladder(self, use: HessianUse, device: torch.device) -> Ladder:
+        """The damped Hessian and its inverses, on the device; made once, until `release`."""
+        if self._ladder is None:
+            damped = wanda_kernels.damped_hessian(self.acc.to(device), use.dampening)
+            self._ladder = Ladder(damped, keep=self.is_shared)
+        return self._ladder
+
+    def damped(self, use: HessianUse, device: torch.device) -> Tensor:
+        return self.ladder(use, device).hessian
+
+    def release(self) -> None:
+        """Free what `ladder` made."""
+        self._ladder = None
 
 
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
@@ -111,6 +142,11 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
         # Their last sums may still be on the way to the host.
         torch.cuda.synchronize(block.linears[0].weight.device)
     _require_finite(block, first)
+    readers = Counter(hessians.values())
+    for hessian in first:
+        hessian.is_shared = readers[hessian] > 1
+        if hessian.acc is not None:
+            hessian.blind = not hessian.acc.diagonal().any()
     for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
         try:
             hessian.make_factor(use)

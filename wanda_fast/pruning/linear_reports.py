@@ -22,6 +22,8 @@ class Outcome:
     Attributes:
         operation: that selected.
         dampening: of the Hessian that the weight was updated with; None: not updated.
+        further: other operations that took part.
+        iterations: of ADMM.
         fallback: the method that pruned it in place of the one asked for.
         lap: the clock's marks before and after.
         share: of that time, for one of several weights that were pruned at once.
@@ -30,6 +32,8 @@ class Outcome:
 
     operation: str
     dampening: float | None = None
+    further: tuple[str, ...] = ()
+    iterations: int | None = None
     fallback: str | None = None
     lap: tuple = ()
     share: float = 1.0
@@ -81,6 +85,7 @@ def _report(
         dampening=outcome.dampening,
         fallback=outcome.fallback,
         tokens=tokens,
+        iterations=outcome.iterations,
     )
 
 
@@ -90,11 +95,9 @@ def _backend(operation: str, device: str) -> str:
 
 
 def _further(linear: Linear, outcome: Outcome, method: Method, device: str) -> dict[str, str]:
-    """Hessian and update: the operations beside selection and its statistic, with their backends."""
-    further = {}
-    if outcome.energies is not None or outcome.dampening is not None:
+    """The operations beside selection and its statistic, with their backends."""
+    further = {operation: choose_backend(operation, device) for operation in outcome.further}
+    if further or outcome.energies is not None:
         on_host = linear.in_features in method.hessians.on_host
         further[Hessian.operation] = "torch" if on_host else choose_backend(Hessian.operation, device)
-    if outcome.dampening is not None:
-        further["sparsegpt_"] = choose_backend("sparsegpt_", device)
     return further

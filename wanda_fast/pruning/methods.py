@@ -1,11 +1,11 @@
-"""How weights are ranked: magnitude, wanda, connect, gated, sparsegpt, and methods that users register."""
+"""How weights are chosen: magnitude, wanda, connect, gated, sparsegpt, admm, and methods of a user's own."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 import wanda_kernels
-from wanda_fast.errors import PatternError, ScoreError, UnknownMethodError
+from wanda_fast.errors import OptionError, PatternError, ScoreError, UnknownMethodError
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.pruning.hessian import Hessian, HessianUse
@@ -25,6 +25,7 @@ class Method:
         options: command-line options that `__init__` takes.
         uses_activations: whether there is a statistic; if not, `acc` is None.
         updates: whether the weights that stay are always updated; for other methods `--update obs` says so.
+        solves: whether mask and weights are solved for together (ADMM), in place of mask and update.
         takes_variant: whether `--use_variant` means something to it.
         prunes: False for a run that only loads, evaluates and saves.
         wants_gated_mlp: whether it differs from wanda only in gated MLPs.
@@ -34,7 +35,7 @@ class Method:
     name = "method"
     options: tuple[str, ...] = ()
     uses_activations = True
-    updates = False
+    updates = solves = False
     takes_variant = True
     prunes = True
     wants_gated_mlp = False
@@ -51,7 +52,9 @@ class Method:
         return None if self.hessians is None else self.hessians.hessian
 
     def check(self, pattern: Pattern) -> None:
-        """Raise `PatternError` if the method cannot prune by this pattern."""
+        """Raise `PatternError` if the method, or mask descent after it, cannot prune by this pattern."""
+        if pattern.rule is None and self.hessians is not None and self.hessians.refine:
+            raise PatternError(f"--refine exchanges weights of a row or of an N:M group, not of {pattern}")
 
     def statistic(self, linear: Linear) -> Statistic | None:
         """A new statistic for this linear; None if its score needs none."""
@@ -84,11 +87,17 @@ class Method:
         mask: Tensor | None = None,
     ) -> str:
         """Prune the weights that `prune_` would, and update the others for their error (SparseGPT)."""
-        bits = empty_mask(weight)
-        operation = self.prune_(weight.clone(), scale, pattern, bits)
-        pruned = ~wanda_kernels.unpack_bits(bits, weight.shape[1])
+        operation, pruned = self.choose(weight, scale, pattern, factor)
         wanda_kernels.sparsegpt_(weight, factor, None, pruned=pruned, mask=mask, check_finite=False)
         return operation
+
+    def choose(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, factor: wanda_kernels.Factor | None
+    ) -> tuple[str, Tensor]:
+        """What the method prunes, bool `[out, in]`, with the operation's name. The weight does not change."""
+        bits = empty_mask(weight)
+        operation = self.prune_(weight.clone(), scale, pattern, bits)
+        return operation, ~wanda_kernels.unpack_bits(bits, weight.shape[1])
 
 
 @register_method("magnitude")
@@ -158,11 +167,7 @@ class SparseGPT(Method):
     selector = "obs"
 
     def check(self, pattern: Pattern) -> None:
-        if pattern.rule is None:
-            raise PatternError(
-                f"{self.name} chooses unstructured or N:M as it updates, not {pattern}: "
-                f"other methods take that pattern, with --update obs too"
-            )
+        _require_rule(self, pattern)
 
     def prune_and_update_(
         self,
@@ -176,6 +181,13 @@ class SparseGPT(Method):
             weight, factor, pattern.rule, selector=self.selector, scale=scale, mask=mask, check_finite=False
         )
         return "sparsegpt_"
+
+    def choose(
+        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, factor: wanda_kernels.Factor | None
+    ) -> tuple[str, Tensor]:
+        bits = empty_mask(weight)
+        operation = self.prune_and_update_(weight.clone(), scale, pattern, factor, bits)
+        return operation, ~wanda_kernels.unpack_bits(bits, weight.shape[1])
 
 
 @register_method("ablate_mag_iter")
@@ -193,11 +205,30 @@ class WandaInUpdate(SparseGPT):
     selector = "wanda"
 
 
+@register_method("admm")
+class ADMM(Method):
+    """Mask and weights of the lowest layer error (ALPS, arXiv 2406.07831; Boza, arXiv 2401.02938)."""
+
+    uses_activations = takes_variant = False
+    solves = True
+
+    def check(self, pattern: Pattern) -> None:
+        _require_rule(self, pattern)
+
+
 @register_method("dense")
 class Dense(Method):
     """Nothing is pruned; the run loads, evaluates and saves."""
 
     uses_activations = takes_variant = prunes = False
+
+
+def _require_rule(method: Method, pattern: Pattern) -> None:
+    if pattern.rule is None:
+        raise PatternError(
+            f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
+            f"other methods take that pattern, with --update obs too"
+        )
 
 
 def require_method(name: str) -> None:
@@ -211,6 +242,8 @@ def make_method(
     update: str = "none",
     dampening: float = 0.01,
     measure_error: bool | None = None,
+    refine: int = 0,
+    polish: int | None = None,
     **options: object,
 ) -> Method:
     """The registered method of that name, made with those of `options` that it takes.
@@ -219,13 +252,28 @@ def make_method(
         update: "obs": the weights that the method keeps are updated for those that it prunes; "none": only
             if the method always does that.
         measure_error: measure each linear's reconstruction error; None: if Hessians are gathered anyway.
-    Raises: `UnknownMethodError`, `HessianError`.
+        refine: sweeps of mask descent.
+        polish: steps of conjugate gradients; None: as the method has them.
+    Raises: `UnknownMethodError`, `HessianError`, `OptionError`.
     """
     require_method(name)
     cls = METHODS[name]
     method = cls(**{option: options[option] for option in cls.options})
-    updates = method.updates or update == "obs"
-    measure_error = updates if measure_error is None else measure_error
-    if (updates or measure_error) and method.prunes:
-        method.hessians = HessianUse(updates, measure_error, dampening)
+    if method.solves and (update == "obs" or refine):
+        flag = f"--refine {refine}" if refine else "--update obs"
+        raise OptionError(f"{name} solves for mask and weights together, so it takes no {flag}")
+    if polish is None:
+        polish = wanda_kernels.POLISH_STEPS if method.solves else 0
+    use = HessianUse(
+        method.updates or update == "obs",
+        bool(measure_error),
+        dampening,
+        refine=refine,
+        polish=polish,
+        solve=method.solves,
+    )
+    if measure_error is None:
+        use.measure_error = use.changes
+    if (use.changes or use.measure_error) and method.prunes:
+        method.hessians = use
     return method

@@ -19,6 +19,7 @@ from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
 from wanda_fast.pruning.linear_reports import Outcome, linear_reports
 from wanda_fast.pruning.methods import Magnitude, Method
 from wanda_fast.pruning.patterns import Pattern, empty_mask
+from wanda_fast.pruning.solving import solve_
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, mark
 
@@ -75,6 +76,9 @@ def _prune_block(
         if statistics is not None and statistics.complete:
             # The last linear that shares a Hessian frees it.
             statistics.hessians.pop(linear.name, None)
+    for linear in block.linears:
+        if statistics is not None and (hessian := statistics.hessians.get(linear.name)) is not None:
+            hessian.release()
     _require_finite_updates(block, outcomes)
     return linear_reports(block, outcomes, method, statistics)
 
@@ -127,16 +131,17 @@ def _prune_(
     hessian: Hessian | None,
     mask: Tensor | None,
 ) -> Outcome:
-    """Prune `weight` by the method `by`. Update what it keeps if the run does and the Hessian is not zero."""
+    """Prune `weight` by the method `by`, by means of its Hessian if the run does that and it is not zero."""
     method, pattern, use = selection.method, selection.pattern, selection.method.hessians
-    updates = use is not None and use.update
-    if updates and (hessian is None or hessian.blind):
-        by, updates = Magnitude(), False
-    fallback = None if by is method else by.name
-    if not updates:
-        return Outcome(by.prune_(weight, scale, pattern, mask), fallback=fallback)
-    operation = by.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
-    return Outcome(operation, hessian.factor.dampening, fallback)
+    changes = use is not None and use.changes
+    if changes and (hessian is None or hessian.blind):
+        by, changes = Magnitude(), False
+    if changes:
+        outcome = solve_(weight, by, scale, pattern, hessian, use, mask)
+    else:
+        outcome = Outcome(by.prune_(weight, scale, pattern, mask))
+    outcome.fallback = None if by is method else by.name
+    return outcome
 
 
 def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.hessian import HessianUse
-from wanda_kernels import host_hessian_bytes
+from wanda_kernels import RUNGS, host_hessian_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,17 @@ def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
     """Peak bytes of one block's Hessians and factors; `widths` are the in_features of each.
 
     A Hessian takes 4 in^2 bytes, and FACTORING times as much again while it is factored. The widest is
-    factored first. Its factor replaces it, or is kept beside it if errors are measured.
+    factored first. Its factor replaces it, or is kept beside it if it is needed itself. Solvers damp a
+    copy of one Hessian at a time, and ADMM makes an inverse for each rung of its ladder.
     """
     squares = [4 * width**2 for width in sorted(widths, reverse=True)]
     held = peak = sum(squares)
     if use.update:
         for square in squares:
             peak = max(peak, held + FACTORING * square)
-            held += square * use.measure_error
+            held += square * (use.measure_error or use.damped)
+    if use.damped and squares:
+        held += squares[0] * (1 + use.solve * (FACTORING + RUNGS))
     return max(peak, held)
 
 

@@ -73,6 +73,8 @@ def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
         options.update,
         options.dampening,
         options.measure_error,
+        options.refine,
+        options.polish,
         connect_gate=options.connect_gate,
     )
     pattern = parse_pattern(options.sparsity_type, options.sparsity_ratio or None, options.use_variant)

@@ -170,6 +170,14 @@ def require_hessian(hessian: Tensor, weight: Tensor) -> None:
     require_same_device("hessian", hessian, weight)
 
 
+def require_dampable(hessian: Tensor, dampening: float) -> None:
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or hessian.dtype != torch.float32:
+        raise ValueError(f"hessian must be float32 [in, in], got {hessian.dtype} {list(hessian.shape)}")
+    if not dampening > 0:
+        raise ValueError(f"dampening must be positive, got {dampening}")
+    require_finite({"hessian": hessian})
+
+
 def require_like(name: str, tensor: Tensor, first: Tensor) -> None:
     """A contiguous fp32 operand of the first one's shape."""
     if tensor.dtype != torch.float32 or tensor.shape != first.shape or not tensor.is_contiguous():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call, has_rows
+from wanda_kernels.dispatch.backends import call
 
 
 def refine_mask_(
@@ -29,7 +29,7 @@ def refine_mask_(
     and sum rounded.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous, dense: its values at pruned weights count.
+        weight: fp32, fp16 or bf16 `[out, in]`, dense: its values at pruned weights count.
         pruned: bool `[out, in]`, rows contiguous, True for pruned weights; changed in place.
         hessian: fp32 `[in, in]`, symmetric, contiguous, of the inputs.
         pattern: "n:m", n kept of every m columns, which `pruned` must obey; None for any other mask.
@@ -44,8 +44,8 @@ def refine_mask_(
     """
     n, m = _require_solvable(weight, pruned, hessian, pattern, check_finite)
     _require_steps("sweeps", sweeps)
-    if m and weight.numel() and (pruned.unflatten(1, (-1, m)).sum(dim=2) != m - n).any():
-        raise ValueError(f"pruned must mark {m - n} of every {m} columns for the pattern {pattern}")
+    if m and weight.numel():
+        _require_groups(pruned, n, m)
     if weight.numel() and sweeps:
         call("refine_mask_", weight, pruned, hessian, n, m, sweeps, backend)
 
@@ -66,7 +66,7 @@ def polish_(
     for all rows. Products and sums are fp32; the result is rounded to the weight's dtype once, at the end.
 
     Args:
-        weight: fp32, fp16 or bf16 `[out, in]`, rows contiguous: where the steps begin. Pruned weights become
+        weight: fp32, fp16 or bf16 `[out, in]`: where the steps begin. Pruned weights become
             +0.0, kept ones change.
         dense: `[out, in]` of any of these dtypes: the weights W before pruning.
         pruned: bool `[out, in]`, rows contiguous, True for pruned weights.
@@ -82,8 +82,12 @@ def polish_(
     _require_solvable(weight, pruned, hessian, None, check_finite)
     _require_steps("steps", steps)
     if dense.shape != weight.shape or dense.dtype not in checks.DTYPES:
-        raise ValueError(f"dense must have weight's shape {list(weight.shape)}, got {list(dense.shape)}")
+        got = f"{dense.dtype} {list(dense.shape)}"
+        raise ValueError(f"dense must be float {list(weight.shape)}, the shape of weight, got {got}")
     checks.require_same_device("dense", dense, weight)
+    if check_finite and weight.numel():
+        checks.require_finite({"dense": dense})
+        _require_positive_diagonal(hessian)
     if weight.numel():
         call("polish_", weight, dense, pruned, hessian, steps, backend)
 
@@ -98,7 +102,7 @@ def admm_step_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Project to the pattern and update the dual, in one pass over the rows; `admm_` computes the product.
+    """Project to the pattern and update the dual, in place; `admm_` computes the product before it.
 
     With u = primal + dual: `pruned` marks the lowest abs(u) of each row or group, z is u with those at 0, and
 
@@ -152,14 +156,29 @@ def _require_solvable(
 ) -> tuple[int, int]:
     """Check the operands that the solvers share. Returns n and m; 0 and 0 for no groups."""
     checks.require_selection(weight, None, None)
-    if not has_rows(weight):
-        raise ValueError(f"weight's rows must be contiguous, got strides {list(weight.stride())}")
     checks.require_pruned(pruned, weight)
     checks.require_hessian(hessian, weight)
     _, n, m = pattern_numbers(0 if pattern is None else pattern, weight.shape[1])
     if check_finite:
         checks.require_finite({"weight": weight, "hessian": hessian})
     return n, m
+
+
+def _require_groups(pruned: Tensor, n: int, m: int) -> None:
+    counts = pruned.unflatten(1, (-1, m)).sum(dim=2)
+    wrong = (counts != m - n).nonzero()
+    if len(wrong):
+        row, group = wrong[0].tolist()
+        place = f"{counts[row, group].item()} of columns {group * m} to {group * m + m - 1} of row {row}"
+        raise ValueError(f"pruned must mark {m - n} of every {m} columns for {n}:{m}, but marks {place}")
+
+
+def _require_positive_diagonal(hessian: Tensor) -> None:
+    not_positive = (hessian.diagonal() <= 0).nonzero()
+    if len(not_positive):
+        column = int(not_positive[0])
+        value = hessian[column, column].item()
+        raise ValueError(f"hessian's diagonal must be positive, got {value:g} at {column}")
 
 
 def _require_steps(name: str, count: int) -> None:

@@ -97,8 +97,10 @@ def test_streamed_equals_in_memory(name, folder_of, tmp_path, monkeypatch):
         dict(prune_method="wanda", ignore=("model.layers.0",)),
         dict(prune_method="dense"),
         dict(prune_method="connect", sequential="linear"),
+        dict(prune_method="admm", sparsity_type="2:4"),
+        dict(prune_method="wanda", update="obs", refine=2, polish=3),
     ],
-    ids=["magnitude", "bfloat16", "ignore", "dense", "sequential"],
+    ids=["magnitude", "bfloat16", "ignore", "dense", "sequential", "admm", "steps"],
 )
 def test_every_kind_of_run_streams(options, folder_of, tmp_path):
     folder = folder_of("smollm")

@@ -16,6 +16,8 @@ METHODS = [
     dict(prune_method="gated"),
     dict(prune_method="sparsegpt"),
     dict(prune_method="ablate_wanda_iter"),
+    dict(prune_method="admm"),
+    dict(prune_method="wanda", refine=2, polish=2),
 ]
 NM, HALF = dict(sparsity_type="2:4"), dict(sparsity_ratio=0.5)
 
