@@ -49,7 +49,6 @@ int64_t admm_step(const Context&, const AdmmStep&);  // the number of elements o
 void polish_step(const Context&, const PolishStep&);
 void refine_groups(const Context&, const MaskBlock&);
 void refine_swaps(const Context&, const MaskBlock&);
-void add_changes(const Context&, const Changes&);
 
 // CPU only: statistics and counts.
 

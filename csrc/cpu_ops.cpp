@@ -127,22 +127,6 @@ void native_refine_swaps_(Tensor w, Tensor pruned, Tensor c, Tensor h, int64_t m
   wanda::refine_swaps(CallContext(w).context(), mask_block_of(w, pruned, c, h, 0, m));
 }
 
-void native_add_changes_(Tensor c, Tensor now, Tensor before, Tensor h) {
-  require_floats(h, "h");
-  require(now.dim() == 2, "now must have 2 dimensions");
-  const wanda::Matrix hessian = matrix_of(h, "h");
-  const int64_t n_rows = now.size(0);
-  require(now.size(1) == hessian.n_rows, "h must have a row for each column of now");
-  const wanda::Changes changes = {
-      .c = accumulator_of(c, n_rows * hessian.n_cols, "c"),
-      .now = accumulator_of(now, n_rows * hessian.n_rows, "now"),
-      .before = accumulator_of(before, n_rows * hessian.n_rows, "before"),
-      .h = hessian,
-      .n_rows = n_rows,
-  };
-  wanda::add_changes(CallContext(c).context(), changes);
-}
-
 void native_activate_(Tensor out, Tensor x, int64_t activation, int64_t power) {
   const wanda::Matrix matrix = matrix_of(x, "x");
   float* values = accumulator_of(out, x.numel());
@@ -310,7 +294,6 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_polish_step_", TORCH_BOX(&native_polish_step_));
   library.impl("native_refine_groups_", TORCH_BOX(&native_refine_groups_));
   library.impl("native_refine_swaps_", TORCH_BOX(&native_refine_swaps_));
-  library.impl("native_add_changes_", TORCH_BOX(&native_add_changes_));
   library.impl("native_activate_", TORCH_BOX(&native_activate_));
   library.impl("native_activate_gated_", TORCH_BOX(&native_activate_gated_));
   library.impl("native_add_product_", TORCH_BOX(&native_add_product_));

@@ -102,14 +102,6 @@ struct MaskBlock {
   int n, m;               // refine_groups: groups keep n of m; refine_swaps: groups of m columns
 };
 
-// c += (now - before) h. All are fp32, and contiguous but for h.
-struct Changes {
-  float* c;                   // [n_rows, h.n_cols]
-  const float *now, *before;  // [n_rows, h.n_rows]
-  Matrix h;
-  int64_t n_rows;
-};
-
 // [batches, heads, tokens, head_dim] with contiguous rows; strides in elements.
 struct Heads {
   void* data;

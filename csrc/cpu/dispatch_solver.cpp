@@ -114,11 +114,4 @@ void refine_swaps(const Context& context, const MaskBlock& block) {
                  [&](int64_t begin, int64_t end) { isa.refine_swaps(padded, hessian.bounds(), begin, end); });
 }
 
-void add_changes(const Context& context, const Changes& changes) {
-  constexpr int64_t kGrainRows = 32;
-  const Kernels& isa = kernels();
-  parallel_for(context, changes.n_rows, kGrainRows,
-               [&](int64_t begin, int64_t end) { isa.add_changes(changes, begin, end); });
-}
-
 }  // namespace wanda

@@ -59,7 +59,6 @@ struct Kernels {
   void (*refine_groups)(const MaskBlock&, const Candidates&, int64_t begin, int64_t end);
   // Rows of `h` have room for kMaxWidth columns past the last one.
   void (*refine_swaps)(const MaskBlock&, const SwapBounds&, int64_t begin, int64_t end);
-  void (*add_changes)(const Changes&, int64_t begin, int64_t end);
   void (*add_sq_norm)(const Matrix& x, float* acc, int64_t begin, int64_t end, void* scratch);
   // out[t, j] = abs(act(x[t, j]))^power, fp32, contiguous.
   void (*activate)(const Matrix& x, Activation activation, int power, float* out, int64_t begin, int64_t end);

@@ -3,7 +3,6 @@
 
 #include "activate.h"
 #include "activate_gated.h"
-#include "add_changes.h"
 #include "add_sq_norm.h"
 #include "admm_step.h"
 #include "all_finite.h"
@@ -35,7 +34,6 @@ constexpr wanda::cpu::Kernels kernels_named(const char* name) {
       .polish_step = polish_step,
       .refine_groups = refine_groups,
       .refine_swaps = refine_swaps,
-      .add_changes = add_changes,
       .add_sq_norm = add_sq_norm,
       .activate = activate,
       .activate_gated = activate_gated,

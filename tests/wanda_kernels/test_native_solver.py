@@ -292,19 +292,3 @@ def test_memory_is_checked_below_the_face():
         native.admm_step_(primal, primal.clone(), primal.clone(), mask, 17, 0, 0, 1.0)
     with pytest.raises(RuntimeError, match="rho must be contiguous with 4 elements"):
         native.polish_step(*(primal.clone() for _ in range(4)), torch.zeros(3), torch.zeros(16), mask)
-
-
-@pytest.mark.parametrize("width", (1, 7, 8, 31, 64, 127, 128))
-def test_changes_are_added(isa, width):
-    """Few changes, none, and all; more rows of h than a chunk has. Columns right of a view of h are NaN."""
-    generator = generator_of(width)
-    now = torch.randn(37, 300, generator=generator)
-    before = torch.where(torch.rand(37, 300, generator=generator) < 0.05, 0.0, now)
-    before[3], before[4] = now[3], 0.0
-    h = within(torch.randn(300, width, generator=generator), float("nan"))
-    c = torch.randn(37, width, generator=generator)
-    expected = c.double() + (now.double() - before.double()) @ h.double()
-    unchanged = c[3].clone()
-    native.add_changes(c, now, before, h)
-    torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(c[3], unchanged)

@@ -40,7 +40,6 @@ SCHEMAS = (
     " Tensor(d!) rho, Tensor inverse_diagonal, Tensor pruned) -> ()",
     "native_refine_groups_(Tensor w, Tensor(a!) pruned, Tensor(b!) c, Tensor h, int n, int m) -> ()",
     "native_refine_swaps_(Tensor w, Tensor(a!) pruned, Tensor(b!) c, Tensor h, int m) -> ()",
-    "native_add_changes_(Tensor(a!) c, Tensor now, Tensor before, Tensor h) -> ()",
     "native_activate_(Tensor(a!) out, Tensor x, int activation, int power) -> ()",
     "native_activate_gated_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_add_product_(Tensor(a!) acc, Tensor a, Tensor b, bool in_bf16) -> ()",

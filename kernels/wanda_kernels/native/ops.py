@@ -187,7 +187,7 @@ def _divisor(u: Tensor, selector: str) -> Tensor | None:
 
 
 def refine_mask_(weight: Tensor, *rest) -> None:
-    refine_in_blocks_(refine_groups, refine_swaps, weight, *rest, add_changes)
+    refine_in_blocks_(refine_groups, refine_swaps, weight, *rest)
 
 
 def refine_groups(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, n: int, m: int) -> None:
@@ -196,10 +196,6 @@ def refine_groups(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, n: int, m: in
 
 def refine_swaps(w: Tensor, pruned: Tensor, c: Tensor, h: Tensor, m: int) -> None:
     native_op("native_refine_swaps_")(w, pruned, c, h, m)
-
-
-def add_changes(c: Tensor, now: Tensor, before: Tensor, h: Tensor) -> None:
-    native_op("native_add_changes_")(c, now, before, h)
 
 
 def polish_(weight: Tensor, *rest) -> None:
