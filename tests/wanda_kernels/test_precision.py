@@ -6,6 +6,7 @@ import torch
 import wanda_kernels
 from wanda_kernels import hessian_factor, host_hessian
 from wanda_kernels.dispatch import backends
+from wanda_kernels.dispatch.precision import tf32_on_gpus
 
 
 @pytest.fixture(params=["high", "medium", "of a device"])
@@ -77,3 +78,12 @@ def test_the_callers_precision_returns_after_an_error(lower_precision):
     with pytest.raises(wanda_kernels.NotPositiveDefiniteError):
         wanda_kernels.factor_hessian(-torch.eye(4))
     assert lower_precision() == before
+
+
+def test_tf32_is_for_gpus_alone_and_ends_with_the_context():
+    before = torch.backends.cuda.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), tf32_on_gpus():
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"
+        raise ZeroDivisionError
+    assert torch.backends.cuda.matmul.fp32_precision == before

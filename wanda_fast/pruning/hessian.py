@@ -151,10 +151,11 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
         try:
             hessian.make_factor(use)
         except NotPositiveDefiniteError as error:
-            raise HessianError(
-                f"block {block.name}: {first[hessian]}: {error}; "
-                f"more calibration tokens or a larger --dampening helps"
-            ) from error
+            raise not_positive_definite(f"block {block.name}: {first[hessian]}", error) from error
+
+
+def not_positive_definite(linear: str, error: NotPositiveDefiniteError) -> HessianError:
+    return HessianError(f"{linear}: {error}; more calibration tokens or a larger --dampening helps")
 
 
 def _require_finite(block: Block, hessians: dict[Hessian, str]) -> None:

@@ -15,13 +15,14 @@ from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.expert_selection import prune_stacks_
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.gathering import BlockStatistics
-from wanda_fast.pruning.hessian import Hessian, prepare, reconstruction_error
+from wanda_fast.pruning.hessian import Hessian, not_positive_definite, prepare, reconstruction_error
 from wanda_fast.pruning.linear_reports import Outcome, linear_reports
 from wanda_fast.pruning.methods import Magnitude, Method
 from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_fast.pruning.solving import solve_
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, mark
+from wanda_kernels import NotPositiveDefiniteError
 
 
 @dataclass
@@ -109,7 +110,10 @@ def _prune_linear(
     measures = hessian is not None and selection.method.hessians.measure_error
     before = weight.clone() if measures else None
     begin = mark(weight.device)
-    outcome = _prune_(weight, selection, by, scale, hessian, mask)
+    try:
+        outcome = _prune_(weight, selection, by, scale, hessian, mask)
+    except NotPositiveDefiniteError as error:
+        raise not_positive_definite(linear.name, error) from error
     if outcome.dampening is not None:
         rounded = selection.method.hessians.rounded.get(linear.parameter, weight.dtype)
         weight.copy_(weight.to(rounded))

@@ -28,6 +28,18 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@contextmanager
+def tf32_on_gpus() -> Iterator[None]:
+    """Context in which a GPU's fp32 matmuls run on tensor cores, with operands rounded to TF32 (11 bits)."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _autocasts() -> bool:
     return any(map(torch.is_autocast_enabled, DEVICES))
 

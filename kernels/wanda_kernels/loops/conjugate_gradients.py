@@ -34,8 +34,8 @@ def polish_by_steps_(
 ) -> None:
     """Move the kept weights of `weight` towards the lowest error, in place; pruned ones become 0."""
     pruned = pruned.contiguous()
-    z = torch.where(pruned, 0.0, weight.float()).contiguous()
-    residual = torch.where(pruned, 0.0, (dense.float() - z) @ hessian)
+    z = weight.float().contiguous().masked_fill(pruned, 0.0)
+    residual = ((dense.float() - z) @ hessian).masked_fill_(pruned, 0.0)
     inverse_diagonal = 1 / hessian.diagonal()
     direction = residual * inverse_diagonal
     rho = (residual * direction).sum(dim=1)

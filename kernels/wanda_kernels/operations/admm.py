@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.precision import in_full_precision
+from wanda_kernels.dispatch.precision import in_full_precision, tf32_on_gpus
 from wanda_kernels.hessian_factor import NotPositiveDefiniteError
 from wanda_kernels.mask_bits import pack_bits
 from wanda_kernels.operations.solver import admm_step_, pattern_numbers, polish_
@@ -127,7 +127,9 @@ def admm_(
     for rung in range(RUNGS):
         inverse = ladder.inverse(rung)
         for step in range(STEPS):
-            torch.addmm(w, operand, inverse, alpha=-ladder.rho(rung), out=product)
+            # The projection forgives operands of 11 bits, and of 8: the error changes by at most 0.3%.
+            with tf32_on_gpus():
+                torch.addmm(w, operand, inverse, alpha=-ladder.rho(rung), out=product)
             ratio = 1 / GROWTH if step + 1 == STEPS else 1.0
             changed = admm_step_(product, dual, w, pruned, pattern, ratio, backend=backend)
             operand, product = product, operand
@@ -135,7 +137,7 @@ def admm_(
         if changed <= SETTLED * kept:
             break
     # On the support the dual is 0, so the operand is w - z there.
-    solved = torch.where(pruned, 0.0, (w - operand) / ladder.scale)
+    solved = ((w - operand) / ladder.scale).masked_fill_(pruned, 0.0)
     polish_(solved, dense, pruned, ladder.hessian, polish, backend=backend, check_finite=False)
     weight.copy_(solved)
     if mask is not None:
