@@ -18,7 +18,8 @@ from wanda_kernels.dispatch.backends import TABLE
 MARKER = "<!-- Everything below is written by `make pages`. -->"
 DEVICES = {"cuda": "GPU", "cpu": "CPU"}
 NOT_MEASURED = "Not measured."
-METHODS = ("magnitude", "wanda", "connect", "gated", "sparsegpt", "wanda+obs")
+METHODS = ("magnitude", "wanda", "wanda@refine=3", "connect", "gated", "wanda+obs")
+METHODS += ("sparsegpt", "sparsegpt@polish=10", "admm")
 RANKED_ALIKE = ("wanda", "connect", "gated")  # differ in gated MLPs alone
 PATTERNS = ("0.3", "0.4", "0.5", "0.6", "0.7", "4:8", "2:4")
 SIZES = (1, 4, 16, 64)

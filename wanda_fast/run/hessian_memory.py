@@ -1,6 +1,7 @@
 """Where a block's Hessians are kept, and how much memory they take with their factors."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,17 +28,27 @@ def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
 
     A Hessian takes 4 in^2 bytes, and FACTORING times as much again while it is factored. The widest is
     factored first. Its factor replaces it, or is kept beside it if it is needed itself. Solvers damp a
-    copy of one Hessian at a time, and ADMM makes an inverse for each rung of its ladder.
+    copy of one Hessian at a time, and ADMM inverts it for each rung of its ladder.
     """
-    squares = [4 * width**2 for width in sorted(widths, reverse=True)]
+    widths = sorted(widths, reverse=True)
+    squares = [4 * width**2 for width in widths]
     held = peak = sum(squares)
     if use.update:
         for square in squares:
             peak = max(peak, held + FACTORING * square)
             held += square * (use.measure_error or use.damped)
     if use.damped and squares:
-        held += squares[0] * (1 + use.solve * (FACTORING + RUNGS))
+        held += max(squares[0] * (1 + FACTORING * use.solve), use.solve * _ladder_bytes(widths))
     return max(peak, held)
+
+
+def _ladder_bytes(widths: list[int]) -> int:
+    """Bytes that ADMM takes for a Hessian whose inverses are kept, because several linears read its input.
+
+    A width of one linear alone is not of such an input.
+    """
+    shared = max((width for width, count in Counter(widths).items() if count > 1), default=0)
+    return 4 * shared**2 * (1 + FACTORING + RUNGS)
 
 
 def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
@@ -50,8 +61,12 @@ def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
 
 
 def visiting_bytes(use: HessianUse | None) -> int:
-    """Bytes on the device for Hessians on the host: one of them is summed at a time, in bands."""
-    return max((host_hessian_bytes(width) for width in use.on_host), default=0) if use is not None else 0
+    """Bytes on the device for Hessians on the host: one of them is summed at a time, in bands, or solved with."""
+    if use is None or not use.on_host:
+        return 0
+    widest = max(use.on_host)
+    solving = 4 * widest**2 * (1 + FACTORING * use.solve) if use.damped else 0
+    return max(host_hessian_bytes(widest), solving)
 
 
 def _widths(block: Block, use: HessianUse, on_host: bool) -> list[int]:

@@ -277,7 +277,7 @@ def differing(model, masks):
     return {name: count for name, count in counts.items() if count}
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "connect", "gated"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_masks_equal(family, method, pattern):
