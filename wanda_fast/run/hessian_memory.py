@@ -61,7 +61,7 @@ def block_bytes(blocks: list[Block], use: HessianUse | None) -> int:
 
 
 def visiting_bytes(use: HessianUse | None) -> int:
-    """Bytes on the device for Hessians on the host: one of them is summed at a time, in bands, or solved with."""
+    """Bytes on the device for Hessians on the host, one at a time: bands for sums, all of it for a solver."""
     if use is None or not use.on_host:
         return 0
     widest = max(use.on_host)
