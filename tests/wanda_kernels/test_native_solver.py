@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.wanda_kernels.native_cases import ISAS, bits, needs_cpu
-from wanda_kernels import admm, reference
+from wanda_kernels import reference
 from wanda_kernels.native import ops as native
-from wanda_kernels.operations import solver
+from wanda_kernels.operations import admm, solver
 from wanda_kernels.reference import admm_step as reference_admm
 from wanda_kernels.reference import polish_step as reference_polish
 from wanda_kernels.reference.refine_groups import refine_groups

@@ -12,8 +12,9 @@ from torch import Tensor
 import wanda_kernels
 from tests.wanda_kernels.cases import bits, edge_weight, random_weight
 from tests.wanda_kernels.conftest import GPU, device_of
-from wanda_kernels import mask_descent, reference
+from wanda_kernels import reference
 from wanda_kernels.dispatch import backends
+from wanda_kernels.loops import mask_descent
 from wanda_kernels.loops.mask_descent import candidates_of
 from wanda_kernels.reference import polish_step as reference_polish
 from wanda_kernels.reference.prune_nm import lowest_of_groups
