@@ -22,7 +22,11 @@ def solve_(
     if by.solves:
         ladder = hessian.ladder(use, weight.device)
         iterations = wanda_kernels.admm_(weight, ladder, pattern.rule, polish=use.polish, mask=mask)
-        return Outcome("admm_step_", use.dampening, further=("polish_",), iterations=iterations)
+        further = ("polish_",) if use.polish else ()
+        return Outcome("admm_step_", use.dampening, further=further, iterations=iterations)
+    if not use.damped:
+        operation = by.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
+        return Outcome(operation, hessian.factor.dampening, further=("sparsegpt_",))
     dense = weight.clone() if use.polish else None
     operation, pruned = _choose_(weight, by, scale, pattern, hessian, use)
     if use.polish:
