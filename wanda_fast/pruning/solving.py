@@ -21,7 +21,9 @@ def solve_(
     """Prune `weight` in place and change what it keeps, as `use` says. `mask` receives the packed mask."""
     if by.solves:
         ladder = hessian.ladder(use, weight.device)
-        iterations = wanda_kernels.admm_(weight, ladder, pattern.rule, polish=use.polish, mask=mask)
+        iterations = wanda_kernels.admm_(
+            weight, ladder, pattern.rule, polish=use.polish, mask=mask, check_finite=False
+        )
         further = ("polish_",) if use.polish else ()
         return Outcome("admm_step_", use.dampening, further=further, iterations=iterations)
     if not use.damped:

@@ -102,6 +102,7 @@ def admm_(
     polish: int = POLISH_STEPS,
     mask: Tensor | None = None,
     backend: str = "auto",
+    check_finite: bool = True,
 ) -> int:
     """Prune to the pattern and solve for the kept weights, in place.
 
@@ -112,11 +113,14 @@ def admm_(
         polish: steps of conjugate gradients at the end.
         mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask.
         backend: of `admm_step_` and `polish_`.
+        check_finite: refuse NaN and infinities in the weight; False if the caller has checked.
     Returns: the number of iterations.
     Raises: `NotPositiveDefiniteError`; `ValueError` on wrong operands. The weight is then unchanged.
     Source: ALPS, arXiv 2406.07831, algorithm 1.
     """
     pattern = _require_operands(weight, ladder, pattern, mask)
+    if check_finite:
+        checks.require_finite_operands(weight, None)
     dense = weight.float()
     w = (dense * ladder.scale).contiguous()
     pruned = torch.zeros_like(w, dtype=torch.bool)
@@ -155,5 +159,4 @@ def _require_operands(weight: Tensor, ladder: Ladder, pattern: float | str, mask
         pattern = int(weight.shape[1] * pattern)
     else:
         raise ValueError(f"pattern must be a ratio in [0, 1), or 'n:m', got {pattern!r}")
-    checks.require_finite_operands(weight, None)
     return pattern
