@@ -17,15 +17,18 @@ MAY_IMPORT = {
     "memory": {"errors"},
     "timer": set(),
     "report": set(),
+    "distributed": {"errors"},
     "model": FOUNDATION,
     "data": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION | {"model"},
-    "hidden_states": FOUNDATION | {"model", "data"},
-    "pruning": FOUNDATION | {"model", "hidden_states"},
-    "output": FOUNDATION | {"options", "model", "data", "checkpoint", "hidden_states", "pruning"},
-    "run": FOUNDATION | {"options", "model", "data", "checkpoint", "hidden_states", "pruning", "output"},
+    "hidden_states": FOUNDATION | {"distributed", "model", "data"},
+    "pruning": FOUNDATION | {"distributed", "model", "hidden_states"},
+    "output": FOUNDATION
+    | {"options", "distributed", "model", "data", "checkpoint", "hidden_states", "pruning"},
+    "run": FOUNDATION
+    | {"options", "distributed", "model", "data", "checkpoint", "hidden_states", "pruning", "output"},
     "api": FOUNDATION | {"options", "run"},
-    "cli": FOUNDATION | {"options", "model", "checkpoint", "pruning", "output", "run", "api"},
+    "cli": FOUNDATION | {"options", "distributed", "model", "checkpoint", "pruning", "output", "run", "api"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "pruning", "report", "data", "model"},
 }

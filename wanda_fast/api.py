@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from wanda_fast.options import Options, takes_options
 from wanda_fast.report import Report
@@ -13,7 +14,12 @@ from wanda_fast.timer import Progress
 
 @takes_options("prune")
 def prune(
-    model: nn.Module | str | Path, *, tokenizer=None, progress: Progress | None = None, **options
+    model: nn.Module | str | Path,
+    *,
+    tokenizer=None,
+    progress: Progress | None = None,
+    process_group: ProcessGroup | None = None,
+    **options,
 ) -> Report:
     """Prune a checkpoint, or a model in memory in place, in one shot.
 
@@ -22,10 +28,12 @@ def prune(
         {options}
         tokenizer: for a model in memory and a `dataset` that is text.
         progress: its `step` is called when a block or a phase begins.
+        process_group: of `torch.distributed`, whose processes all call this and work on the model together;
+            rank 0 reads the calibration and writes the files. None: this process alone.
     Returns: the `Report`.
     Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
     """
-    return prune_model(Options(model=model, **options), tokenizer, progress)
+    return prune_model(Options(model=model, **options), tokenizer, progress, process_group)
 
 
 @takes_options("eval")
@@ -34,6 +42,7 @@ def evaluate(
     *,
     dataset: str | Path | Iterable | None = "wikitext2",
     progress: Progress | None = None,
+    process_group: ProcessGroup | None = None,
     **options,
 ) -> Report:
     """Measure a checkpoint's perplexity and zero-shot accuracy, without pruning it.
@@ -43,7 +52,9 @@ def evaluate(
         {options}
         dataset: text to measure perplexity on, as `prune`'s eval_dataset; None: not measured.
         progress: its `step` is called when a phase begins.
+        process_group: as in `prune`.
     Returns: the `Report`; `perplexity["dense"]` is the perplexity.
     Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
     """
-    return prune(model, prune_method="dense", eval_dataset=dataset, progress=progress, **options)
+    own = {"progress": progress, "process_group": process_group}
+    return prune(model, prune_method="dense", eval_dataset=dataset, **own, **options)

@@ -109,7 +109,7 @@ class OutputInUseError(OutputError):
 
 
 class RanksError(RefusedInputError):
-    """The run was started once for each of several ranks, as torchrun does."""
+    """Several processes cannot prune a model together as they were started."""
 
 
 class MaskError(RefusedInputError):
@@ -134,3 +134,15 @@ class ResumeError(WandaFastError):
 
 class InterruptedRunError(WandaFastError):
     """The run was stopped by Ctrl-C after a block, and can be continued."""
+
+
+class LostRankError(WandaFastError):
+    """Another rank of the run has ended or does not answer. The run can be continued."""
+
+
+class AnotherRankFailedError(LostRankError):
+    """Another rank of the run has failed, and says why."""
+
+
+class RanksDifferError(WandaFastError):
+    """The ranks of a run do not have the same weights."""

@@ -5,7 +5,9 @@ of hidden states of the windows while it is dense, and to a second set after it 
 is evaluated by whole forwards instead, and has calibration samples here alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Offload, Offloaded
@@ -35,22 +38,38 @@ class Activations:
 
     def hidden(self) -> dict[str, Tensor | Offloaded]:
         """The hidden states by field name, each `[sequences, seqlen, features]`."""
-        return {name: inputs.hidden for name, inputs in self._present().items()}
+        return {name: inputs.hidden for name, inputs in self.present().items()}
 
     @property
     def has_containers(self) -> bool:
         """Whether blocks pass on more than hidden states, e.g. keys and values for later blocks."""
-        return any(inputs.has_containers for inputs in self._present().values())
+        return any(inputs.has_containers for inputs in self.present().values())
 
-    def restore_(self, file: Path) -> None:
-        """Overwrite the hidden states with those in a safetensors file, one batch at a time."""
+    def sequences(self) -> dict[str, tuple[int, int]]:
+        """By field name, the first of this rank's sequences among those of all ranks, and the one behind."""
+        present = self.present()
+        return {name: (own.before, own.before + len(own.hidden)) for name, own in present.items()}
+
+    def are_in(self, parts: list[dict[str, tuple[int, int]]]) -> bool:
+        """Whether all of this rank's sequences are in files that hold these `sequences`."""
+        for name, (first, end) in self.sequences().items():
+            held = {index for part in parts if name in part for index in range(*part[name])}
+            if not held.issuperset(range(first, end)):
+                return False
+        return True
+
+    def restore_(self, file: Path, sequences: dict[str, tuple[int, int]]) -> None:
+        """Overwrite the hidden states that are in a safetensors file, one batch at a time.
+
+        Args:
+            sequences: that the file holds.
+        """
         with safe_open(file, "pt") as opened:
-            for name, inputs in self._present().items():
-                stored = opened.get_slice(name)
-                for batch in inputs.slices():
-                    inputs.hidden[batch] = stored[batch.start : batch.stop]
+            for name, inputs in self.present().items():
+                if name in sequences:
+                    inputs.restore_(opened.get_slice(name), *sequences[name])
 
-    def _present(self) -> dict[str, BlockInputs]:
+    def present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: inputs for name, inputs in named.items() if inputs is not None}
 
@@ -62,8 +81,9 @@ def record_activations(
     batch_size: int,
     evaluation: EvaluationSet | None = None,
     pruned: bool = True,
+    ranks: Ranks | None = None,
 ) -> Activations:
-    """The first block's inputs, for calibration samples and evaluation windows.
+    """The first block's inputs, for calibration samples and evaluation windows: of several ranks, its shares.
 
     Args:
         source: the model, whose embeddings are loaded for this.
@@ -80,38 +100,58 @@ def record_activations(
         return activations
     with source.surroundings(head=False):
         forward = _forward_of(source.model)
+        record = partial(_record_share, ranks or Ranks(), forward, source, offload)
         if token_ids is not None:
-            activations.calibration = record_block_inputs(
-                forward, source.blocks, token_ids, batch_size, offload
-            )
+            activations.calibration = record(token_ids, batch_size)
         if evaluation is not None:
-            activations.dense = record_block_inputs(
-                forward, source.blocks, evaluation.windows, batch_of(evaluation), offload
-            )
+            activations.dense = record(evaluation.windows, batch_of(evaluation))
             activations.pruned = activations.dense.copy(offload) if pruned else None
     return activations
 
 
+def _record_share(
+    ranks: Ranks,
+    forward: Callable[[Tensor], object],
+    source: BlockSource,
+    offload: Offload,
+    token_ids: Tensor,
+    batch_size: int,
+) -> BlockInputs:
+    share = ranks.share(len(token_ids))
+    # A rank without a sequence runs one, to find out what hidden states look like.
+    ids = token_ids[share] if share.stop > share.start else token_ids[:1]
+    inputs = record_block_inputs(forward, source.blocks, ids, batch_size, offload)
+    if share.stop == share.start:
+        shape, dtype = (0, *inputs.hidden.shape[1:]), inputs.hidden.dtype
+        inputs = BlockInputs(torch.empty(shape, dtype=dtype, device=offload.device), batch_size, [])
+    inputs.before = share.start
+    return inputs
+
+
 def perplexities(
-    source: BlockSource, activations: Activations, evaluation: EvaluationSet
+    source: BlockSource, activations: Activations, evaluation: EvaluationSet, ranks: Ranks
 ) -> dict[str, float]:
     """Perplexity by "dense" and "pruned", from the outputs of the last block.
 
-    Must be called inside `source.surroundings(head=True)`.
+    Must be called inside `source.surroundings(head=True)`. Each rank has its share of the windows.
     """
     measured = {"dense": activations.dense, "pruned": activations.pruned}
-    return {name: _perplexity(source, inputs, evaluation) for name, inputs in measured.items() if inputs}
+    return {
+        name: mean_perplexity(sum(ranks.gather(_losses(source, inputs, evaluation)), []))
+        for name, inputs in measured.items()
+        if inputs
+    }
 
 
 @torch.no_grad()
-def _perplexity(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet) -> float:
+def _losses(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet) -> list[float]:
     """Final norm, head and soft-capping run by the model's own code, in a forward without its blocks."""
-    losses = []
+    losses, windows = [], evaluation.windows[inputs.before :]
     for batch in inputs.slices():
         hidden = inputs.hidden[batch]
         with blocks_skipped(source.blocks, hidden):
-            losses += window_losses(source.model, evaluation.windows[batch].to(hidden.device))
-    return mean_perplexity(losses)
+            losses += window_losses(source.model, windows[batch].to(hidden.device))
+    return losses
 
 
 def _forward_of(model: nn.Module):

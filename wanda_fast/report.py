@@ -68,6 +68,23 @@ class LinearReport:
 
 
 @dataclass
+class RankReport:
+    """What one of several ranks took.
+
+    Attributes:
+        host: name of its machine.
+        seconds: by phase; "collectives" are those in which it exchanged data or waited for other ranks.
+        peak_memory: bytes by device.
+        moved: bytes of the tensors that it took part in summing or sending.
+    """
+
+    host: str
+    seconds: dict[str, float]
+    peak_memory: dict[str, int]
+    moved: int
+
+
+@dataclass
 class Report:
     """The outcome of `wanda_fast.prune`.
 
@@ -87,6 +104,7 @@ class Report:
         copied: names of "tensors" that the model does not take, and of "files" around the weights, which are
             copied to the output unchanged.
         complete: all that was requested is measured and written.
+        ranks: of a run by several processes, by rank.
     """
 
     recipe: dict
@@ -103,6 +121,7 @@ class Report:
     digests: dict[str, str | None] = field(default_factory=dict)
     copied: dict[str, list[str]] = field(default_factory=dict)
     complete: bool = False
+    ranks: list[RankReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -170,6 +189,7 @@ class Report:
         report = cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
         report.linears = {name: LinearReport(**linear) for name, linear in report.linears.items()}
         report.reach = report.reach and Reach(**report.reach)
+        report.ranks = [RankReport(**rank) for rank in report.ranks]
         return report
 
     def published_log(self) -> str:

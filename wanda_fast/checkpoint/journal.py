@@ -39,6 +39,10 @@ class Journal:
         """Write the note on the run."""
         self.write(RUN, self.identity)
 
+    def is_begun(self) -> bool:
+        """Whether the folder has the note on this run."""
+        return self.read(RUN) is not None
+
     def require_same_run(self) -> None:
         """Raise `ResumeError` that says what differs if the note on the run has another identity.
 

@@ -26,7 +26,8 @@ from wanda_fast.cli.tables import (
     perplexity_line,
     summary_tables,
 )
-from wanda_fast.errors import InterruptedRunError, WandaFastError
+from wanda_fast.distributed.torchrun import is_first, process_group
+from wanda_fast.errors import AnotherRankFailedError, InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
 from wanda_fast.output.lock import locked, require_one_process
@@ -72,8 +73,8 @@ def prune(*, plugin: flags.Plugin = None, **options) -> None:
         load_plugin(name)
     options["ignore"] = tuple(options["ignore"] or ())
     options["eval_dataset"] = _eval_dataset(options["eval_dataset"], options["dataset"])
-    with terminal_progress(console) as progress:
-        report = api.prune(**options, progress=progress)
+    with process_group() as group, terminal_progress(console) as progress:
+        report = api.prune(**options, progress=progress, process_group=group)
     for table in [error_table(report)] * bool(options["measure_error"]) + summary_tables(report):
         console.print(table)
     _say_what_is_written(options)
@@ -89,10 +90,9 @@ def evaluate(
     **options,
 ) -> None:
     """Measure a model's perplexity, and print it with the protocol."""
-    with terminal_progress(console) as progress:
-        report = api.evaluate(
-            model, dataset=_eval_dataset(dataset, "wikitext2"), progress=progress, **options
-        )
+    with process_group() as group, terminal_progress(console) as progress:
+        options |= {"progress": progress, "process_group": group}
+        report = api.evaluate(model, dataset=_eval_dataset(dataset, "wikitext2"), **options)
     say(perplexity_line(report))
     for task, results in report.zero_shot.items():
         say(f"{task}: {results}")
@@ -173,6 +173,8 @@ def main() -> None:
     prefer_huge_pages()
     try:
         app(prog_name="wanda-fast")
+    except AnotherRankFailedError:
+        sys.exit(2)
     except InterruptedRunError as error:
         complain(f"wanda-fast: {error}; go on with:\n{_resuming(sys.argv[1:])}")
         sys.exit(130)  # as a shell reports SIGINT
@@ -199,7 +201,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = RichHandler(console=errors, show_time=False, show_path=False)
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
-    logging.getLogger("wanda_fast").setLevel(logging.INFO)
+    logging.getLogger("wanda_fast").setLevel(logging.INFO if is_first() else logging.ERROR)
+    console.quiet = not is_first()
 
 
 if __name__ == "__main__":

@@ -111,12 +111,19 @@ def perplexity(
     """
     if not isinstance(data, EvaluationSet):
         data = evaluation_set(data, tokenizer, seqlen, max_windows)
-    device, batch, losses = next(model.parameters()).device, batch_of(data), []
-    for done, windows in enumerate(data.windows.split(batch), start=1):
-        losses += window_losses(model, windows.to(device))
+    return mean_perplexity(losses(model, data, progress))
+
+
+def losses(
+    model: nn.Module, data: EvaluationSet, progress: Callable[[int], None] | None = None
+) -> list[float]:
+    """The mean loss of each window; `progress` as in `perplexity`."""
+    device, batch, found = next(model.parameters()).device, batch_of(data), []
+    for start in range(0, len(data.windows), batch):
+        found += window_losses(model, data.windows[start : start + batch].to(device))
         if progress:
-            progress(min(done * batch, len(data.windows)))
-    return mean_perplexity(losses)
+            progress(len(found))
+    return found
 
 
 def batch_of(data: EvaluationSet) -> int:
@@ -133,8 +140,12 @@ def mean_perplexity(losses: list[float]) -> float:
 @torch.no_grad()
 def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
     """The mean loss of each window of int64 token ids `[nwindows, seqlen]`, on the model's device."""
+    options = {"use_cache": False}
+    # A loss of the routers needs all blocks, which do not run in a streamed evaluation.
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        options["output_router_logits"] = False
     with faster_forward(windows.device), fused_modules(model), reused_memory():
-        logits = model(windows, use_cache=False).logits
+        logits = model(windows, **options).logits
     # One window at a time, since each needs a copy of its logits in fp32.
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)

@@ -33,11 +33,13 @@ class BlockInputs:
         hidden: `[nsamples, seqlen, features]`, overwritten block by block.
         batch_size: sequences per forward.
         calls: `calls[batch][block]`: the other arguments.
+        before: sequences that other ranks have before these.
     """
 
     hidden: Tensor | Offloaded
     batch_size: int
     calls: list[list[BlockCall]]
+    before: int = 0
 
     def slices(self) -> Iterator[slice]:
         """The batches, as slices of `hidden`."""
@@ -53,10 +55,22 @@ class BlockInputs:
         for batch, call in self.batches(index):
             self.hidden[batch] = call.run(block, self.hidden[batch])
 
+    def restore_(self, stored, first: int, end: int) -> None:
+        """Overwrite hidden states by stored ones, a batch at a time.
+
+        Args:
+            stored: a safetensors slice with sequences `first` to `end` of all ranks'.
+        """
+        for batch in self.slices():
+            begin, stop = max(batch.start + self.before, first), min(batch.stop + self.before, end)
+            if begin < stop:
+                own = slice(begin - self.before, stop - self.before)
+                self.hidden[own] = stored[begin - first : stop - first]
+
     @property
     def has_containers(self) -> bool:
         """Whether blocks pass on more than hidden states, in a dict or list that several of them receive."""
-        calls = [(call.args, call.kwargs) for call in self.calls[0]]
+        calls = [(call.args, call.kwargs) for batch in self.calls[:1] for call in batch]
         return any(map(_is_container, tree_leaves(calls)))
 
     def copy(self, offload: Offload) -> "BlockInputs":
@@ -64,7 +78,8 @@ class BlockInputs:
         hidden = offload.empty(self.hidden.shape, self.hidden.dtype)
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
-        return BlockInputs(hidden, self.batch_size, [_with_own_containers(calls) for calls in self.calls])
+        calls = [_with_own_containers(calls) for calls in self.calls]
+        return BlockInputs(hidden, self.batch_size, calls, self.before)
 
 
 def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from wanda_fast.checkpoint.journal import partial_of
 from wanda_fast.checkpoint.save import writing
+from wanda_fast.distributed.torchrun import is_running
 from wanda_fast.errors import OutputInUseError, RanksError
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def require_one_process(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `RanksError` under torchrun, which starts the same command once for each rank."""
-    ranks = environment.get("WORLD_SIZE", "")
-    if ranks.isdecimal() and int(ranks) > 1:
+    """Raise `RanksError` if torchrun started several processes, of which each would do all of the work."""
+    if is_running(environment):
         raise RanksError(
-            f"WORLD_SIZE is {ranks}, as torchrun sets it, and a run takes one process and one device: start "
-            f"it without torchrun, or in one rank with WORLD_SIZE unset"
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, as torchrun sets it: pass process_group= to work on "
+            f"one model together, or start this once"
         )
 
 

@@ -5,8 +5,8 @@ DIR.partial/                     exists until the run has ended
     block-00003.json             block 3 is finished: checksums of its files, digest of the tensors of blocks
                                  0 to 3, reports of its linears
     masks-00003.safetensors      packed masks of block 3, if masks are saved
-    boundary.json                which of the following files is valid
-    boundary-00004.safetensors   the inputs of block 4
+    boundary.0.json              which of the following files of rank 0 is valid
+    boundary-00004.0.safetensors rank 0's part of the inputs of block 4
     model/                       shards, configurations, report; becomes DIR by a rename
     replaced/                    the earlier DIR, from that rename until DIR.partial is removed
 """
@@ -37,7 +37,8 @@ from wanda_fast.checkpoint.save import (
     writing,
 )
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
-from wanda_fast.errors import InterruptedRunError, OutputError, ResumeError, WandaFastError
+from wanda_fast.distributed.ranks import Ranks
+from wanda_fast.errors import InterruptedRunError, OutputError, RanksError, ResumeError, WandaFastError
 from wanda_fast.hidden_states import Activations
 from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
@@ -57,16 +58,27 @@ class StreamedOutput:
         source: the model that is being pruned.
         identity: everything that the output's bytes depend on, by name.
         resume: continue the run in DIR.partial if there is one.
-    Raises: on entry, `ResumeError` if that run has another identity; `OutputError` if a write fails.
+        ranks: that prune the model together. Blocks are dealt to them to be written; the first one does the
+            rest.
+    Raises: on entry, `ResumeError` if that run has another identity; `OutputError` if a write fails;
+        `RanksError` on a rank that does not see the folder.
     """
 
-    def __init__(self, folder: Path, source: StreamedModel, identity: dict, resume: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        source: StreamedModel,
+        identity: dict,
+        resume: bool = False,
+        ranks: Ranks | None = None,
+    ):
         self.folder, self.source, self.resume = folder, source, resume
+        self.ranks = ranks or Ranks()
         self.nblocks = len(source.blocks)
         self.partial = partial_of(folder)
         self.model = self.partial / MODEL
         self.journal = Journal(self.partial, identity)
-        self.activation_cache = ActivationCache(self.journal)
+        self.activation_cache = ActivationCache(self.journal, self.ranks)
         self.interrupts = Interrupts()
         self.writer = BackgroundWriter()
         self.abandoned = threading.Event()
@@ -74,20 +86,34 @@ class StreamedOutput:
         self.versions = deciding_versions()
 
     def __enter__(self) -> "StreamedOutput":
+        if self.ranks.from_first(self._begin):
+            own = range(self.ranks.rank, self.nblocks, self.ranks.size)
+            notes = {index: self._valid_note(index) for index in own}
+            for of_rank in self.ranks.gather(notes):
+                self.finished |= {index: note for index, note in of_rank.items() if note is not None}
+            self.ranks.from_first(self._require_same_blocks)
+        if self.ranks.is_first:
+            self.writer.submit(partial(save_outside, self.source, self._shard(-1), self.abandoned.is_set))
+        elif not self.journal.is_begun():
+            host = self.ranks.hosts[self.ranks.rank].split()[0]
+            raise RanksError(
+                f"rank {self.ranks.rank} on {host} does not see {self.partial}, which rank 0 has made: "
+                f"--save_model needs a folder that all machines share"
+            )
+        self.interrupts.__enter__()
+        return self
+
+    def _begin(self) -> bool:
+        """Make DIR.partial, or find that of the run that is resumed. Returns whether there is one."""
         restore_replaced(self.folder)
         if self.resume and self.is_under_way(self.folder):
             self.journal.require_same_run()
-            notes = {index: self._valid_note(index) for index in range(self.nblocks)}
-            self.finished = {index: note for index, note in notes.items() if note is not None}
-            self._require_same_blocks()
-        else:
-            self.discard()
-            with self._writing():
-                self.model.mkdir(parents=True)
-                self.journal.begin()
-        self.writer.submit(partial(save_outside, self.source, self._shard(-1), self.abandoned.is_set))
-        self.interrupts.__enter__()
-        return self
+            return True
+        self.discard()
+        with self._writing():
+            self.model.mkdir(parents=True)
+            self.journal.begin()
+        return False
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.interrupts.__exit__()
@@ -95,13 +121,19 @@ class StreamedOutput:
             # Stops the copying of the tensors outside of the blocks.
             self.abandoned.set()
         self.writer.close()
+        if not self.ranks.is_first:
+            return
         worth_resuming = not isinstance(error, WandaFastError) or error.resumable
-        if error is None or not worth_resuming or not self.finished:
+        if error is None or not worth_resuming or not self._kept():
             self.discard()
         # The messages of the others say it.
         elif not isinstance(error, InterruptedRunError | OutputError):
-            kept = f"{len(self.finished)} of {self.nblocks} blocks are kept in {self.partial}"
+            kept = f"{self._kept()} of {self.nblocks} blocks are kept in {self.partial}"
             logger.info("%s: continue with --resume", kept)
+
+    def _kept(self) -> int:
+        """How many blocks are finished, by this rank or another."""
+        return sum((self.partial / self._note(index)).is_file() for index in range(self.nblocks))
 
     def begin_(self, activations: Activations) -> int:
         """The block to continue with. `activations` becomes its inputs; all earlier blocks are finished."""
@@ -127,7 +159,7 @@ class StreamedOutput:
         self, index: int, linears: dict[str, LinearReport], masks: dict[str, Tensor] | None
     ) -> None:
         """Write shard and masks of block `index`, then its note, in the background where possible."""
-        if self.holds(index):
+        if self.holds(index) or index % self.ranks.size != self.ranks.rank:
             return
         with self.source.clock.phase("write"):
             self._write_block(index, linears, masks)
@@ -155,7 +187,7 @@ class StreamedOutput:
             digests = {str(file.relative_to(self.partial)): finish() for file, finish in begun().items()}
             held = {name: asdict(linear) for name, linear in linears.items()}
             note = {"files": digests, "tensors": self._tensors_up_to(index), "linears": held}
-            note |= {"versions": self.versions}
+            note |= {"versions": self.versions, "ranks": self.ranks.size}
             self.journal.write(self._note(index), note)
             self.finished[index] = note
 
@@ -166,9 +198,11 @@ class StreamedOutput:
 
         Raises: `InterruptedRunError` after a Ctrl-C.
         """
-        stops = self.interrupts.requested
+        stop, due = self.interrupts.requested, self.activation_cache.due(activations)
+        answers = self.ranks.gather((stop, due))
+        stops = any(stop for stop, _ in answers)
         with self.source.clock.phase("write"), self._writing():
-            if stops or self.activation_cache.due():
+            if stops or answers[0][1]:
                 self.writer.submit(self.activation_cache.begin(index, activations))
             if stops:
                 self.writer.wait()
@@ -181,6 +215,11 @@ class StreamedOutput:
         """Write the rest of the model's folder, then rename it to DIR."""
         with self._writing():
             self.writer.wait()
+        self.ranks.wait_for_all()
+        self.ranks.from_first(lambda: self._complete(report))
+
+    def _complete(self, report: Report) -> None:
+        with self._writing():
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
             report.copied = save_surroundings(self.source, self.model, shards)
             save_report(report, self.model)
@@ -236,9 +275,9 @@ class StreamedOutput:
             with writing(self.folder):
                 yield
         except OutputError as error:
-            if not self.finished:
+            if not (count := self._kept()):
                 raise
-            kept = f"{len(self.finished)} of {self.nblocks} blocks are kept: continue with --resume"
+            kept = f"{count} of {self.nblocks} blocks are kept: continue with --resume"
             raise OutputError(f"{error}; {kept}") from error
 
 

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wanda_fast.distributed.ranks import Ranks
+from wanda_fast.distributed.same_weights import require_same_weights
 from wanda_fast.hidden_states import Activations
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockInputs
@@ -64,6 +66,7 @@ def prune_blocks(
     store: BlockStore | None = None,
     sequential: str = "block",
     expert_options: ExpertOptions = ExpertOptions(),  # noqa: B008  (it is frozen)
+    ranks: Ranks | None = None,
 ) -> dict[str, LinearReport]:
     """Prune every linear of the source's blocks, block by block.
 
@@ -74,11 +77,14 @@ def prune_blocks(
         sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
             after the other.
         expert_options: how tokens count in the statistics of experts.
-    Raises: `NonFiniteError`, which names block and linear. Blocks before it stay pruned; so do, with
-        `sequential="linear"` or after an update of weights, linears of the block itself.
+        ranks: that prune the model together, each with its share of the calibration in `activations`.
+    Raises: `RanksDifferError`; `NonFiniteError`, which names block and linear. Blocks before it stay pruned;
+        so do, with `sequential="linear"` or after an update of weights, linears of the block itself.
     """
     store = store or KeepNothing()
-    selection = Selection(method, pattern, masks, expert_options)
+    inputs = activations.calibration
+    before = (0, 0) if inputs is None else (inputs.before, inputs.before * inputs.hidden.shape[1])
+    selection = Selection(method, pattern, masks, expert_options, ranks or Ranks(), before)
     order = _order(selection, sequential, clock)
     first = store.begin_(activations)
     source.release_memory()
@@ -92,6 +98,7 @@ def prune_blocks(
         with _around(turn, source, activations, store, masks):
             statistics = passes.dense_pass(turn)
             turn.reports = passes.prune(turn, statistics)
+            require_same_weights(block.name, block.module, selection.ranks)
             passes.pruned_pass(turn)
         reports |= turn.reports
     return reports

@@ -35,6 +35,9 @@ class Coactivation(OutputStatistic):
             return self._products
         return torch.cat([self._norm.acc.expand_as(self._products), self._products])
 
+    def partial_sums(self) -> list[Tensor]:
+        return [self._products] if self._norm is None else [self._products, self._norm.acc]
+
     def add_outputs(
         self, x: Tensor, outputs: list[Tensor], others: list[OutputStatistic], sq_norm: SquaredNorm | None
     ) -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import wanda_kernels
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear, Projection
 from wanda_fast.pruning.expert_sums import ExpertSums
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.linear_reports import Outcome
-from wanda_fast.pruning.methods import Magnitude, Method
-from wanda_fast.pruning.patterns import NM, Pattern, empty_mask
+from wanda_fast.pruning.methods import Method, prunes_by_rows
+from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_fast.timer import mark
 
 
@@ -47,27 +48,21 @@ def prune_stacks_(
     statistics: BlockStatistics | None,
     alone: set[str],
     masks: dict[str, Tensor] | None,
+    ranks: Ranks,
 ) -> dict[str, Outcome]:
-    """Prune the experts of the block that can be pruned together. Returns what became of their linears.
+    """Prune the experts of the block that can be pruned together, of several ranks' those of this one.
 
     Args:
         alone: names of linears that are pruned in another way than `method`'s.
+    Returns: what became of their linears.
     """
     outcomes: dict[str, Outcome] = {}
-    if not _by_rows(method, pattern):
+    if method.hessians is not None or not prunes_by_rows(method, pattern):
         return outcomes
     for stack in _stacks(block, method, statistics):
         if alone.isdisjoint(linear.name for linear in stack.linears):
-            outcomes |= _prune_stack_(stack, method, pattern, masks)
+            outcomes |= _prune_stack_(stack, method, pattern, masks, ranks.share(stack.projection.count))
     return outcomes
-
-
-def _by_rows(method: Method, pattern: Pattern) -> bool:
-    """Whether every row of a weight is pruned by itself, by abs(W) * sqrt(statistic)."""
-    plain = method.score is None and method.hessians is None
-    plain &= type(method).prune_ in (Method.prune_, Magnitude.prune_)
-    whole_matrix = pattern.is_variant or (isinstance(method, Magnitude) and not isinstance(pattern, NM))
-    return plain and pattern.rule is not None and not whole_matrix
 
 
 def _stacks(block: Block, method: Method, statistics: BlockStatistics | None) -> Iterator[Stack]:
@@ -88,17 +83,21 @@ def _stacks(block: Block, method: Method, statistics: BlockStatistics | None) ->
 
 
 def _prune_stack_(
-    stack: Stack, method: Method, pattern: Pattern, masks: dict[str, Tensor] | None
+    stack: Stack, method: Method, pattern: Pattern, masks: dict[str, Tensor] | None, experts: slice
 ) -> dict[str, Outcome]:
-    weight = stack.weight
+    """Prune some experts of the stack."""
+    linears = [linear for linear in stack.linears if experts.start <= linear.index < experts.stop]
+    if not linears:
+        return {}
+    weight, scale = stack.weight[experts], None if stack.scale is None else stack.scale[experts]
     mask = None if masks is None else empty_mask(weight)
     begin = mark(weight.device)
-    operation = method.prune_(weight, stack.scale, pattern, mask)
+    operation = method.prune_(weight, scale, pattern, mask)
     lap = (begin, mark(weight.device))
     outcomes = {}
-    for linear in stack.linears:
-        outcomes[linear.name] = Outcome(operation, lap=lap, share=1 / len(stack.linears))
+    for linear in linears:
+        outcomes[linear.name] = Outcome(operation, lap=lap, share=1 / len(linears))
         outcomes[linear.name].zeros = wanda_kernels.count_zeros(linear.weight.data)
         if masks is not None:
-            masks[linear.name] = mask[linear.index, stack.rows(linear)].cpu()
+            masks[linear.name].copy_(mask[linear.index - experts.start, stack.rows(linear)])
     return outcomes

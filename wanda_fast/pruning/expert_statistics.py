@@ -6,12 +6,14 @@ An expert that sees few tokens has noisy statistics: they are drawn towards thos
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import OptionError
 from wanda_fast.model.experts import ExpertLinear, Experts
 from wanda_fast.pruning.expert_sums import Make, ProjectionSums, weighted
@@ -60,6 +62,7 @@ class ExpertStatistics:
         options: ExpertOptions,
         before_call: bool,
         timed: Callable[[], AbstractContextManager],
+        tokens_before: int = 0,
     ):
         self.experts, self.options = experts, options
         self._takes_all = options.tokens == "all" and experts.sees_all
@@ -69,9 +72,10 @@ class ExpertStatistics:
         self.first, self.down = self._sums(linears)
         device = experts.down.stack.device
         self.counts = torch.zeros(experts.count, dtype=torch.int64, device=device)
-        self._sample = TokenSample()
+        self._sample = TokenSample(tokens_before)
         self._timed = partial(_timed, timed)
         self._weight = torch.zeros((), device=device)
+        self._finished = False
 
     def hooks(self) -> list:
         experts = self.experts
@@ -89,13 +93,22 @@ class ExpertStatistics:
         counts = self.counts.tolist()
         return {linear.name: counts[linear.index] for linear in self._linears}
 
-    def finish(self) -> None:
-        """Draw the statistics of starved experts towards those of all tokens, once all were seen."""
-        tau, sample = self.options.shrinkage, self._sample.tokens
-        if not tau or sample is None or self._takes_all:
+    def finish(self, ranks: Ranks) -> None:
+        """Draw the statistics of starved experts towards those of all tokens, once all were seen.
+
+        With several ranks the first one does it, before their statistics are summed.
+        """
+        if self._finished:
             return
-        # Not a second time.
-        self._sample.tokens = None
+        self._finished = True
+        ranks.sum_([self.counts, self._weight])
+        if self.options.shrinkage and not self._takes_all:
+            sample = TokenSample.of(ranks.gather(self._sample.on_host() if ranks.size > 1 else self._sample))
+            if ranks.is_first and sample is not None:
+                self._draw_towards(sample.to(self.counts.device))
+
+    def _draw_towards(self, sample: Tensor) -> None:
+        tau = self.options.shrinkage
         mean = 1.0
         if self.options.weighting == "router":
             mean = float(self._weight / self.counts.sum().clamp(min=1))
@@ -188,13 +201,36 @@ class TokenSample:
         tokens: `[tokens, features]`; None: none was seen.
     """
 
-    def __init__(self):
+    def __init__(self, before: int = 0):
+        """
+        Args:
+            before: tokens that other ranks have before this one's.
+        """
         self.tokens: Tensor | None = None
-        self._seen, self._every = 0, 1
+        self._before, self._seen, self._every = before, before, 1
+
+    @staticmethod
+    def of(samples: "list[TokenSample]") -> Tensor | None:
+        """The sample that one process would have, from those of all ranks."""
+        seen = [sample for sample in samples if sample.tokens is not None]
+        every = max((sample._every for sample in seen), default=1)
+        while seen and sum(len(sample._thinned(every)) for sample in seen) >= 2 * SAMPLE_TOKENS:
+            every *= 2
+        return torch.cat([sample._thinned(every) for sample in seen]) if seen else None
+
+    def _thinned(self, every: int) -> Tensor:
+        """Those tokens whose place among all ranks' is a multiple of `every`, itself one of `_every`."""
+        first = -(-self._before // self._every) * self._every
+        return self.tokens[-first % every // self._every :: every // self._every]
+
+    def on_host(self) -> "TokenSample":
+        moved = copy(self)
+        moved.tokens = None if self.tokens is None else self.tokens.cpu()
+        return moved
 
     def see(self, x: Tensor) -> None:
         part = x[-self._seen % self._every :: self._every]
         self._seen += len(x)
         self.tokens = part.clone() if self.tokens is None else torch.cat([self.tokens, part])
         while len(self.tokens) >= 2 * SAMPLE_TOKENS:
-            self.tokens, self._every = self.tokens[::2].clone(), 2 * self._every
+            self.tokens, self._every = self._thinned(2 * self._every).clone(), 2 * self._every

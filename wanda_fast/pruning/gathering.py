@@ -65,6 +65,7 @@ class BlockStatistics:
             MLP's two projections are both scored while both are dense, and so is the down projection behind
             them (`DenseInputs`).
         timed: makes a context around each addition.
+        before: sequences and tokens of the calibration that other ranks have before this one's.
     """
 
     def __init__(
@@ -75,25 +76,37 @@ class BlockStatistics:
         before_call: bool = False,
         timed: Callable[[], AbstractContextManager] = nullcontext,
         expert_options: ExpertOptions = ExpertOptions(),  # noqa: B008  (it is frozen)
+        before: tuple[int, int] = (0, 0),
     ):
         self.block, self.before_call, self.timed = block, before_call, timed
         # Set when no more inputs will come.
         self.complete = False
         made = {linear.name: statistic(linear) for linear in block.dense}
         self.without = {name for name, own in made.items() if own is None}
-        self._inputs = SharedByInput(lambda linear: made[linear.name], lambda linear: type(made[linear.name]))
-        self._hessians = SharedByInput(hessian or (lambda _: None), lambda _: Hessian)
-        self.by_name: dict[str, Statistic] = self._inputs.by_name
-        self.hessians: dict[str, Hessian] = self._hessians.by_name
+        self.shared_statistics = SharedByInput(
+            lambda linear: made[linear.name], lambda linear: type(made[linear.name])
+        )
+        self.shared_hessians = SharedByInput(hessian or (lambda _: None), lambda _: Hessian)
+        self.by_name: dict[str, Statistic] = self.shared_statistics.by_name
+        self.hessians: dict[str, Hessian] = self.shared_hessians.by_name
+        # Those that are sums over all ranks by now.
+        self.summed: set[Statistic | Hessian] = set()
         self._now = _Forward()
         self._groups = _groups(block, made)
-        self._dense = _dense_inputs(block, made) if before_call else {}
+        self._dense = _dense_inputs(block, made, before) if before_call else {}
         self._elsewhere = {name for group in self._groups for name in group.by_name} | set(self._dense)
         last = [made[linear.name] for linear in block.dense[-1:]]
         self._wants_squares = any(own is not None and own.reads_column_squares for own in last)
         self.experts = [
             ExpertStatistics(
-                each, _linears_of(each, block), statistic, hessian, expert_options, before_call, timed
+                each,
+                _linears_of(each, block),
+                statistic,
+                hessian,
+                expert_options,
+                before_call,
+                timed,
+                before[1],
             )
             for each in block.experts
             if _linears_of(each, block)
@@ -147,12 +160,6 @@ class BlockStatistics:
             self._begin()
             self.complete = True
 
-    def finish_experts(self, block: Block) -> None:
-        """Complete the statistics of experts that have linears in `block`, a part of the block that ran."""
-        for each in self.experts:
-            if each.experts.name in {x.experts.name for x in block.linears if isinstance(x, ExpertLinear)}:
-                each.finish()
-
     def reads_output_of(self, module: nn.Module) -> bool:
         """Whether a statistic reads the output of this module."""
         of_experts = any(module is each.first.projection and each.first.reads_output for each in self.experts)
@@ -162,18 +169,18 @@ class BlockStatistics:
         self.calls.append(name)
 
     def _begin(self) -> None:
-        for known in (self._now, self._inputs, self._hessians):
+        for known in (self._now, self.shared_statistics, self.shared_hessians):
             known.begin()
 
     def _read(self, linear: Linear, _module: nn.Module, args: tuple) -> None:
         with self.timed():
             if linear.name not in self._elsewhere:
                 self._read_input(linear, args[0])
-            if (hessian := self._hessians.to_add(linear, args[0])) is not None:
+            if (hessian := self.shared_hessians.to_add(linear, args[0])) is not None:
                 hessian.add(args[0])
 
     def _read_input(self, linear: Linear, x: Tensor) -> None:
-        own = self._inputs.to_add(linear, x)
+        own = self.shared_statistics.to_add(linear, x)
         if own is None:
             return
         joins = any(linear.module is group.first.norm_of for group in self._groups)
@@ -237,12 +244,14 @@ def _groups(block: Block, made: dict[str, Statistic | None]) -> list[_Group]:
     return [_Group(linears, [made[linear.name] for linear in linears]) for linears in grouped.values()]
 
 
-def _dense_inputs(block: Block, made: dict[str, Statistic | None]) -> dict[str, DenseInputs]:
+def _dense_inputs(
+    block: Block, made: dict[str, Statistic | None], before: tuple[int, int]
+) -> dict[str, DenseInputs]:
     """By the name of each down projection, scored by its input alone, behind a gate or up that is pruned."""
     mlps = {linear.gated.down: linear.gated for linear in block.dense if linear.gated is not None}
     found = {}
     for linear in block.dense:
         mlp, own = mlps.get(linear.module), made[linear.name]
         if mlp is not None and own is not None and not isinstance(own, OutputStatistic):
-            found[linear.name] = DenseInputs(mlp, own)
+            found[linear.name] = DenseInputs(mlp, own, before)
     return found

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wanda_kernels
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import HessianError, NonFiniteError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
+from wanda_fast.pruning.ladder_of_ranks import LadderOfRanks
+from wanda_fast.pruning.row_shares import RowShares
 from wanda_kernels import Factor, Ladder, NotPositiveDefiniteError
 
 # Rows of a Hessian that one product of the reconstruction error reads.
@@ -99,6 +102,10 @@ class Hessian:
         """Add the tokens of all experts to their Hessians, as `Statistic.add_experts`."""
         wanda_kernels.add_hessian_(sums, x, offsets=offsets)
 
+    def partial_sums(self) -> list[Tensor]:
+        """As `Statistic.partial_sums`."""
+        return [] if self.acc is None else [self.acc]
+
     def make_factor(self, use: HessianUse) -> None:
         """Factor the Hessian, once, and free it unless it is needed itself."""
         if self.factor is None:
@@ -108,15 +115,33 @@ class Hessian:
                 self.factor = replace(self.factor, upper=self.acc.copy_(self.factor.upper))
                 self.acc = None
 
+    def send_factor(self, owner: int, ranks: Ranks, use: HessianUse) -> None:
+        """Give the factor that rank `owner` has made to all ranks."""
+        if self.factor is None:
+            kept = use.measure_error or use.damped
+            upper = torch.empty_like(self.acc) if kept else self.acc
+            dead = torch.empty(self.in_features, dtype=torch.bool, device=upper.device)
+            self.factor = Factor(upper, dead, 0.0)
+            self.acc = self.acc if kept else None
+        used = torch.tensor(self.factor.dampening, dtype=torch.float64, device=self.factor.dead.device)
+        ranks.send_([self.factor.upper, self.factor.dead, used], owner)
+        self.factor = replace(self.factor, dampening=used.item())
+
     def factor_on(self, device: torch.device) -> Factor:
         factor = self.factor
         return Factor(factor.upper.to(device), factor.dead.to(device), factor.dampening)
 
-    def ladder(self, use: HessianUse, device: torch.device) -> Ladder:
-        """The damped Hessian and its inverses, on the device; made once, until `release`."""
+    def ladder(self, use: HessianUse, device: torch.device, others: Ranks | None = None) -> Ladder:
+        """The damped Hessian and its inverses, on the device; made once, until `release`.
+
+        Args:
+            others: the ranks that make inverses in turn; None: this one makes all.
+        """
         if self._ladder is None:
             damped = wanda_kernels.damped_hessian(self.acc.to(device), use.dampening)
             self._ladder = Ladder(damped, keep=self.is_shared)
+            if others is not None:
+                self._ladder = LadderOfRanks(damped, self.is_shared, others)
         return self._ladder
 
     def damped(self, use: HessianUse, device: torch.device) -> Tensor:
@@ -128,16 +153,13 @@ class Hessian:
 
 
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:
-    """Check that a block's Hessians are finite, and factor them if weights are updated, the widest first.
+    """Check that a block's Hessians are finite, and find out which are shared, and which are zero.
 
     Args:
         hessians: by linear name; linears that read the same tensor have the same object.
-    Raises: `NonFiniteError`, `HessianError`, which name block and linear.
+    Raises: `NonFiniteError`, which names block and linear.
     """
-    first: dict[Hessian, str] = {}
-    for linear in block.linears:
-        if linear.name in hessians:
-            first.setdefault(hessians[linear.name], linear.name)
+    first = _first_names(block, hessians)
     if any(hessian.in_features in use.on_host for hessian in first):
         # Their last sums may still be on the way to the host.
         torch.cuda.synchronize(block.linears[0].weight.device)
@@ -147,11 +169,42 @@ def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None
         hessian.is_shared = readers[hessian] > 1
         if hessian.acc is not None:
             hessian.blind = not hessian.acc.diagonal().any()
-    for hessian in sorted(first, key=lambda hessian: -hessian.in_features) if use.update else ():
+
+
+def factor(
+    block: Block, hessians: dict[str, Hessian], use: HessianUse, shares: dict[str, RowShares], ranks: Ranks
+) -> None:
+    """Factor a block's Hessians if weights are updated, the widest first.
+
+    Of several ranks one makes a factor, and sends it to those that have rows of the weights.
+
+    Raises: `HessianError`, which names block and linear.
+    """
+    if not use.update:
+        return
+    first = _first_names(block, hessians)
+    new = sorted((x for x in first if x.factor is None), key=lambda hessian: -hessian.in_features)
+    # An expert's is needed where the expert is pruned, any other one on all ranks.
+    sent = [hessian for hessian in new if not shares[first[hessian]].is_expert]
+    owners = {hessian: index % ranks.size for index, hessian in enumerate(sent)}
+    for hessian in new:
+        if owners.get(hessian, shares[first[hessian]].owner) != ranks.rank:
+            continue
         try:
             hessian.make_factor(use)
         except NotPositiveDefiniteError as error:
             raise not_positive_definite(f"block {block.name}: {first[hessian]}", error) from error
+    for hessian in sent if ranks.size > 1 else ():
+        hessian.send_factor(owners[hessian], ranks, use)
+
+
+def _first_names(block: Block, hessians: dict[str, Hessian]) -> dict[Hessian, str]:
+    """The block's Hessians, each with the name of the first linear that has it."""
+    first: dict[Hessian, str] = {}
+    for linear in block.linears:
+        if linear.name in hessians:
+            first.setdefault(hessians[linear.name], linear.name)
+    return first
 
 
 def not_positive_definite(linear: str, error: NotPositiveDefiniteError) -> HessianError:

@@ -1,10 +1,11 @@
 """What became of a block's linears, as the report says it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
@@ -17,7 +18,8 @@ from wanda_kernels import OPERATIONS, choose_backend
 
 @dataclass
 class Outcome:
-    """What became of one weight. Tensors are scalars on its device, so that nothing waits for it yet.
+    """What became of one weight, or of some of its rows. Tensors are scalars on its device, so that nothing
+    waits for it yet; `of_all_ranks` makes them numbers.
 
     Attributes:
         operation: that selected.
@@ -37,43 +39,75 @@ class Outcome:
     fallback: str | None = None
     lap: tuple = ()
     share: float = 1.0
-    zeros: Tensor | None = None
-    energies: tuple[Tensor, Tensor] | None = None
+    zeros: Tensor | int | None = None
+    energies: tuple[Tensor, Tensor] | list[float] | None = None
+    seconds: float = 0.0
 
 
-def linear_reports(
-    block: Block, outcomes: dict[str, Outcome], method: Method, statistics: BlockStatistics | None
-) -> dict[str, LinearReport]:
-    """The reports of the block's linears, by name; waits for the device once."""
+def of_all_ranks(outcomes: dict[str, Outcome], ranks: Ranks) -> dict[str, Outcome]:
+    """The outcomes of whole weights, in numbers, from each rank's rows of them; waits for the device once."""
+    own = _in_numbers(outcomes)
+    if ranks.size == 1:
+        return own
+    whole: dict[str, Outcome] = {}
+    for name, part in (item for of_rank in ranks.gather(own) for item in of_rank.items()):
+        whole[name] = part if name not in whole else _joined(whole[name], part)
+    return whole
+
+
+def _in_numbers(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
     if not outcomes:
         return {}
     zeros = torch.stack([outcome.zeros for outcome in outcomes.values()]).tolist()
     measured = {name: outcome.energies for name, outcome in outcomes.items() if outcome.energies is not None}
     energies = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist() if measured else []
     errors = dict(zip(measured, energies, strict=True))
-    tokens = {} if statistics is None else statistics.tokens()
     return {
-        name: _report(linear, outcomes[name], count, method, statistics, errors.get(name), tokens.get(name))
-        for (name, linear), count in zip(((x.name, x) for x in block.linears), zeros, strict=True)
+        name: replace(
+            outcome,
+            zeros=count,
+            energies=errors.get(name),
+            seconds=outcome.share * seconds_between(*outcome.lap),
+            lap=(),
+        )
+        for (name, outcome), count in zip(outcomes.items(), zeros, strict=True)
+    }
+
+
+def _joined(one: Outcome, other: Outcome) -> Outcome:
+    """The outcome of two parts of a weight's rows."""
+    energies = (
+        None if one.energies is None else [sum(x) for x in zip(one.energies, other.energies, strict=True)]
+    )
+    seconds = max(one.seconds, other.seconds)
+    return replace(one, zeros=one.zeros + other.zeros, energies=energies, seconds=seconds)
+
+
+def linear_reports(
+    block: Block, outcomes: dict[str, Outcome], method: Method, statistics: BlockStatistics | None
+) -> dict[str, LinearReport]:
+    """The reports of the block's linears, by name, from their `of_all_ranks`."""
+    tokens = {} if statistics is None or not outcomes else statistics.tokens()
+    return {
+        linear.name: _report(linear, outcomes[linear.name], method, statistics, tokens.get(linear.name))
+        for linear in block.linears
     }
 
 
 def _report(
     linear: Linear,
     outcome: Outcome,
-    zeros: int,
     method: Method,
     statistics: BlockStatistics | None,
-    energies: list[float] | None,
     tokens: int | None,
 ) -> LinearReport:
     device, weights = linear.weight.device.type, linear.weight.numel()
     gathered = statistics.by_name.get(linear.name) if statistics else None
-    error, whole = energies or (None, None)
+    error, whole = outcome.energies or (None, None)
     return LinearReport(
-        sparsity=zeros / max(weights, 1),
+        sparsity=outcome.zeros / max(weights, 1),
         weights=weights,
-        seconds=outcome.share * seconds_between(*outcome.lap),
+        seconds=outcome.seconds,
         operation=outcome.operation,
         backend=_backend(outcome.operation, device),
         statistic=gathered and gathered.operation,

@@ -9,9 +9,11 @@ from wanda_fast.errors import OptionError, PatternError, ScoreError, UnknownMeth
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.coactivation import Coactivation, GatedCoactivation
 from wanda_fast.pruning.hessian import Hessian, HessianUse
-from wanda_fast.pruning.patterns import Pattern, empty_mask
+from wanda_fast.pruning.patterns import NM, Pattern, empty_mask
 from wanda_fast.pruning.registry import METHODS, register_method
 from wanda_fast.pruning.statistics import SquaredNorm, Statistic
+
+SumRows = Callable[[Tensor], Tensor]
 
 
 class Method:
@@ -85,14 +87,24 @@ class Method:
         pattern: Pattern,
         factor: wanda_kernels.Factor,
         mask: Tensor | None = None,
+        sum_rows: SumRows | None = None,
     ) -> str:
-        """Prune the weights that `prune_` would, and update the others for their error (SparseGPT)."""
+        """Prune the weights that `prune_` would, and update the others for their error (SparseGPT).
+
+        Args:
+            sum_rows: as `wanda_kernels.sparsegpt_` takes it, if other ranks have rows of the weight.
+        """
         operation, pruned = self.choose(weight, scale, pattern, factor)
         wanda_kernels.sparsegpt_(weight, factor, None, pruned=pruned, mask=mask, check_finite=False)
         return operation
 
     def choose(
-        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, factor: wanda_kernels.Factor | None
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        pattern: Pattern,
+        factor: wanda_kernels.Factor | None,
+        sum_rows: SumRows | None = None,
     ) -> tuple[str, Tensor]:
         """What the method prunes, bool `[out, in]`, with the operation's name. The weight does not change."""
         bits = empty_mask(weight)
@@ -176,17 +188,30 @@ class SparseGPT(Method):
         pattern: Pattern,
         factor: wanda_kernels.Factor,
         mask: Tensor | None = None,
+        sum_rows: SumRows | None = None,
     ) -> str:
         wanda_kernels.sparsegpt_(
-            weight, factor, pattern.rule, selector=self.selector, scale=scale, mask=mask, check_finite=False
+            weight,
+            factor,
+            pattern.rule,
+            selector=self.selector,
+            scale=scale,
+            mask=mask,
+            check_finite=False,
+            sum_rows=sum_rows,
         )
         return "sparsegpt_"
 
     def choose(
-        self, weight: Tensor, scale: Tensor | None, pattern: Pattern, factor: wanda_kernels.Factor | None
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        pattern: Pattern,
+        factor: wanda_kernels.Factor | None,
+        sum_rows: SumRows | None = None,
     ) -> tuple[str, Tensor]:
         bits = empty_mask(weight)
-        operation = self.prune_and_update_(weight.clone(), scale, pattern, factor, bits)
+        operation = self.prune_and_update_(weight.clone(), scale, pattern, factor, bits, sum_rows)
         return operation, ~wanda_kernels.unpack_bits(bits, weight.shape[1])
 
 
@@ -221,6 +246,15 @@ class Dense(Method):
     """Nothing is pruned; the run loads, evaluates and saves."""
 
     uses_activations = takes_variant = prunes = False
+
+
+def prunes_by_rows(method: Method, pattern: Pattern) -> bool:
+    """Whether every row of a weight is pruned by itself, or by thresholds that ranks find together."""
+    plain = method.score is None and type(method).prune_ in (Method.prune_, Magnitude.prune_)
+    plain &= type(method).prune_and_update_ in (Method.prune_and_update_, SparseGPT.prune_and_update_)
+    plain &= type(method).choose in (Method.choose, SparseGPT.choose)
+    whole_matrix = pattern.is_variant or (isinstance(method, Magnitude) and not isinstance(pattern, NM))
+    return plain and pattern.rule is not None and not whole_matrix
 
 
 def _require_rule(method: Method, pattern: Pattern) -> None:

@@ -2,24 +2,33 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import wanda_kernels
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import NonFiniteError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.expert_selection import prune_stacks_
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.gathering import BlockStatistics
-from wanda_fast.pruning.hessian import Hessian, not_positive_definite, prepare, reconstruction_error
-from wanda_fast.pruning.linear_reports import Outcome, linear_reports
-from wanda_fast.pruning.methods import Magnitude, Method
+from wanda_fast.pruning.hessian import (
+    Hessian,
+    factor,
+    not_positive_definite,
+    prepare,
+    reconstruction_error,
+)
+from wanda_fast.pruning.linear_reports import Outcome, linear_reports, of_all_ranks
+from wanda_fast.pruning.methods import Magnitude, Method, prunes_by_rows
 from wanda_fast.pruning.patterns import Pattern, empty_mask
+from wanda_fast.pruning.row_shares import RowShares, exchange_, row_shares
 from wanda_fast.pruning.solving import solve_
+from wanda_fast.pruning.summing import complete
 from wanda_fast.report import LinearReport
 from wanda_fast.timer import Clock, Phases, mark
 from wanda_kernels import NotPositiveDefiniteError
@@ -27,19 +36,40 @@ from wanda_kernels import NotPositiveDefiniteError
 
 @dataclass
 class Selection:
-    """How a run prunes. `masks`: packed masks by linear name, filled block by block; None: none wanted."""
+    """How a run prunes.
+
+    Attributes:
+        masks: packed masks by linear name, filled block by block; None: none wanted.
+        ranks: that prune the model together.
+        before: sequences and tokens of the calibration that other ranks have before this one's.
+    """
 
     method: Method
     pattern: Pattern
     masks: dict[str, Tensor] | None = None
     expert_options: ExpertOptions = ExpertOptions()
+    ranks: Ranks = field(default_factory=Ranks)
+    before: tuple[int, int] = (0, 0)
 
     def statistics(self, block: Block, clock: Clock, before_call: bool = False) -> BlockStatistics:
         """Empty statistics for the block's linears; `before_call` as in `BlockStatistics`."""
         timed, method = partial(clock.part, "statistics"), self.method
         return BlockStatistics(
-            block, method.statistic, method.make_hessian, before_call, timed, self.expert_options
+            block,
+            method.statistic,
+            method.make_hessian,
+            before_call,
+            timed,
+            self.expert_options,
+            self.before,
         )
+
+    def row_shares(self, block: Block, blind: set[str]) -> dict[str, RowShares]:
+        """Who prunes which rows; the rows of `blind` linears by magnitude."""
+        others = {linear.name for linear in block.linears} - blind
+        whole = set() if prunes_by_rows(self.method, self.pattern) else others
+        whole |= set() if prunes_by_rows(Magnitude(), self.pattern) else blind
+        return row_shares(block, self.ranks, whole)
 
 
 def prune_block(
@@ -57,29 +87,40 @@ def prune_block(
 def _prune_block(
     block: Block, selection: Selection, statistics: BlockStatistics | None, phases: Phases
 ) -> dict[str, LinearReport]:
-    method = selection.method
+    method, ranks = selection.method, selection.ranks
     if statistics is not None:
-        statistics.finish_experts(block)
+        complete(statistics, block, ranks)
     scales = {linear.name: _scale(linear, method, statistics) for linear in block.linears}
     _require_finite(block, scales, under_a_root=method.score is None)
     blind = _blind(scales, method, statistics)
     if method.hessians is not None:
         with phases("factor"):
             prepare(block, statistics.hessians, method.hessians)
-    outcomes = prune_stacks_(block, method, selection.pattern, statistics, blind, selection.masks)
+            shares = selection.row_shares(block, blind | _without_hessian(block, statistics.hessians, method))
+            factor(block, statistics.hessians, method.hessians, shares, ranks)
+    else:
+        shares = selection.row_shares(block, blind)
+    masks = None if selection.masks is None else {x.name: empty_mask(x.weight.data) for x in block.linears}
+    outcomes = prune_stacks_(block, method, selection.pattern, statistics, blind, masks, ranks)
     for linear in block.linears:
-        if linear.name in outcomes:
-            continue
-        phases.tell("selection", linear.name)
-        hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
-        by = Magnitude() if linear.name in blind else method
-        outcomes[linear.name] = _prune_linear(linear, selection, by, scales[linear.name], hessian, phases)
+        rows = shares[linear.name].rows[ranks.rank]
+        if linear.name not in outcomes and rows.stop > rows.start:
+            phases.tell("selection", linear.name)
+            hessian = statistics.hessians.get(linear.name) if method.hessians is not None else None
+            by = Magnitude() if linear.name in blind else method
+            part = _Part(linear, rows, scales[linear.name], hessian, masks and masks[linear.name][rows])
+            others = ranks if shares[linear.name].owner is None else None
+            outcomes[linear.name] = _prune_part(part, selection, by, others, phases)
         if statistics is not None and statistics.complete:
             # The last linear that shares a Hessian frees it.
             statistics.hessians.pop(linear.name, None)
     for linear in block.linears:
         if statistics is not None and (hessian := statistics.hessians.get(linear.name)) is not None:
             hessian.release()
+    exchange_(block, shares, masks, ranks)
+    if masks is not None:
+        selection.masks.update({name: mask.cpu() for name, mask in masks.items()})
+    outcomes = of_all_ranks(outcomes, ranks)
     _require_finite_updates(block, outcomes)
     return linear_reports(block, outcomes, method, statistics)
 
@@ -97,21 +138,39 @@ def _own_arithmetic(block: Block) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-def _prune_linear(
-    linear: Linear,
-    selection: Selection,
-    by: Method,
-    scale: Tensor | None,
-    hessian: Hessian | None,
-    phases: Phases,
+@dataclass
+class _Part:
+    """Rows of a linear, with what is known of all of it: its scale, and its Hessian if the run has them.
+
+    Attributes:
+        mask: receives the rows' packed mask; None: none wanted.
+    """
+
+    linear: Linear
+    rows: slice
+    scale: Tensor | None
+    hessian: Hessian | None
+    mask: Tensor | None
+
+    @property
+    def own_scale(self) -> Tensor | None:
+        return self.scale if self.scale is None or self.scale.dim() == 1 else self.scale[self.rows]
+
+
+def _prune_part(
+    part: _Part, selection: Selection, by: Method, others: Ranks | None, phases: Phases
 ) -> Outcome:
-    weight, masks = linear.weight.data, selection.masks
-    mask = None if masks is None else empty_mask(weight)
+    """
+    Args:
+        others: the ranks that prune the other rows at the same time; None: these are all rows.
+    """
+    linear, hessian = part.linear, part.hessian
+    weight = linear.weight.data[part.rows]
     measures = hessian is not None and selection.method.hessians.measure_error
     before = weight.clone() if measures else None
     begin = mark(weight.device)
     try:
-        outcome = _prune_(weight, selection, by, scale, hessian, mask)
+        outcome = _prune_(weight, part, selection, by, others)
     except NotPositiveDefiniteError as error:
         raise not_positive_definite(linear.name, error) from error
     if outcome.dampening is not None:
@@ -121,31 +180,30 @@ def _prune_linear(
     if before is not None:
         with phases("error"):
             outcome.energies = reconstruction_error(before, weight, hessian.acc)
-    if masks is not None:
-        masks[linear.name] = mask.cpu()
     outcome.zeros = wanda_kernels.count_zeros(weight)
     return outcome
 
 
-def _prune_(
-    weight: Tensor,
-    selection: Selection,
-    by: Method,
-    scale: Tensor | None,
-    hessian: Hessian | None,
-    mask: Tensor | None,
-) -> Outcome:
+def _prune_(weight: Tensor, part: _Part, selection: Selection, by: Method, others: Ranks | None) -> Outcome:
     """Prune `weight` by the method `by`, by means of its Hessian if the run does that and it is not zero."""
     method, pattern, use = selection.method, selection.pattern, selection.method.hessians
+    scale, hessian, mask = part.own_scale, part.hessian, part.mask
     changes = use is not None and use.changes
     if changes and (hessian is None or hessian.blind):
         by, changes = Magnitude(), False
     if changes:
-        outcome = solve_(weight, by, scale, pattern, hessian, use, mask)
+        outcome = solve_(weight, by, scale, pattern, hessian, use, mask, others)
     else:
         outcome = Outcome(by.prune_(weight, scale, pattern, mask))
     outcome.fallback = None if by is method else by.name
     return outcome
+
+
+def _without_hessian(block: Block, hessians: dict[str, Hessian], method: Method) -> set[str]:
+    """Linears that magnitude prunes, because no token reached them, or zeros alone."""
+    if not method.hessians.changes:
+        return set()
+    return {x.name for x in block.linears if x.name not in hessians or hessians[x.name].blind}
 
 
 def _scale(linear: Linear, method: Method, statistics: BlockStatistics | None) -> Tensor | None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.architecture import Block, Stage
 from wanda_fast.model.block_inputs import BlockCall, BlockInputs
 from wanda_fast.model.linears import Linear
@@ -53,7 +54,7 @@ class SequentialLinear:
                 reports.update(prune_block(part, self.selection, statistics, turn.phases))
 
         with turn.phases("one pass"), statistics.gathering():
-            run_in_lockstep(block, forwards, prune)
+            run_in_lockstep(block, forwards, prune, self.selection.ranks)
         if unseen := [linear for linear in block.linears if linear.name not in reports]:
             prune(unseen)
         return {linear.name: reports[linear.name] for linear in block.linears}
@@ -168,9 +169,10 @@ def _callers_modes(device: str) -> Callable[[], AbstractContextManager]:
 
 
 def run_in_lockstep(
-    block: Block, forwards: list[Callable[[], None]], prune: Callable[[list[Linear]], None]
+    block: Block, forwards: list[Callable[[], None]], prune: Callable[[list[Linear]], None], ranks: Ranks
 ) -> None:
-    """Run all `forwards` of the block, and call `prune` with a stage's linears once every one has reached it.
+    """Run all `forwards` of the block, and call `prune` with a stage's linears once every one has reached it,
+    on all ranks.
 
     If batches wait for different stages, the first one in the block's order is pruned first.
     """
@@ -192,8 +194,13 @@ def run_in_lockstep(
     try:
         for batch in batches:
             batch.go_on()
-        while waiting := [batch for batch in batches if batch.at is not None]:
-            stage = min((batch.at for batch in waiting), key=order.get)
+        ended = len(block.stages)
+        while True:
+            waiting = [batch for batch in batches if batch.at is not None]
+            first = ranks.least(min((order[batch.at] for batch in waiting), default=ended))
+            if first == ended:
+                break
+            stage = block.stages[first]
             prune(stage.linears)
             pruned.add(stage)
             for batch in waiting:

@@ -27,6 +27,17 @@ class SharedByInput(Generic[T]):
         self._make, self._kind = make, kind
         self._forward = _Readers()
 
+    def sharing(self) -> dict[str, str]:
+        """Linear name -> the first name that has the same sum."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(own), name) for name, own in self.by_name.items()}
+
+    def share(self, linear: Linear, first: Linear) -> None:
+        """Give `linear` the sum of `first`, which is made if no input has reached it yet."""
+        if first.name not in self.by_name:
+            self.by_name[first.name] = self._make(first)
+        self.by_name.setdefault(linear.name, self.by_name[first.name])
+
     def begin(self) -> None:
         """A forward begins, or all are over."""
         self._forward.readers.clear()

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 import wanda_kernels
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.pruning.hessian import Hessian, HessianUse
 from wanda_fast.pruning.linear_reports import Outcome
 from wanda_fast.pruning.methods import Method
@@ -17,20 +18,28 @@ def solve_(
     hessian: Hessian,
     use: HessianUse,
     mask: Tensor | None,
+    others: Ranks | None = None,
 ) -> Outcome:
-    """Prune `weight` in place and change what it keeps, as `use` says. `mask` receives the packed mask."""
+    """Prune `weight` in place and change what it keeps, as `use` says.
+
+    Args:
+        mask: receives the packed mask.
+        others: the ranks that have the weight's other rows, if they are split.
+    """
+    sum_rows = {} if others is None else {"sum_rows": others.summed}
     if by.solves:
-        ladder = hessian.ladder(use, weight.device)
+        ladder = hessian.ladder(use, weight.device, others)
         iterations = wanda_kernels.admm_(
-            weight, ladder, pattern.rule, polish=use.polish, mask=mask, check_finite=False
+            weight, ladder, pattern.rule, polish=use.polish, mask=mask, check_finite=False, **sum_rows
         )
         further = ("polish_",) if use.polish else ()
         return Outcome("admm_step_", use.dampening, further=further, iterations=iterations)
     if not use.damped:
-        operation = by.prune_and_update_(weight, scale, pattern, hessian.factor_on(weight.device), mask)
+        factor = hessian.factor_on(weight.device)
+        operation = by.prune_and_update_(weight, scale, pattern, factor, mask, **sum_rows)
         return Outcome(operation, hessian.factor.dampening, further=("sparsegpt_",))
     dense = weight.clone() if use.polish else None
-    operation, pruned = _choose_(weight, by, scale, pattern, hessian, use)
+    operation, pruned = _choose_(weight, by, scale, pattern, hessian, use, sum_rows)
     if use.polish:
         wanda_kernels.polish_(
             weight, dense, pruned, hessian.damped(use, weight.device), use.polish, check_finite=False
@@ -43,7 +52,13 @@ def solve_(
 
 
 def _choose_(
-    weight: Tensor, by: Method, scale: Tensor | None, pattern: Pattern, hessian: Hessian, use: HessianUse
+    weight: Tensor,
+    by: Method,
+    scale: Tensor | None,
+    pattern: Pattern,
+    hessian: Hessian,
+    use: HessianUse,
+    sum_rows: dict,
 ) -> tuple[str, Tensor]:
     """Prune `weight`, after mask descent and with SparseGPT's update if wanted.
 
@@ -53,11 +68,11 @@ def _choose_(
     if not use.refine:
         bits = empty_mask(weight)
         if use.update:
-            operation = by.prune_and_update_(weight, scale, pattern, factor, bits)
+            operation = by.prune_and_update_(weight, scale, pattern, factor, bits, **sum_rows)
         else:
             operation = by.prune_(weight, scale, pattern, bits)
         return operation, ~wanda_kernels.unpack_bits(bits, weight.shape[1])
-    operation, pruned = by.choose(weight, scale, pattern, factor)
+    operation, pruned = by.choose(weight, scale, pattern, factor, **sum_rows)
     groups = str(pattern) if isinstance(pattern, NM) else None
     matrix = hessian.damped(use, weight.device)
     wanda_kernels.refine_mask_(weight, pruned, matrix, groups, use.refine, check_finite=False)

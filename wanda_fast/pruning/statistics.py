@@ -38,6 +38,10 @@ class Statistic:
         """Add one batch of inputs, `[..., in]`, in the dtype of the forward."""
         raise NotImplementedError
 
+    def partial_sums(self) -> list[Tensor]:
+        """The tensors that several ranks sum, since each of them has added its own tokens."""
+        return [self.acc]
+
     def add_experts(self, sums: Tensor, x: Tensor, offsets: Tensor) -> None:
         """Add one batch of inputs to the sums of all experts, `[experts, ...]`.
 
@@ -116,17 +120,23 @@ class DenseInputs:
     # One in this many. TOKENS is odd: with an even number, it could be the first token of each sequence.
     SEQUENCES, TOKENS = 8, 9
 
-    def __init__(self, mlp: GatedMLP, norm: Statistic):
+    def __init__(self, mlp: GatedMLP, norm: Statistic, before: tuple[int, int] = (0, 0)):
+        """
+        Args:
+            before: sequences and tokens that other ranks have before this one's.
+        """
         self.mlp, self.norm = mlp, norm
         self.projections = {mlp.gate, mlp.up}
-        # Sequences, or tokens.
-        self._seen = 0
+        self._sequences, self._tokens = before
 
     def add(self, x: Tensor) -> None:
         """x `[sequences, tokens, in]` or `[tokens, in]`, before either projection is pruned."""
-        every = self.SEQUENCES if x.dim() > 2 else self.TOKENS
-        part = x[-self._seen % every :: every]
-        self._seen += len(x)
+        if x.dim() > 2:
+            part = x[-self._sequences % self.SEQUENCES :: self.SEQUENCES]
+            self._sequences += len(x)
+        else:
+            part = x[-self._tokens % self.TOKENS :: self.TOKENS]
+            self._tokens += len(x)
         if not part.numel():
             return
         outputs = [module.forward(part) for module in dict.fromkeys((self.mlp.gate, self.mlp.up))]

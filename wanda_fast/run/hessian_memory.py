@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import OutOfMemoryError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
@@ -84,6 +85,7 @@ def place_hessians(
     where: str,
     use: HessianUse,
     before: list[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Set `use.on_host` and `use.passes`, and refuse a Hessian that does not fit into free memory.
 
@@ -91,12 +93,17 @@ def place_hessians(
         where: "device", "host", or "auto": the widest linears' Hessians move to the host until those of any
             block take at most half of the device's free memory.
         before: what "auto" chose in the run that this one resumes.
+        ranks: that do this alike: the first one chooses.
     Raises: `OutOfMemoryError` with the numbers.
     """
+    ranks = ranks or Ranks()
+    # The ranks of a machine share its memory.
+    sharing = len(ranks.local) if device.type == "cpu" else 1
+    free = ranks.from_first(lambda: free_memory(device) // sharing)
     if device.type != "cpu":
         again = where == "auto" and before is not None
-        use.on_host = frozenset(before) if again else _too_wide(blocks, free_memory(device), where, use)
-    use.passes = _passes(blocks, free_memory(device), use)
+        use.on_host = frozenset(before) if again else _too_wide(blocks, free, where, use)
+    use.passes = _passes(blocks, free, use)
     for place, on_host in ((device, False), (torch.device("cpu"), True)):
         widths = (_widths(block, use, on_host) for block in blocks)
         _require_fit(max(widths, key=lambda widths: peak_bytes(widths, use)), place, use)

@@ -11,7 +11,7 @@ from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
 from wanda_fast.checkpoint.model_class import predicts_tokens
 from wanda_fast.data.calibration import calibration_tokens, digest
-from wanda_fast.data.evaluation import evaluation_set
+from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
 from wanda_fast.options import Options
 from wanda_fast.output.resume import input_digests
@@ -58,8 +58,11 @@ def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
 
 
 def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpoint, job: Job) -> None:
-    """Set the job's calibration tokens and evaluation windows; note them and their digests in the report."""
-    model = loaded.model
+    """Set the job's calibration tokens and evaluation windows; note them and their digests in the report.
+
+    The first rank reads them for all.
+    """
+    model, ranks = loaded.model, job.ranks
     seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_of(model))
 
     def warn(sentence: str) -> None:
@@ -69,22 +72,14 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
 
     with job.phase("calibration text"):
         if job.method.calibrates:
-            job.token_ids = _calibration(options, tokenizer, model, seqlen, warn)
+            job.token_ids = ranks.from_first(lambda: _calibration(options, tokenizer, model, seqlen, warn))
             job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
         if options.eval_dataset is not None and _has_perplexity(model, job):
-            job.evaluation = evaluation_set(
-                options.eval_dataset,
-                tokenizer,
-                seqlen,
-                options.eval_windows,
-                options.cache_dir,
-                options.text_column,
-                warn,
-            )
-            require_fit(model, job.evaluation.windows, "evaluation")
+            job.evaluation = ranks.from_first(lambda: _evaluation(options, tokenizer, model, seqlen, warn))
             job.report.perplexity["protocol"] = job.evaluation.protocol
     if not isinstance(options.model, nn.Module):
-        job.report.digests = input_digests(loaded, job.token_ids, job.evaluation)
+        digests = ranks.from_first(lambda: input_digests(loaded, job.token_ids, job.evaluation))
+        job.report.digests = digests
 
 
 def _has_perplexity(model: nn.Module, job: Job) -> bool:
@@ -117,6 +112,22 @@ def _calibration(
     )
     require_fit(model, token_ids, "calibration")
     return token_ids
+
+
+def _evaluation(
+    options: Options, tokenizer: object, model: nn.Module, seqlen: int, warn: Callable[[str], None]
+) -> EvaluationSet:
+    found = evaluation_set(
+        options.eval_dataset,
+        tokenizer,
+        seqlen,
+        options.eval_windows,
+        options.cache_dir,
+        options.text_column,
+        warn,
+    )
+    require_fit(model, found.windows, "evaluation")
+    return found
 
 
 def context_of(model: nn.Module) -> int:

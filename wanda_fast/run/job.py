@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.load import Checkpoint
-from wanda_fast.data.evaluation import EvaluationSet, perplexity
+from wanda_fast.data.evaluation import EvaluationSet, losses, mean_perplexity
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
 from wanda_fast.model.block_source import BlockSource, LiveModel
@@ -23,7 +24,7 @@ from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import Report, pruning_warnings, version_warnings
+from wanda_fast.report import RankReport, Report, pruning_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Job:
         evaluation: windows to measure perplexity on; None: not measured.
         masks: receives the packed masks by linear; None: they are not kept.
         activations: where the hidden states are kept, a kind of `Offload`.
+        ranks: that do the job together. All of them have all tokens and windows, and run their shares.
     """
 
     method: Method
@@ -52,10 +54,22 @@ class Job:
     sequential: str = "block"
     expert_options: ExpertOptions = ExpertOptions()
     activations: str = "device"
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def device(self) -> torch.device:
         return self.clock.device
+
+    @property
+    def own_tokens(self) -> Tensor | None:
+        """The largest part of the calibration that a rank runs."""
+        return None if self.token_ids is None else self.token_ids[self.ranks.shares(len(self.token_ids))[0]]
+
+    @property
+    def own_windows(self) -> Tensor | None:
+        """The largest part of the evaluation windows that a rank runs."""
+        windows = self.evaluation and self.evaluation.windows
+        return None if windows is None else windows[self.ranks.shares(len(windows))[0]]
 
     @contextmanager
     def phase(self, name: str, shown: str | None = None, detail: str = "") -> Iterator[None]:
@@ -79,6 +93,7 @@ class Job:
             store=output,
             sequential=self.sequential,
             expert_options=self.expert_options,
+            ranks=self.ranks,
         )
         hessians = self.method.hessians
         self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))
@@ -89,8 +104,16 @@ class Job:
         for sentence in sentences:
             logger.warning("%s", sentence)
 
+    def finish_report(self) -> None:
+        """Note what the run took, on all ranks."""
+        self.report.peak_memory, self.report.complete = peak_memory(), True
+        if self.ranks.size > 1:
+            host = self.ranks.hosts[self.ranks.rank].split()[0]
+            own = RankReport(host, self.clock.seconds, self.report.peak_memory, self.ranks.moved)
+            self.report.ranks = self.ranks.gather(own)
+
     def write_masks(self) -> None:
-        if self.masks is not None:
+        if self.masks is not None and self.ranks.is_first:
             file = Path(self.report.recipe["save_mask"])
             with saving.writing(file):
                 write_masks(self.masks, file, self.report.recipe)
@@ -103,11 +126,13 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     if prunes:
         with closing(Offload(job.activations, source.device)) as offload:
             with job.phase("block inputs"):
-                activations = record_activations(source, offload, job.token_ids, job.batch_size)
+                activations = record_activations(
+                    source, offload, job.token_ids, job.batch_size, ranks=job.ranks
+                )
             job.prune(source, activations)
     if folder is not None:
         with job.phase("write", "writing", str(folder)):
-            saving.save(loaded, folder, job.report)
+            job.ranks.from_first(lambda: saving.save(loaded, folder, job.report))
     job.write_masks()
     if prunes:
         _measure(job, source.model, "pruned")
@@ -123,15 +148,16 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
         with job.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(
-                source, offload, job.token_ids, job.batch_size, job.evaluation, pruned
+                source, offload, job.token_ids, job.batch_size, job.evaluation, pruned, job.ranks
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:
             with job.phase("evaluation"), source.surroundings(head=True):
-                job.report.perplexity |= perplexities(source, activations, job.evaluation)
+                found = perplexities(source, activations, job.evaluation, job.ranks)
+                job.report.perplexity |= found
         job.write_masks()
         if output is not None:
-            job.report.peak_memory, job.report.complete = peak_memory(), True
+            job.finish_report()
             with job.phase("write", "writing", str(output.folder)):
                 output.finish(job.report)
 
@@ -140,7 +166,9 @@ def _measure(job: Job, model: nn.Module, which: str) -> None:
     """The perplexity of a model in memory, by its own forward."""
     if job.evaluation is None:
         return
-    total = len(job.evaluation.windows)
+    share = job.ranks.share(len(job.evaluation.windows))
+    own = replace(job.evaluation, windows=job.evaluation.windows[share])
+    total = len(own.windows)
 
     def tell(done: int) -> None:
         if job.progress:
@@ -148,4 +176,5 @@ def _measure(job: Job, model: nn.Module, which: str) -> None:
 
     tell(0)
     with job.clock.phase("evaluation"):
-        job.report.perplexity[which] = perplexity(model, job.evaluation, progress=tell)
+        found = job.ranks.gather(losses(model, own, progress=tell))
+        job.report.perplexity[which] = mean_perplexity(sum(found, []))

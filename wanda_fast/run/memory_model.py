@@ -107,12 +107,12 @@ def footprint(
     size = dtype.itemsize
     widths = [linear.in_features for block in blocks for linear in block.linears]
     hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
-    calibration, windows = job.token_ids, None
+    calibration, windows = job.own_tokens, None
     weights = surroundings = 0
     if stored is not None:
         each = [_weights(block.module) for block in blocks]
         weights, surroundings = max(each), _weights(model) - sum(each)
-        windows = job.evaluation and job.evaluation.windows
+        windows = job.own_windows
     # Bytes of a weight in the checkpoint's dtype, beside its copy in the dtype of the computation.
     widened = stored.itemsize if stored not in (None, dtype) else 0
     in_fp32 = dtype == torch.bfloat16 and not multiplies_bf16()

@@ -8,8 +8,8 @@ from torch import nn
 
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.meta_model import MetaModel
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import ResumeError
-from wanda_fast.memory import peak_memory
 from wanda_fast.options import Options
 from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.output.resume import finished_run
@@ -18,27 +18,31 @@ from wanda_fast.report import Report
 
 
 @contextmanager
-def sole_writer(options: Options) -> Iterator[None]:
-    """Context in which no other run writes an output of this one.
+def sole_writer(options: Options, ranks: Ranks) -> Iterator[None]:
+    """Context in which no other run writes an output of this one. The first rank sees to it.
 
-    Raises: `OutputInUseError` if one does; `RanksError` under torchrun, unless each rank prunes a model of
-        its own in memory and writes nothing.
+    Raises: `OutputInUseError` if one does; `RanksError` if torchrun started several processes that do not
+        work together, unless each prunes a model of its own in memory and writes nothing.
     """
     names = (options.save_model, options.save, options.save_log, options.save_mask)
     outputs = {Path(name).resolve(): Path(name) for name in names if name}
-    if outputs or not isinstance(options.model, nn.Module):
+    if ranks.size == 1 and (outputs or not isinstance(options.model, nn.Module)):
         require_one_process()
+    with ExitStack() as locks:
+        ranks.from_first(lambda: _lock(options, outputs, locks))
+        yield
+
+
+def _lock(options: Options, outputs: dict[Path, Path], locks: ExitStack) -> None:
     for file in filter(None, (options.save_log, options.save_mask)):
         saving.require_free(Path(file), overwrite=True)
     folder, mask = path_of(options.save_model), path_of(options.save_mask)
     if folder and mask:
         saving.require_outside(mask, folder)
-    with ExitStack() as locks:
-        for resolved, output in outputs.items():
-            # The folder's lock holds for what is inside of it.
-            if folder is None or folder.resolve() not in resolved.parents:
-                locks.enter_context(locked(output))
-        yield
+    for resolved, output in outputs.items():
+        # The folder's lock holds for what is inside of it.
+        if folder is None or folder.resolve() not in resolved.parents:
+            locks.enter_context(locked(output))
 
 
 def require_outputs(options: Options, recipe: dict) -> Report | None:
@@ -71,7 +75,6 @@ def _require_writable(options: Options, may_replace: bool) -> None:
 
 def write_report(options: Options, loaded: object, report: Report) -> Report:
     """The report in the model's folder, if it does not have the last figures yet, and in the logs."""
-    report.peak_memory, report.complete = peak_memory(), True
     # A model in memory was saved before it was evaluated.
     if options.save_model is not None and not isinstance(loaded, MetaModel):
         saving.save_report(report, Path(options.save_model))

@@ -4,15 +4,18 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import chosen_before, partial_of
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.data.evaluation import require_zero_shot, zero_shot
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_source import LiveModel
@@ -28,41 +31,50 @@ from wanda_fast.run.inputs import open_model, read_tokens
 from wanda_fast.run.job import Job, run_in_memory, run_streamed
 from wanda_fast.run.live_model import device_of, plain_model
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
-from wanda_fast.run.resources import choose_resources, default_device, usable_device
+from wanda_fast.run.resources import choose_resources, default_device, own_device, usable_device
 from wanda_fast.run.validate import survey
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
 
 
-def prune_model(options: Options, tokenizer: object = None, progress: Progress | None = None) -> Report:
+def prune_model(
+    options: Options,
+    tokenizer: object = None,
+    progress: Progress | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Report:
     """Prune the model that `options` name, measure and save what they request."""
     with plain_model(options) as options:
         method, pattern = _method_and_pattern(options)
         recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
-        job = _new_job(options, method, pattern, recipe, progress)
-        with sole_writer(options):
+        job = _new_job(options, method, pattern, recipe, progress, Ranks(process_group))
+        with sole_writer(options, job.ranks):
             return _prune(options, tokenizer, job)
 
 
 def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     """The run, once its output folder is its own."""
-    finished = require_outputs(options, job.report.recipe)
+    ranks = job.ranks
+    finished = ranks.from_first(lambda: require_outputs(options, job.report.recipe))
     if options.eval_zero_shot:
         require_zero_shot()
     loaded = open_model(options, tokenizer, job)
     tokenizer = tokenizer or loaded.tokenizer
     blocks = _surveyed_blocks(options, loaded, job)
     read_tokens(options, tokenizer, loaded, job)
-    if finished is not None and nothing_to_do(finished, job.report):
-        return _already_finished(options, finished)
+    done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
+    if done:
+        return ranks.from_first(lambda: _already_finished(options, finished))
     _choose_resources(options, loaded, blocks, job)
     with out_of_memory_explained(), _in_eval_mode(loaded.model):
         _run(options, loaded, blocks, job)
         if options.eval_zero_shot:
             with job.phase("zero-shot"):
-                job.report.zero_shot = zero_shot(loaded.model, tokenizer)
-    return write_report(options, loaded, job.report)
+                job.report.zero_shot = ranks.from_first(lambda: zero_shot(loaded.model, tokenizer))
+    if not job.report.complete:
+        job.finish_report()
+    return ranks.from_first(lambda: write_report(options, loaded, job.report))
 
 
 def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
@@ -83,11 +95,13 @@ def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
 
 
 def _new_job(
-    options: Options, method: Method, pattern: Pattern, recipe: dict, progress: Progress | None
+    options: Options, method: Method, pattern: Pattern, recipe: dict, progress: Progress | None, ranks: Ranks
 ) -> Job:
     """The job before anything is read; its clock and its report begin here."""
     live = isinstance(options.model, nn.Module)
-    clock = Clock(usable_device(options.device or (device_of(options.model) if live else default_device())))
+    wanted = options.device or (device_of(options.model) if live else default_device())
+    clock = Clock(own_device(usable_device(wanted), ranks))
+    ranks.timed = partial(clock.phase, "collectives")
     return Job(
         method,
         pattern,
@@ -101,6 +115,7 @@ def _new_job(
         expert_options=ExpertOptions(
             options.expert_shrinkage, options.expert_tokens, options.expert_weighting
         ),
+        ranks=ranks,
     )
 
 
@@ -112,7 +127,7 @@ def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job)
     survey(loaded.model, blocks, job.method, job.pattern, ignore, options.use_variant, job.report)
     if use is not None:
         before = _chosen_before(options, "hessians_on_host")
-        place_hessians(blocks, job.device, options.hessian_device, use, before)
+        place_hessians(blocks, job.device, options.hessian_device, use, before, job.ranks)
         kept_in_memory = isinstance(options.model, nn.Module) and options.save_model is None
         weights = list({linear.parameter: None for block in blocks for linear in block.linears})
         use.rounded = {} if kept_in_memory else loaded.update_dtypes(weights)
@@ -153,7 +168,9 @@ def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], 
     folder = path_of(options.save_model)
     if isinstance(loaded, MetaModel):
         source = StreamedModel(loaded, blocks, job.device, job.clock)
-        output = folder and StreamedOutput(folder, source, _identity(job, source), options.resume)
+        output = folder and StreamedOutput(
+            folder, source, job.ranks.from_first(lambda: _identity(job, source)), options.resume, job.ranks
+        )
         run_streamed(job, source, output)
         return
     if options.resume:

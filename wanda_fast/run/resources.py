@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from wanda_fast.errors import DeviceError
+from wanda_fast.distributed.ranks import Ranks
+from wanda_fast.errors import DeviceError, RanksError
 from wanda_fast.memory import free_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.offload import KINDS
@@ -58,6 +59,21 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """Of several ranks on a machine, each takes a GPU of its own.
+
+    Raises: `RanksError` if `device` is one GPU for several ranks; `DeviceError` if there are too few.
+    """
+    if device.type != "cuda" or len(ranks.local) == 1:
+        return device
+    if device.index is not None:
+        raise RanksError(
+            f"device {device} is one GPU, and {len(ranks.local)} ranks run on this machine: name cuda, and "
+            f"each rank takes a GPU of its own"
+        )
+    return usable_device(f"cuda:{ranks.local.index(ranks.rank)}")
+
+
 def choose_resources(
     job: Job,
     model: nn.Module,
@@ -75,7 +91,9 @@ def choose_resources(
         batch_size, activations: used as they are, unless None and "auto".
     """
     free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
-    nsamples, seqlen = (1, 1) if job.token_ids is None else job.token_ids.shape
+    # The ranks of a machine share its memory.
+    free["host"] //= len(job.ranks.local)
+    nsamples, seqlen = (1, 1) if job.token_ids is None else job.own_tokens.shape
     tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     batch = batch_size or min(nsamples, max(1, tokens // seqlen))
     kinds = KINDS[device.type == "cpu" :] if activations == "auto" else (activations,)
@@ -91,6 +109,7 @@ def choose_resources(
     kind = next((kind for kind in kinds if fits(kind, batch)), kinds[-1])
     while batch_size is None and batch > 1 and not fits(kind, batch):
         batch = (batch + 1) // 2
+    batch, kind = job.ranks.least(batch), kinds[-job.ranks.least(-kinds.index(kind))]
     parts = parts_of(batch)
     predicted = parts.peak(device, kind)
     why = f"{'as asked' if activations != 'auto' else 'the first with room'}; {_needs(predicted, free)}"

@@ -180,13 +180,20 @@ def call(operation: str, *args: Any) -> Tensor | None:
     return run(operation, *args)
 
 
-def call_on_rows(operation: str, weight: Tensor, *args: Any) -> Tensor | None:
-    """`call` for operations on one matrix with contiguous rows; of another weight it prunes a copy."""
+def call_on_rows(
+    operation: str, weight: Tensor, *args: Any, by: Callable[..., Tensor | None] | None = None
+) -> Tensor | None:
+    """`call` for operations on one matrix with contiguous rows; of another weight it prunes a copy.
+
+    Args:
+        by: in place of `call`: `run`, for operands that torch's dispatcher does not take.
+    """
+    by = by or call
     if has_rows(weight):
-        return call(operation, weight, *args)
+        return by(operation, weight, *args)
     with torch.no_grad():
         rows = weight.contiguous()
-        result = call(operation, rows, *args)
+        result = by(operation, rows, *args)
         weight.copy_(rows)
     return result
 

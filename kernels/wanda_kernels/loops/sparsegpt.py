@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wanda_kernels.loops.joint_threshold import SumRows, joint_threshold
 from wanda_kernels.mask_bits import pack_bits
 
 SELECTORS = ("obs", "wanda", "magnitude")
@@ -44,12 +45,17 @@ def prune_in_blocks_(
     scale: Tensor | None,
     pruned: Tensor | None,
     mask: Tensor | None,
+    sum_rows: SumRows | None = None,
 ) -> None:
     """Prune `weight` in place and update the kept weights to the right of every pruned one.
 
     One of three arguments chooses what to prune: `pruned`, `ratio`, or n:m (0:0 if another one chooses).
+
+    Args:
+        sum_rows: as in `joint_threshold`, if other processes hold further rows of the weight.
     """
     n_rows, n_cols = weight.shape
+    all_rows = n_rows if sum_rows is None else int(sum_rows(torch.tensor(n_rows)))
     w = weight.float()  # the weight itself where it is fp32
     w.masked_fill_(dead, 0.0)
     root = None if scale is None else scale.sqrt()
@@ -63,11 +69,22 @@ def prune_in_blocks_(
         operands = w[:, block], upper[block, block], pruned[:, block]
         block_root = None if root is None else root[block]
         if ratio is not None:
-            rank = int(operands[0].numel() * ratio)
-            mark_lowest(*operands, selector, block_root, rank)
+            rank = int(all_rows * (end - first) * ratio)
+            if sum_rows is None:
+                mark_lowest(*operands, selector, block_root, rank)
+            else:
+                scores = block_scores(w[:, block], operands[1], selector, block_root)
+                torch.le(scores, joint_threshold(scores, rank, sum_rows), out=operands[2])
         errors = workspace[: n_rows * (end - first)].view(n_rows, end - first)
         sparsegpt_block(*operands, selector, block_root, n, m, errors)
         w[:, end:].addmm_(errors, upper[block, end:], alpha=-1)
     weight.copy_(w)
     if mask is not None:
         mask.copy_(pack_bits(~pruned))
+
+
+def block_scores(w: Tensor, u: Tensor, selector: str, root: Tensor | None) -> Tensor:
+    """Scores of a block's columns: W^2 / U_jj^2, abs(W) * root or abs(W), fp32 of w's shape."""
+    if selector == "obs":
+        return w.square() / u.diagonal().square()
+    return w.abs() * root if selector == "wanda" else w.abs()

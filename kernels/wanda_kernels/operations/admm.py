@@ -22,6 +22,7 @@ from torch import Tensor
 from wanda_kernels.dispatch import checks
 from wanda_kernels.dispatch.precision import in_full_precision, tf32_on_gpus
 from wanda_kernels.hessian_factor import NotPositiveDefiniteError
+from wanda_kernels.loops.joint_threshold import SumRows
 from wanda_kernels.mask_bits import pack_bits
 from wanda_kernels.operations.solver import admm_step_, pattern_numbers, polish_
 
@@ -103,6 +104,7 @@ def admm_(
     mask: Tensor | None = None,
     backend: str = "auto",
     check_finite: bool = True,
+    sum_rows: SumRows | None = None,
 ) -> int:
     """Prune to the pattern and solve for the kept weights, in place.
 
@@ -114,6 +116,7 @@ def admm_(
         mask: optional uint8 `[out, ceil(in / 8)]`, contiguous, that receives the packed mask.
         backend: of `admm_step_` and `polish_`.
         check_finite: refuse NaN and infinities in the weight; False if the caller has checked.
+        sum_rows: as in `sparsegpt_`: the support settles when that of all rows does.
     Returns: the number of iterations.
     Raises: `NotPositiveDefiniteError`; `ValueError` on wrong operands. The weight is then unchanged.
     Source: ALPS, arXiv 2406.07831, algorithm 1.
@@ -126,7 +129,8 @@ def admm_(
     pruned = torch.zeros_like(w, dtype=torch.bool)
     dual, product = torch.zeros_like(w), w.clone()
     admm_step_(product, dual, w, pruned, pattern, 0.0, backend=backend)
-    kept = pruned.numel() - pruned.sum()
+    sum_rows = sum_rows or _alone
+    kept = sum_rows(pruned.numel() - pruned.sum())
     operand, product, iterations = product, torch.empty_like(w), 0
     for rung in range(RUNGS):
         inverse = ladder.inverse(rung)
@@ -138,7 +142,7 @@ def admm_(
             changed = admm_step_(product, dual, w, pruned, pattern, ratio, backend=backend)
             operand, product = product, operand
         iterations += STEPS
-        if changed <= SETTLED * kept:
+        if sum_rows(changed) <= SETTLED * kept:
             break
     # On the support the dual is 0, so the operand is w - z there.
     solved = ((w - operand) / ladder.scale).masked_fill_(pruned, 0.0)
@@ -147,6 +151,10 @@ def admm_(
     if mask is not None:
         mask.copy_(pack_bits(~pruned))
     return iterations
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _require_operands(weight: Tensor, ladder: Ladder, pattern: float | str, mask: Tensor | None) -> int | str:

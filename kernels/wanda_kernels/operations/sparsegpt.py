@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call_on_rows
+from wanda_kernels.dispatch.backends import call_on_rows, run
 from wanda_kernels.hessian_factor import Factor
+from wanda_kernels.loops.joint_threshold import SumRows
 from wanda_kernels.loops.sparsegpt import SELECTORS
 
 
@@ -19,6 +20,7 @@ def sparsegpt_(
     mask: Tensor | None = None,
     backend: str = "auto",
     check_finite: bool = True,
+    sum_rows: SumRows | None = None,
 ) -> None:
     """Prune in blocks of 128 columns, and update the weights to the right of each pruned one, in place.
 
@@ -46,6 +48,8 @@ def sparsegpt_(
             bit, within a block; matmuls between blocks may differ in the last bits.
         check_finite: refuse NaN, infinities and negative scales, which waits for a GPU; False if the caller
             has checked (`require_finite`).
+        sum_rows: if other processes hold further rows of the weight: adds a small tensor up over all of
+            them, which call this at the same time. A ratio's thresholds are then those of all rows.
 
     Raises: `ValueError` on wrong shapes, dtypes, devices, patterns or selectors, and on values that
         check_finite refuses, with the numbers; `BackendError` if the named backend cannot serve. The weight
@@ -63,8 +67,10 @@ def sparsegpt_(
         scale = _scale_of_selector(selector, scale)
     if check_finite:
         checks.require_finite_operands(weight, scale)
-    if weight.numel():
-        operands = (weight, factor.upper, factor.dead, ratio, n, m, selector, scale, pruned, mask)
+    operands = (weight, factor.upper, factor.dead, ratio, n, m, selector, scale, pruned, mask)
+    if ratio is not None and sum_rows is not None:
+        call_on_rows("sparsegpt_", *operands, sum_rows, backend, by=run)
+    elif weight.numel():
         call_on_rows("sparsegpt_", *operands, backend)
 
 

@@ -8,7 +8,8 @@ Source: Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1, and its publishe
 import torch
 from torch import Tensor
 
-from wanda_kernels.loops.sparsegpt import prune_in_blocks_
+from wanda_kernels.loops.joint_threshold import SumRows
+from wanda_kernels.loops.sparsegpt import block_scores, prune_in_blocks_
 
 
 def sparsegpt_(
@@ -22,13 +23,14 @@ def sparsegpt_(
     scale: Tensor | None,
     pruned: Tensor | None,
     mask: Tensor | None,
+    *sum_rows: SumRows,
 ) -> None:
     rule = ratio, n, m, selector, scale, pruned, mask
-    prune_in_blocks_(mark_lowest, sparsegpt_block, weight, upper, dead, *rule)
+    prune_in_blocks_(mark_lowest, sparsegpt_block, weight, upper, dead, *rule, *sum_rows)
 
 
 def mark_lowest(w: Tensor, u: Tensor, pruned: Tensor, selector: str, root: Tensor | None, rank: int) -> None:
-    scores = block_scores(w, u, selector, root, slice(None))
+    scores = block_scores(w, u, selector, root)
     torch.le(scores, scores.flatten().sort().values[rank], out=pruned)
 
 
@@ -38,17 +40,12 @@ def sparsegpt_block(
     for i in range(w.shape[1]):
         if m and i % m == 0:
             group = slice(i, i + m)
-            lowest = block_scores(w, u, selector, root, group).sort(dim=1, stable=True).indices[:, : m - n]
+            scores = block_scores(
+                w[:, group], u[group, group], selector, None if root is None else root[group]
+            )
+            lowest = scores.sort(dim=1, stable=True).indices[:, : m - n]
             pruned[:, group] = torch.zeros_like(pruned[:, group]).scatter_(1, lowest, True)
         pruned_here = pruned[:, i]
         errors[:, i] = torch.where(pruned_here, w[:, i] / u[i, i], 0.0)
         w[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
         w[:, i].masked_fill_(pruned_here, 0.0)
-
-
-def block_scores(w: Tensor, u: Tensor, selector: str, root: Tensor | None, columns: slice) -> Tensor:
-    """Scores of some columns of a block: W^2 / U_jj^2, abs(W) * root or abs(W), fp32 `[out, columns]`."""
-    w = w[:, columns]
-    if selector == "obs":
-        return w.square() / u.diagonal()[columns].square()
-    return w.abs() * root[columns] if selector == "wanda" else w.abs()

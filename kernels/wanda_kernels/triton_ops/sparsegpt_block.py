@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanda_kernels.loops.joint_threshold import SumRows
 from wanda_kernels.loops.sparsegpt import BLOCK_WIDTH, prune_in_blocks_
 from wanda_kernels.triton_ops.grouped_product import INTERPRETED
 from wanda_kernels.triton_ops.prune_matrix import ranked_key
@@ -156,6 +157,7 @@ def sparsegpt_(
     scale: Tensor | None,
     pruned: Tensor | None,
     mask: Tensor | None,
+    *sum_rows: SumRows,
 ) -> None:
     rule = ratio, n, m, selector, scale, pruned, mask
-    prune_in_blocks_(mark_lowest, sparsegpt_block, weight, upper, dead, *rule)
+    prune_in_blocks_(mark_lowest, sparsegpt_block, weight, upper, dead, *rule, *sum_rows)

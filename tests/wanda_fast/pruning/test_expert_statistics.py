@@ -6,12 +6,14 @@ import torch
 import wanda_fast
 from tests.tiny_models import build, token_ids
 from wanda_fast import errors
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.experts import sorted_by_expert
 from wanda_fast.pruning import expert_statistics
 from wanda_fast.pruning.expert_statistics import ExpertOptions, TokenSample
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.methods import make_method
+from wanda_fast.pruning.summing import complete
 from wanda_fast.run import hessian_memory
 
 TAU = 16.0
@@ -29,7 +31,7 @@ def gathered(method, options):
         for ids in token_ids(model, 4, 24).split(2):
             model(ids)
     handle.remove()
-    statistics.finish_experts(block)
+    complete(statistics, block, Ranks())
     return block, statistics, *(torch.cat(each) for each in zip(*seen, strict=True))
 
 

@@ -23,7 +23,9 @@ NOISE = 6 * MIB  # a batch of 256 tokens, buffers of the matmuls
 MEASURED = """
 import json, sys, torch
 from types import SimpleNamespace
-from wanda_fast.pruning.hessian import Hessian, HessianUse, prepare
+from wanda_fast.distributed.ranks import Ranks
+from wanda_fast.pruning.hessian import Hessian, HessianUse, factor, prepare
+from wanda_fast.pruning.row_shares import RowShares
 torch.set_num_threads(1)
 def peak():
     with open("/proc/self/status") as file:
@@ -35,7 +37,9 @@ def run(widths, use):
             hessian.add(torch.randn(256, hessian.in_features))
     weight = SimpleNamespace(device=torch.device("cpu"))
     linears = [SimpleNamespace(name=name, weight=weight) for name in hessians]
-    prepare(SimpleNamespace(name="block", linears=linears), hessians, use)
+    block, shares = SimpleNamespace(name="block", linears=linears), RowShares([], 0, False)
+    prepare(block, hessians, use)
+    factor(block, hessians, use, dict.fromkeys(hessians, shares), Ranks())
 found = []
 run([512], HessianUse(True, True))
 for update, measure_error in ((False, True), (True, False), (True, True)):

@@ -126,8 +126,8 @@ SPOILT = {
     "masks-00002.safetensors": [2],
     "block-00000.json": [0],
     "run.json": [],
-    "boundary.json": [],
-    "boundary-00003.safetensors": [],
+    "boundary.0.json": [],
+    "boundary-00003.0.safetensors": [],
 }
 
 
