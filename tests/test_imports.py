@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "model": FOUNDATION,
     "data": FOUNDATION | {"model"},
-    "checkpoint": FOUNDATION | {"model"},
+    "checkpoint": FOUNDATION | {"distributed", "model"},
     "hidden_states": FOUNDATION | {"distributed", "model", "data"},
     "pruning": FOUNDATION | {"distributed", "model", "hidden_states"},
     "output": FOUNDATION

@@ -270,6 +270,18 @@ def version_warnings(notes: Iterable[dict]) -> list[str]:
     ]
 
 
+def ranks_warnings(notes: Iterable[dict], size: int) -> list[str]:
+    """A sentence if another number of ranks than `size` pruned blocks of a resumed run; `notes` as above."""
+    others = [note.get("ranks", 1) for note in notes if note.get("ranks", 1) != size]
+    if not others:
+        return []
+    listed = ", ".join(map(str, sorted(set(others))))
+    return [
+        f"{len(others)} blocks were pruned by another number of ranks ({listed}, now {size}): masks may "
+        f"differ as they do with another --batch_size"
+    ]
+
+
 def deciding_versions() -> dict[str, str]:
     """Versions of the packages that can change a mask."""
     return {name: version for name, version in versions().items() if name in DECIDING}

@@ -12,6 +12,7 @@ from wanda_fast.checkpoint.conversions import Conversion
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.own_dtypes import holds, pruned_original
 from wanda_fast.checkpoint.shards import TensorFiles, mapped_memory, pinned_memory
+from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.memory import release_freed_memory
 from wanda_fast.model.architecture import Block
 from wanda_fast.timer import Clock
@@ -44,7 +45,19 @@ class StreamedModel:
         dequantized: conversions of the others in no block.
     """
 
-    def __init__(self, meta_model: MetaModel, blocks: list[Block], device: torch.device, clock: Clock):
+    def __init__(
+        self,
+        meta_model: MetaModel,
+        blocks: list[Block],
+        device: torch.device,
+        clock: Clock,
+        ranks: Ranks | None = None,
+    ):
+        """
+        Args:
+            ranks: of one machine, which read parts of the tensors and send them to each other.
+        """
+        self.ranks = ranks or Ranks()
         self.model, self.blocks, self.device, self.clock = meta_model.model, blocks, device, clock
         self.meta_model, self.dtype = meta_model, meta_model.model.dtype
         self.names = [self._names_under(block.name + ".") for block in blocks]
@@ -57,6 +70,7 @@ class StreamedModel:
         inside |= {name for made in self.dequantized for name in made.sources}
         self.copied = [name for name in meta_model.files.location if name not in inside]
         on_disk = meta_model.files.on_meta(meta_model.conversion)
+        self._on_disk = on_disk
         # By name in the output.
         self._own = {
             name: made.dtype if made is not meta_model.conversion.get(name) else on_disk[name].dtype
@@ -73,11 +87,11 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         with self.clock.phase("read"):
-            pending = self._ahead.pop(index, None) or self._reader.submit(self._read, self.names[index])
+            pending = self._ahead.pop(index, None) or self._begin_read(self.names[index])
             tensors = pending.result()
             if index + 1 < len(self.blocks):
-                self._ahead = {index + 1: self._reader.submit(self._read, self.names[index + 1])}
-            self._place(tensors)
+                self._ahead = {index + 1: self._begin_read(self.names[index + 1])}
+            self._place(self._from_all(tensors, self.names[index]))
             _buffers_to(self.blocks[index].module, self.device)
         try:
             yield
@@ -88,7 +102,7 @@ class StreamedModel:
     def surroundings(self, head: bool) -> Iterator[None]:
         names = self.outside if head else [name for name in self.outside if not self._only_head(name)]
         with self.clock.phase("read"):
-            self._place(self._read(names))
+            self._place(self._from_all(self._begin_read(names).result(), names))
             _buffers_to(self.model, self.device)
         try:
             yield
@@ -170,6 +184,37 @@ class StreamedModel:
         for group in groups.values():
             tensors |= (files or self.meta_model.files).read(group, dtypes, memory)
         return tensors
+
+    def _begin_read(self, names: list[str]) -> Future:
+        """Read this rank's part of the tensors in the background."""
+        return self._reader.submit(self._read, self._parts(names)[self.ranks.rank])
+
+    def _from_all(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """All tensors, of which this rank has read its own part."""
+        if self.ranks.size == 1:
+            return own
+        tensors = {name: own.pop(name).to(self.device) for name in list(own)}
+        for rank, part in enumerate(self._parts(names)):
+            for name in part if rank != self.ranks.rank else ():
+                about = self._as_read(name)
+                tensors[name] = empty(*about.shape, dtype=about.dtype, device=self.device)
+            self.ranks.send_([tensors[name] for name in part], rank)
+        return {name: tensors[name] for name in names}
+
+    def _parts(self, names: list[str]) -> list[list[str]]:
+        """The names dealt to the ranks, in parts of about the same size."""
+        parts, sizes = [[] for _ in range(self.ranks.size)], [0] * self.ranks.size
+        for name in names:
+            least = sizes.index(min(sizes))
+            parts[least].append(name)
+            sizes[least] += self._as_read(name).nbytes if self.ranks.size > 1 else 0
+        return parts
+
+    def _as_read(self, name: str) -> Tensor:
+        """On the meta device, in the dtype in which it is read."""
+        dtype = self.meta_model.conversion[name].read_as
+        stored = self._on_disk[name]
+        return stored.to(dtype) if dtype and stored.is_floating_point() else stored
 
     def _written(self, conversion: Conversion, originals: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the output has of a conversion, by name there.

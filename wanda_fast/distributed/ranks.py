@@ -56,6 +56,15 @@ class Ranks:
         """The ranks on this machine."""
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
+    def of_machine(self) -> "Ranks":
+        """The ranks on this machine, as a group of their own."""
+        if len(self.local) == self.size:
+            return self
+        members = [dist.get_global_rank(self._group, rank) for rank in self.local]
+        machine = Ranks(dist.new_group(members, use_local_synchronization=True))
+        machine.timed = self.timed
+        return machine
+
     def shares(self, count: int) -> list[slice]:
         """`count` things in a row, split among the ranks; sizes differ by at most 1, rank 0 has the most."""
         bounds = [-(-rank * count // self.size) for rank in range(self.size + 1)]

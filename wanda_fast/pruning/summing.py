@@ -22,13 +22,14 @@ def complete(statistics: BlockStatistics, block: Block, ranks: Ranks) -> None:
         return
     for shared in (statistics.shared_statistics, statistics.shared_hessians):
         _share_alike(shared, statistics.block, ranks)
-    names = {linear.name for linear in block.linears}
-    sums: dict[int, Statistic | Hessian] = {}
-    for by_name in (statistics.by_name, statistics.hessians):
-        sums |= {id(by_name[name]): by_name[name] for name in by_name if name in names}
-    new = [each for each in sums.values() if each not in statistics.summed]
-    statistics.summed.update(new)
-    ranks.sum_([tensor for each in new for tensor in each.partial_sums()])
+    # In the block's order, which is the same on all ranks.
+    new: list[Statistic | Hessian] = []
+    for linear in block.linears:
+        for own in (statistics.by_name.get(linear.name), statistics.hessians.get(linear.name)):
+            if own is not None and own not in statistics.summed:
+                statistics.summed.add(own)
+                new.append(own)
+    ranks.sum_([tensor for own in new for tensor in own.partial_sums()])
 
 
 def _share_alike(shared: SharedByInput, block: Block, ranks: Ranks) -> None:

@@ -24,7 +24,7 @@ from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import RankReport, Report, pruning_warnings, version_warnings
+from wanda_fast.report import RankReport, Report, pruning_warnings, ranks_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class Job:
         self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))
 
     def warn(self, sentences: list[str]) -> None:
-        """Log the sentences, and keep them in the report."""
+        """Keep the sentences in the report, and log them once for all ranks."""
         self.report.warnings += sentences
-        for sentence in sentences:
+        for sentence in sentences if self.ranks.is_first else ():
             logger.warning("%s", sentence)
 
     def finish_report(self) -> None:
@@ -144,7 +144,8 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
     offload = Offload(job.activations, source.device, output and output.partial)
     with closing(source), output or nullcontext(), closing(offload):
         if output is not None:
-            job.warn(version_warnings(output.finished.values()))
+            notes = output.finished.values()
+            job.warn(version_warnings(notes) + ranks_warnings(notes, job.ranks.size))
         with job.phase("block inputs"):
             pruned = job.method.prunes
             activations = record_activations(

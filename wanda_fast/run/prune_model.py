@@ -167,7 +167,7 @@ def _chosen_before(options: Options, name: str) -> object:
 def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job) -> None:
     folder = path_of(options.save_model)
     if isinstance(loaded, MetaModel):
-        source = StreamedModel(loaded, blocks, job.device, job.clock)
+        source = StreamedModel(loaded, blocks, job.device, job.clock, job.ranks.of_machine())
         output = folder and StreamedOutput(
             folder, source, job.ranks.from_first(lambda: _identity(job, source)), options.resume, job.ranks
         )
