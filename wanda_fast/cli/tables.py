@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
-from wanda_fast.report import Report
+from wanda_fast.report import RankReport, Report
 
 
 def summary_tables(report: Report) -> list[Table]:
@@ -43,11 +43,24 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row("warning", sentence)
     for device, peak in report.peak_memory.items():
         summary.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
-    seconds = Table("phase", "seconds", title="time")
-    for phase, value in report.seconds.items():
+    phases = report.seconds
+    if report.ranks:
+        summary.add_row("ranks", _ranks_line(report.ranks))
+        phases = {name: max(rank.seconds.get(name, 0.0) for rank in report.ranks) for name in phases}
+    seconds = Table("phase", "seconds", title="time, slowest rank" if report.ranks else "time")
+    for phase, value in phases.items():
         seconds.add_row(phase, f"{value:.2f}")
     seconds.add_row("all", f"{sum(report.seconds.values()):.2f}")
     return [summary, seconds]
+
+
+def _ranks_line(ranks: list[RankReport]) -> str:
+    machines = len({rank.host for rank in ranks})
+    waited = [rank.seconds.get("collectives", 0.0) for rank in ranks]
+    return (
+        f"{len(ranks)} on {machines} {'machine' if machines == 1 else 'machines'}; each {min(waited):.1f} to "
+        f"{max(waited):.1f} s in collectives, {max(rank.moved for rank in ranks) / 2**20:,.0f} MiB moved"
+    )
 
 
 def error_table(report: Report) -> Table:

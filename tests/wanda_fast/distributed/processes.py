@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 
 SECONDS = 240  # until a hang is a failure
+TIMEOUT = timedelta(seconds=45)  # of a collective, and of the ranks' search for each other
 _context = multiprocessing.get_context("forkserver")
 # Imported once: the processes are forks of a server that has these.
 _context.set_forkserver_preload(["torch.distributed", "transformers", "wanda_fast", "tests.tiny_models"])
@@ -29,6 +30,10 @@ class Ranks:
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
+
+        # Until they have found each other, a killed one would be waited for.
+        for pipe in self.pipes:
+            assert pipe.poll(SECONDS) and pipe.recv() == "ready"
 
     def results(self):
         """What each rank returned."""
@@ -77,9 +82,8 @@ def _be_rank(rank, size, port, pipe, function, arguments):
 
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(
-        "gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
-    )
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=TIMEOUT)
+    pipe.send("ready")
     try:
         # A tensor in a pipe would be gone with its process.
         value = io.BytesIO()

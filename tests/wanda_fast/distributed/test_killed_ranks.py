@@ -1,5 +1,6 @@
 """Ranks that are killed: the others end, and `--resume` goes on with any number of ranks."""
 
+import json
 import os
 import random
 import signal
@@ -53,11 +54,7 @@ def test_killed_at_random_and_resumed_by_any_number(dense, tmp_path):
     while kills < 8:
         size = chance.choice([2, 3])
         ranks = Ranks(size, prune, *dense, str(out), 0.1)
-        # After the processes have begun to write, and before the last block.
-        patience = time.monotonic() + 120
-        while not (tmp_path / "out.partial" / "run.json").exists() and time.monotonic() < patience:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.5))
+        time.sleep(chance.uniform(0.0, 1.5))
         killed = chance.randrange(size)
         os.kill(ranks.processes[killed].pid, signal.SIGKILL)
         ranks.end_within(60)
@@ -65,7 +62,7 @@ def test_killed_at_random_and_resumed_by_any_number(dense, tmp_path):
             break
         kills += 1
         now = len(list((tmp_path / "out.partial").glob("block-*.json")))
-        assert now >= kept
+        assert now >= kept, "a block that was finished is lost"
         kept = now
     warnings, perplexity = run_ranks(3, prune, *dense, str(out))[0]
     assert perplexity == pytest.approx(expected, rel=1e-4)
@@ -102,7 +99,7 @@ def stand_still(group, port):
     time.sleep(60)
 
 
-def test_a_rank_that_stands_still_ends_the_others(capfd):
+def test_a_rank_that_stands_still_ends_the_others():
     port = free_port()
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     ranks = Ranks(3, stand_still, port)
@@ -110,6 +107,6 @@ def test_a_rank_that_stands_still_ends_the_others(capfd):
         ranks.processes[rank].join(60)
         assert ranks.processes[rank].exitcode == 2
     ranks.processes[1].kill()
-    del store
-    said = capfd.readouterr().err
-    assert said.count("has not answered for") == 1 and "rank 1 (process" in said
+    said = json.loads(torch.distributed.PrefixStore("wanda_fast/run0", store).get(torchrun.FAILURE))
+    assert said["rank"] == 0 and f"rank 1 (process {ranks.processes[1].pid} on" in said["why"]
+    assert "has not answered for" in said["why"]
