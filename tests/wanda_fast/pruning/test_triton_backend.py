@@ -10,7 +10,8 @@ import wanda_fast
 
 RECIPES = {
     "connect 2:4": dict(prune_method="connect", sparsity_type="2:4"),
-    "wanda, attention": dict(prune_method="wanda", ignore=["*.mlp.*"]),  # rows are slow to interpret
+    # rows are slow to interpret
+    "wanda, q, k, v": dict(prune_method="wanda", ignore=["*.mlp.*", "*.o_proj"]),
 }
 EQUAL_MASKS = 0.9999  # selection is exact; the sums that it ranks by may differ in the last bit
 
