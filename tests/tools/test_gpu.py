@@ -58,7 +58,7 @@ def test_the_rehearsal_reaches_every_step(rehearsal):
     assert len(list(folder.iterdir())) <= 8  # as many as come back from a lent machine
     page = (folder / "run.md").read_text()
     assert tables.REHEARSAL in page and "| tests | " in page and "| tests | " in said
-    assert "| prune_nm_ | 16x64 |" in page and "### tiny, 2 x 32 tokens, 2:4" in page
+    assert "| prune_nm_ | 2x32 |" in page and "### tiny, 2 x 32 tokens, 2:4" in page
 
 
 def test_a_rehearsal_is_never_published(rehearsal, tmp_path):

@@ -4,7 +4,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -16,8 +15,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, GQA, save_checkpoint, token_ids
+from tests.wanda_fast import forked
 from wanda_fast import errors
 from wanda_fast.cli import main as cli
+
+pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 
 
 @pytest.fixture(scope="module")
@@ -273,19 +275,16 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
 
 
 def test_full_disk_leaves_no_folder_that_looks_complete(llama, tmp_path):
-    limit = (
-        "import resource, signal, sys\n"
-        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
-        f"resource.setrlimit({resource.RLIMIT_FSIZE}, (100_000, 100_000))\n"
-        "from wanda_fast.cli.main import main\n"
-        "main()\n"
-    )
-    out = tmp_path / "out"
-    words = ["prune", "--model", str(llama), *QUICK, "--eval_dataset", "none", "--save_model", str(out)]
-    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    out, file = tmp_path / "new" / "out", tmp_path / "said"
+    words = ["wanda-fast", "prune", "--model", llama, *QUICK, "--eval_dataset", "none", "--save_model", out]
+    code, said = forked.wait(forked.start(words, file, limit)), file.read_text()
+    assert code == 2, said
+    assert f"output {out} cannot be written" in said and "Traceback" not in said
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
 
 def test_an_index_that_names_an_absent_shard(llama, run, tmp_path):

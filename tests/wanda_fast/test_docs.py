@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import FAMILIES, save_checkpoint
 from wanda_fast.cli import main as cli
-from wanda_fast.data import text
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "LOG.md"]
@@ -20,9 +19,8 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, pydoc_text):
-    """The working directory, with a small model in out/dense; "pydoc" is short, to be tokenized quickly."""
-    monkeypatch.setattr(text, "_pydoc", lambda: pydoc_text[:50000])
+def folder(tmp_path, monkeypatch, pydoc_text, short_pydoc):
+    """The working directory, with a small model in out/dense."""
     save_checkpoint(FAMILIES["llama2"](), tmp_path / "out" / "dense", pydoc_text[:20000])
     monkeypatch.chdir(tmp_path)
     return tmp_path

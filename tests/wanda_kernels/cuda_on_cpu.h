@@ -47,7 +47,7 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t start;  // the first entry; later ones use longjmp, which needs no system call
+  ucontext_t start;  // the first entry; later ones, also of later blocks, use longjmp, which needs no system call
   jmp_buf resume;
   std::vector<char> stack;
   bool started = false, done = true;
@@ -79,14 +79,17 @@ inline void wait(Barrier& barrier) {
   }
 }
 
+// One thread of every block.
 inline void run_fiber() {
-  body();
-  fibers[current].done = true;
-  for (Barrier* barrier : {&block, &warps[current / kWarp]}) {
-    --barrier->alive;
-    barrier->release_if_complete();
+  for (;;) {
+    body();
+    fibers[current].done = true;
+    for (Barrier* barrier : {&block, &warps[current / kWarp]}) {
+      --barrier->alive;
+      barrier->release_if_complete();
+    }
+    if (_setjmp(fibers[current].resume) == 0) _longjmp(scheduler_resume, 1);
   }
-  _longjmp(scheduler_resume, 1);
 }
 
 // Returns when the fiber waits or ends.
@@ -99,8 +102,9 @@ inline void run(Fiber& fiber) {
 
 inline void prepare(unsigned thread) {
   Fiber& fiber = fibers[thread];
+  fiber.done = false;
+  if (fiber.started) return;
   fiber.stack.resize(kStackBytes);
-  fiber.started = fiber.done = false;
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack.data();
   fiber.start.uc_stack.ss_size = kStackBytes;

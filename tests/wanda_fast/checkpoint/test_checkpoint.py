@@ -14,7 +14,7 @@ from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors
 from wanda_fast.run import job, prune_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 
 EVALUATION = dict(eval_dataset=torch.arange(64), seqlen=32)
 

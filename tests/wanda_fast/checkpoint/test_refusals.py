@@ -12,6 +12,8 @@ from wanda_fast import api, errors
 from wanda_fast.checkpoint.load import load
 from wanda_fast.cli.inspection import inspect
 
+pytestmark = pytest.mark.usefixtures("short_pydoc")
+
 BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 LINEAR = "model.layers.1.mlp.up_proj"
 

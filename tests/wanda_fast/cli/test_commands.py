@@ -13,6 +13,8 @@ from tests.tiny_models import FAMILIES, save_checkpoint
 from wanda_fast.cli import main as cli
 from wanda_fast.cli.inspection import satisfies
 
+pytestmark = pytest.mark.usefixtures("short_pydoc")
+
 QUICK = ("--nsamples", "4", "--seqlen", "32", "--eval_windows", "4")
 
 
@@ -42,15 +44,11 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def hub(monkeypatch, pydoc_text):
     """`datasets.load_dataset` with local rows in the place of the hub's."""
-    asked = []
+    asked, text = [], pydoc_text[:50000]  # short, to be tokenized quickly
 
     def load_dataset(path, name=None, *, split, **_options):
         asked.append((path, name, split))
-        column = (
-            {"sentence": pydoc_text.splitlines()[:4000]}
-            if "ptb" in path
-            else {"text": pydoc_text.split("\n\n")}
-        )
+        column = {"sentence": text.splitlines()} if "ptb" in path else {"text": text.split("\n\n")}
         return datasets.Dataset.from_dict(column)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -8,20 +8,19 @@ Each run is a fork of this process, in which the modules are imported already.
 import argparse
 import hashlib
 import itertools
-import os
 import pydoc_data.topics
 import random
 import shutil
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny_models import FAMILIES, save_checkpoint
-from wanda_fast.cli import main as cli
+from tests.wanda_fast import forked
 
 PATTERNS = ("2:4", "4:8", "1:4", "2:8")
 MODES = {"start": [], "resume": ["--resume"], "overwrite": ["--overwrite"]}
@@ -33,26 +32,6 @@ def words(here, pattern, out, mode):
     quick = ["--dataset", here / "text.txt", "--nsamples", 2, "--seqlen", 24, "--eval-dataset", "none"]
     flags = ["--sparsity-type", pattern, "--device", "cpu", "--save-model", out, *MODES[mode]]
     return ["wanda-fast", "prune", "--model", here / "model", *quick, *flags]
-
-
-def start(words, said, delay):
-    """Fork a process that runs `words` after `delay` seconds, with its output in the file `said`."""
-    pid = os.fork()
-    if pid:
-        return pid
-    time.sleep(delay)
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = [str(word) for word in words]
-    code = 1
-    try:
-        cli.main()
-    except SystemExit as exit:
-        code = exit.code or 0
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def digest(folder):
@@ -69,8 +48,8 @@ def whole_outputs(here):
     (here / "text.txt").write_text(topics()[:20000])
     digests = {}
     for pattern in PATTERNS:
-        pid = start(words(here, pattern, here / pattern, "start"), here / "said", 0)
-        assert os.waitpid(pid, 0)[1] == 0, (here / "said").read_text()
+        pid = forked.start(words(here, pattern, here / pattern, "start"), here / "said")
+        assert forked.wait(pid) == 0, (here / "said").read_text()
         digests[pattern] = digest(here / pattern)
     assert len(set(digests.values())) == len(PATTERNS)
     return digests
@@ -86,8 +65,9 @@ def race(here, modes, digests, chance):
     out, began = place / "race" / "out", []
     for pattern, mode in zip(PATTERNS, modes, strict=False):
         delay = chance.choice((0.0, chance.uniform(0, LONGEST_DELAY)))
-        began.append(start(words(here, pattern, out, mode), place / f"said {pattern}", delay))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in began]
+        wait = partial(time.sleep, delay)
+        began.append(forked.start(words(here, pattern, out, mode), place / f"said {pattern}", wait))
+    codes = [forked.wait(pid) for pid in began]
     winners = []
     for pattern, code in zip(PATTERNS, codes, strict=False):
         said = (place / f"said {pattern}").read_text()
@@ -102,12 +82,12 @@ def race(here, modes, digests, chance):
     return winners
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50, help=f"each is {len(RACES)} races")
     parser.add_argument("--races", type=int, default=None, help="races in a round, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chance, began, wins = random.Random(options.seed), time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,6 @@ import platform
 import random
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -15,11 +14,12 @@ import torch
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from tests.wanda_fast.output import racing_runs
 from tests.wanda_fast.output.resume.runs import partial
 from wanda_fast import errors
 from wanda_fast.cli import main as cli
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 IDS = torch.arange(48).reshape(2, 24) + 3
 QUICK = dict(dataset=IDS, device="cpu")
 THIS_PROCESS = f"process {os.getpid()} on {platform.node()}"
@@ -199,10 +199,9 @@ def test_torchrun_is_a_sentence(llama, tmp_path, run, monkeypatch):
     assert wanda_fast.prune(llama, save_model=out, **QUICK).sparsity > 0.4
 
 
-def test_runs_that_race_for_a_folder():
+def test_runs_that_race_for_a_folder(capsys):
     """A few races; `python -m tests.wanda_fast.output.racing_runs` runs fifty rounds of all of them."""
-    script = [sys.executable, "-m", "tests.wanda_fast.output.racing_runs", "--rounds", "1", "--races", "3"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     seed = str(random.SystemRandom().randrange(10**6))
-    done = subprocess.run([*script, "--seed", seed], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 races" in done.stdout, f"seed {seed}\n{done.stdout}\n{done.stderr}"
+    print(f"seed {seed}")
+    racing_runs.main(["--rounds", "1", "--races", "3", "--seed", seed])
+    assert "3 races" in capsys.readouterr().out

@@ -14,6 +14,8 @@ from wanda_fast import errors
 from wanda_fast.cli import main as cli
 from wanda_fast.output import masks
 
+pytestmark = pytest.mark.usefixtures("short_pydoc")
+
 CASES = [("wanda", "unstructured"), ("connect", "2:4"), ("magnitude", "unstructured"), ("wanda", "1:4")]
 
 

@@ -20,7 +20,7 @@ from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.output import streamed as output
 from wanda_fast.run import inputs, job
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 
 STREAMED = ("llama2", "smollm", "qwen3", "gemma2", "gemma3", "olmo3", "opt", "opt_350m", "phi", "phi3")
 # transformers renames or merges their tensors as it loads them.

@@ -12,6 +12,8 @@ from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast.cli import main as cli
 from wanda_fast.pruning import registry
 
+pytestmark = pytest.mark.usefixtures("short_pydoc")
+
 PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
 
 

@@ -22,6 +22,15 @@ CASES = [
     for pattern in RATIOS + PATTERNS
 ]
 CASES += [("wanda", ratio, True) for ratio in RATIOS] + [("gated", "0.5", True)]
+CASES = [("llama3", *case) for case in CASES]
+# a family without a gated MLP and one with biases: no pattern depends on the family
+CASES += [
+    (family, method, pattern, False)
+    for family in ("opt", "qwen2")
+    for method in ("magnitude", "wanda", "connect", "gated")
+    for pattern in ("0.5", "2:4")
+]
+CASES += [("opt", "wanda", "0.5", True), ("qwen2", "wanda", "0.5", True)]
 
 
 def prune_clearly(family, method, pattern, nsamples=4, seqlen=32, **options):
@@ -62,8 +71,7 @@ def changed_parameters(model, expected):
     return [n for n, p in expected.named_parameters() if not torch.equal(p, model.get_parameter(n))]
 
 
-@pytest.mark.parametrize("family", ["llama3", "opt", "qwen2"])
-@pytest.mark.parametrize(("method", "pattern", "use_variant"), CASES)
+@pytest.mark.parametrize(("family", "method", "pattern", "use_variant"), CASES)
 def test_masks_and_perplexity_equal(family, method, pattern, use_variant):
     expected, masks, ids = prune_clearly(family, method, pattern, use_variant=use_variant)
     model, report = prune_fast(family, method, pattern, ids, batch_size=1, use_variant=use_variant)
@@ -103,8 +111,11 @@ def test_every_family(family, pattern):
     assert {n.removesuffix(".weight") for n in changed_parameters(model, dense)} == masks.keys()
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2", "gemma3", "opt", "mistral"])
-@pytest.mark.parametrize(("method", "pattern"), [("wanda", "0.5"), ("connect", "2:4"), ("gated", "0.5")])
+@pytest.mark.parametrize(
+    ("family", "method", "pattern"),
+    [(family, "wanda", "0.5") for family in ("llama3", "gemma2", "gemma3", "opt", "mistral")]
+    + [(family, *case) for family in ("llama3", "gemma2") for case in (("connect", "2:4"), ("gated", "0.5"))],
+)
 def test_batch_size_does_not_matter(family, method, pattern):
     _, masks, ids = prune_clearly(family, method, pattern, nsamples=16)
     total = sum(mask.numel() for mask in masks.values())

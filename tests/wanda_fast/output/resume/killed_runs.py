@@ -1,23 +1,19 @@
-"""Runs that are killed by SIGKILL, each in a fork of this process:
-`python killed_runs.py MODEL OUT METHOD KILLS SEED`.
+"""Runs that are killed by SIGKILL, each in a fork of this process.
 
 Every run resumes the one before it. When a run ends, the digest of its tensors is recorded and the next run
-starts from the beginning, until KILLS runs were killed and one more has ended. Prints JSON: the moments of
-the kills, and the digests, the first of which is of an uninterrupted run.
+starts from the beginning, until enough runs were killed and one more has ended.
 """
 
 import hashlib
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
-import transformers  # noqa: F401  (imported once, before the forks)
 from safetensors.torch import load_file
 
 import wanda_fast
@@ -103,11 +99,16 @@ def child(model, out, method, moment, chance):
     """Exit status of a run in a fork. If the moment is "any", it is killed from outside at a random time."""
     pid = os.fork()
     if not pid:
-        arm(moment, chance)
-        # Activations are cached rarely, often, or after every block.
-        activation_cache.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))
-        run(model, out, method)
-        os._exit(0)
+        try:
+            arm(moment, chance)
+            # Activations are cached rarely, often, or after every block.
+            activation_cache.SHARE_OF_TIME = chance.choice((0.0001, 0.1, 1e9))
+            run(model, out, method)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     if moment == "any":
         time.sleep(chance.uniform(0.02, 0.6))
         os.kill(pid, signal.SIGKILL)
@@ -124,8 +125,8 @@ def digest(folder):
 
 
 def main(model, out, method, kills, seed):
-    torch.set_num_threads(1)
-    chance, moments, out = random.Random(seed), [], Path(out)
+    """(moments of the kills, digests); the first digest is of an uninterrupted run."""
+    chance, moments = random.Random(seed), []
     # The uninterrupted run. The forks start with the modules that it imported.
     run(model, out, method)
     digests = [digest(out)]
@@ -146,8 +147,4 @@ def main(model, out, method, kills, seed):
         assert not (out / "old").exists() and not out.with_name(out.name + ".partial").exists()
         digests.append(digest(out))
         shutil.rmtree(out)
-    print(json.dumps({"moments": moments, "digests": digests}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+    return moments, digests

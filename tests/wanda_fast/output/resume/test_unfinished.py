@@ -2,18 +2,16 @@
 
 import collections
 import hashlib
-import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import wanda_fast
+from tests.wanda_fast import forked
+from tests.wanda_fast.output.resume import killed_runs
 from tests.wanda_fast.output.resume.runs import (
     NBLOCKS,
     QUICK,
@@ -38,19 +36,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     ("family", "method", "kills"),
-    [("llama", "connect", 21), ("llama", "sparsegpt", 7), ("mixtral", "gated", 14)],
+    [("llama", "connect", 14), ("llama", "sparsegpt", 7), ("mixtral", "gated", 14)],
 )
 def test_killed_at_random_moments(request, tmp_path, family, method, kills):
     """Many kills at different moments. Every run that ends gives the same bytes."""
     model = request.getfixturevalue(family)
-    script = Path(__file__).with_name("killed_runs.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    words = [sys.executable, str(script), str(model), str(tmp_path / "out"), method, str(kills), "1"]
-    runs = json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-    assert len(runs["digests"]) >= 2 and len(set(runs["digests"])) == 1
-    assert len(runs["moments"]) == kills
+    moments, digests = killed_runs.main(model, tmp_path / "out", method, kills, seed=1)
+    assert len(digests) >= 2 and len(set(digests)) == 1
+    assert len(moments) == kills
     # There are seven kinds of moments.
-    assert min(collections.Counter(runs["moments"]).values()) == kills // 7
+    assert min(collections.Counter(moments).values()) == kills // 7
 
 
 def test_ctrl_c_ends_after_the_block_and_says_how_to_continue(llama, unbroken, broken_off, pruned):
@@ -192,25 +187,23 @@ def test_another_model_is_not_resumed(llama, broken_off, tmp_path_factory):
 
 def test_out_of_space_in_a_shard(llama, tmp_path, monkeypatch, unbroken):
     """A limit on the size of files stops the run in a shard. Resumed without it, the bytes are the same."""
-    limit = (
-        "import resource, signal, sys\n"
-        "from wanda_fast.output import streamed as output\n"
-        "from wanda_fast.cli.main import main\n"
-        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
-        "write_block = output.StreamedOutput.write_block\n"
-        "def limited(self, index, *rest):\n"
-        "    if index == 2:\n"
-        f"        resource.setrlimit({resource.RLIMIT_FSIZE}, (30_000, 30_000))\n"
-        "    write_block(self, index, *rest)\n"
-        "output.StreamedOutput.write_block = limited\n"
-        "main()\n"
-    )
-    out = tmp_path / "out"
-    words = ["prune", "--model", str(llama), *WORDS, "--save-model", str(out), "--save-mask", str(masks(out))]
-    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert f"output {out} cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert "2 of 5 blocks are kept: continue with --resume" in done.stderr
+    write_block = output.StreamedOutput.write_block
+
+    def limited(self, index, *rest):
+        if index == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        write_block(self, index, *rest)
+
+    def limit():  # in the fork alone
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        output.StreamedOutput.write_block = limited
+
+    out, file = tmp_path / "new" / "out", tmp_path / "said"
+    words = ["wanda-fast", "prune", "--model", llama, *WORDS, "--save-model", out, "--save-mask", masks(out)]
+    code, said = forked.wait(forked.start(words, file, limit)), file.read_text()
+    assert code == 2, said
+    assert f"output {out} cannot be written" in said and "Traceback" not in said
+    assert "2 of 5 blocks are kept: continue with --resume" in said
     assert not out.exists()
     assert_same(out, unbroken, resume(llama, out))
 
