@@ -21,7 +21,7 @@ CHOICES = {each.name: each.metadata["choices"] for each in fields(Options) if ea
 
 def test_every_option_is_a_keyword_with_type_and_default():
     parameters = inspect.signature(wanda_fast.prune).parameters
-    assert list(parameters) == [*NAMES, "tokenizer", "progress"]
+    assert list(parameters) == [*NAMES, "tokenizer", "progress", "process_group"]
     for each in fields(Options)[1:]:
         assert parameters[each.name].default == each.default
         assert parameters[each.name].annotation == each.type

@@ -24,6 +24,7 @@ TIMEOUT = timedelta(hours=1)
 # Seconds: between two looks at the store; without a sign of life; for the main thread to end by itself.
 PERIOD, SILENCE, GRACE = 2.0, 30.0, 10.0
 FAILURE = "failure"
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_running(environment: Mapping[str, str] = os.environ) -> bool:
@@ -34,7 +35,7 @@ def is_running(environment: Mapping[str, str] = os.environ) -> bool:
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that talks to the user."""
-    return not is_running(environment) or environment.get("RANK") == "0"
+    return not is_running(environment) or environment.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -48,13 +49,19 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
     if not is_running():
         yield None
         return
+    if absent := [name for name in VARIABLES if name not in os.environ]:
+        size = os.environ["WORLD_SIZE"]
+        raise RanksError(
+            f"WORLD_SIZE is {size}, as torchrun sets it, and {', '.join(absent)} not set: "
+            f"start all ranks by torchrun, or unset it"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         watch = Watch()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError) as error:
         raise RanksError(f"the ranks cannot find each other as torchrun's variables say: {error}") from error
     watch.start()
     try:

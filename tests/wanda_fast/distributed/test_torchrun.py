@@ -12,18 +12,8 @@ from tests.tiny_models import build, save_checkpoint
 from tests.wanda_fast.distributed.processes import free_port
 
 TEXT = "some words that the tokenizer learns and that the model is calibrated on, again and again. "
-FLAGS = [
-    "--sparsity-type",
-    "2:4",
-    "--nsamples",
-    "5",
-    "--seqlen",
-    "16",
-    "--eval-windows",
-    "5",
-    "--batch-size",
-    "1",
-]
+FLAGS = ["--sparsity-type", "2:4", "--nsamples", "5", "--seqlen", "16", "--eval-windows", "5"]
+FLAGS += ["--batch-size", "1"]
 
 
 @pytest.fixture(scope="module")

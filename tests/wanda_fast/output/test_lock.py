@@ -189,7 +189,8 @@ def test_torchrun_is_a_sentence(llama, tmp_path, run, monkeypatch):
     ):
         code, said = run(*words)
         assert code == 2 and said.startswith("wanda-fast: WORLD_SIZE is 2") and said.count("\n") == 1
-        assert "without torchrun" in said and not list(tmp_path.iterdir())
+        assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in said or "start this once" in said
+        assert not list(tmp_path.iterdir())
     model = FAMILIES["smollm"]()
     with pytest.raises(errors.RanksError, match="WORLD_SIZE is 2"):
         wanda_fast.prune(model, save_mask=tmp_path / "mask", **QUICK)
