@@ -26,7 +26,7 @@ from wanda_fast.cli.tables import (
     perplexity_line,
     summary_tables,
 )
-from wanda_fast.distributed.torchrun import is_first, process_group
+from wanda_fast.distributed.torchrun import is_first, is_running, process_group
 from wanda_fast.errors import AnotherRankFailedError, InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
@@ -184,7 +184,8 @@ def main() -> None:
 
 
 def _resuming(words: list[str]) -> str:
-    return shlex.join(["wanda-fast", *words] if "--resume" in words else ["wanda-fast", *words, "--resume"])
+    program = "torchrun ... -m wanda_fast" if is_running() else "wanda-fast"
+    return f"{program} {shlex.join(words if '--resume' in words else [*words, '--resume'])}"
 
 
 def _print_any_character() -> None:
