@@ -154,7 +154,8 @@ class _Part:
 
     @property
     def own_scale(self) -> Tensor | None:
-        return self.scale if self.scale is None or self.scale.dim() == 1 else self.scale[self.rows]
+        whole = self.rows.stop - self.rows.start == self.linear.out_features
+        return self.scale if self.scale is None or whole or self.scale.dim() == 1 else self.scale[self.rows]
 
 
 def _prune_part(
