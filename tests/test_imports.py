@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "output": FOUNDATION | {"options", "model", "data", "checkpoint", "hidden_states", "pruning"},
     "run": FOUNDATION | {"options", "model", "data", "checkpoint", "hidden_states", "pruning", "output"},
     "api": FOUNDATION | {"options", "run"},
-    "cli": FOUNDATION | {"options", "model", "checkpoint", "pruning", "output", "run", "api"},
+    "cli": FOUNDATION | {"options", "model", "data", "checkpoint", "pruning", "output", "run", "api"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "pruning", "report", "data", "model"},
 }

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
 from wanda_fast.model.block_inputs import BlockInputs
+from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Offload, Offloaded
-from wanda_fast.model.recorder import blocks_skipped, record_block_inputs
+from wanda_fast.model.recorder import blocks_skipped, record_block_inputs, record_next_chain_
 
 
 @dataclass
@@ -47,8 +48,19 @@ class Activations:
         with safe_open(file, "pt") as opened:
             for name, inputs in self._present().items():
                 stored = opened.get_slice(name)
+                if (shape := torch.Size(stored.get_shape())) != inputs.hidden.shape:
+                    inputs.hidden = inputs.offload.empty(shape, inputs.hidden.dtype)
                 for batch in inputs.slices():
                     inputs.hidden[batch] = stored[batch.start : batch.stop]
+
+    def enter_next_chain_(self, source: BlockSource, index: int) -> None:
+        """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
+        if not (present := self._present()):
+            return
+        with source.surroundings(head=False):
+            forward = _forward_of(source.model)
+            for inputs in present.values():
+                record_next_chain_(forward, source.blocks, index, inputs)
 
     def _present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -68,7 +80,8 @@ def record_activations(
     Args:
         source: the model, whose embeddings are loaded for this.
         offload: makes the buffers of the hidden states.
-        token_ids: int64 `[nsamples, seqlen]`; None for a method that uses no activations.
+        token_ids: int64 `[nsamples, seqlen]`, or images `[nsamples, 3, height, width]`; None for a method
+            that uses no activations.
         batch_size: calibration sequences per forward.
         evaluation: windows to evaluate on block by block; None if the model is in memory.
         pruned: whether to evaluate pruned blocks too.
@@ -117,5 +130,8 @@ def _perplexity(source: BlockSource, inputs: BlockInputs, evaluation: Evaluation
 def _forward_of(model: nn.Module):
     """The model's own forward without the language-model head, since the logits are not needed."""
     body = getattr(model, "base_model", model)
-    embedding_device = next(p.device for p in body.parameters() if not p.is_meta)
+    embedding = next(p for p in body.parameters() if not p.is_meta)
+    embedding_device = embedding.device
+    if classifies_images(model):
+        return lambda images: body(images.to(embedding_device, embedding.dtype))
     return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)

@@ -23,9 +23,10 @@ from wanda_fast.cli.tables import (
     doctor_tables,
     error_table,
     inspection_tables,
-    perplexity_line,
+    measured_line,
     summary_tables,
 )
+from wanda_fast.data.images import has_evaluation, holds_images
 from wanda_fast.errors import InterruptedRunError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
-        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "token_normalize_func": flags.normalized,
         "help_option_names": ["-h", "--help"],
     },
 )
@@ -93,7 +94,7 @@ def evaluate(
         report = api.evaluate(
             model, dataset=_eval_dataset(dataset, "wikitext2"), progress=progress, **options
         )
-    say(perplexity_line(report))
+    say(measured_line(report))
     for task, results in report.zero_shot.items():
         say(f"{task}: {results}")
 
@@ -161,6 +162,8 @@ def _say_what_is_written(options: dict) -> None:
 
 
 def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
+    if eval_dataset == "auto" and holds_images(dataset):
+        return dataset if has_evaluation(dataset) else None
     if eval_dataset == "auto":
         return "wikitext2" if dataset in ("c4", "ptb") else dataset
     return None if eval_dataset == "none" else eval_dataset

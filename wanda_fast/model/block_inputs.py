@@ -19,7 +19,7 @@ class BlockCall:
     kwargs: dict
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for `hidden`, both `[sequences, seqlen, features]`."""
+        """The block's output for `hidden`, both `[samples, ...]`."""
         with faster_forward(hidden.device):
             output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple | list) else output
@@ -27,17 +27,22 @@ class BlockCall:
 
 @dataclass
 class BlockInputs:
-    """The inputs of one block for all sequences.
+    """The inputs of one block for all samples.
 
     Attributes:
-        hidden: `[nsamples, seqlen, features]`, overwritten block by block.
-        batch_size: sequences per forward.
+        hidden: `[nsamples, seqlen, features]` of text, overwritten block by block; of images also of another
+            rank, and with another shape in each chain of blocks.
+        batch_size: samples per forward.
         calls: `calls[batch][block]`: the other arguments.
+        samples: what the model's forward takes, if it has several chains of blocks.
+        offload: made `hidden`.
     """
 
     hidden: Tensor | Offloaded
     batch_size: int
     calls: list[list[BlockCall]]
+    samples: Tensor | None = None
+    offload: Offload | None = None
 
     def slices(self) -> Iterator[slice]:
         """The batches, as slices of `hidden`."""
@@ -64,7 +69,8 @@ class BlockInputs:
         hidden = offload.empty(self.hidden.shape, self.hidden.dtype)
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
-        return BlockInputs(hidden, self.batch_size, [_with_own_containers(calls) for calls in self.calls])
+        calls = [_with_own_containers(calls) for calls in self.calls]
+        return BlockInputs(hidden, self.batch_size, calls, self.samples, offload)
 
 
 def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:

@@ -72,7 +72,7 @@ def prune_blocks(
         masks: receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host; None: none wanted.
         store: keeps each pruned block, and has those of the run that this one resumes.
         sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
-            after the other.
+            after the other; "dense": as "block", but the next block gets what the dense block gives.
         expert_options: how tokens count in the statistics of experts.
     Raises: `NonFiniteError`, which names block and linear. Blocks before it stay pruned; so do, with
         `sequential="linear"` or after an update of weights, linears of the block itself.
@@ -80,6 +80,7 @@ def prune_blocks(
     store = store or KeepNothing()
     selection = Selection(method, pattern, masks, expert_options)
     order = _order(selection, sequential, clock)
+    restored = RestoredBehindDense if isinstance(order, DenseStatistics) else Restored
     first = store.begin_(activations)
     source.release_memory()
     reports: dict[str, LinearReport] = {}
@@ -88,7 +89,7 @@ def prune_blocks(
     for index, block in enumerate(source.blocks[first:], start=first):
         phases = Phases(clock, progress, index, len(source.blocks), block.name)
         turn = Turn(index, block, activations.calibration, index + 1 == len(source.blocks), phases)
-        passes = Restored(store, masks) if store.holds(index) else order
+        passes = restored(store, masks) if store.holds(index) else order
         with _around(turn, source, activations, store, masks):
             statistics = passes.dense_pass(turn)
             turn.reports = passes.prune(turn, statistics)
@@ -114,6 +115,9 @@ def _around(
         # The passes' memory is returned before the block is written, which takes memory too.
         source.release_memory()
         store.write_block(turn.index, turn.reports, masks)
+    if any(following.chain > block.chain for following in source.blocks[turn.index + 1 : turn.index + 2]):
+        with turn.phases("between stages"):
+            activations.enter_next_chain_(source, turn.index)
     store.reached(turn.index + 1, activations)
 
 
@@ -128,8 +132,9 @@ def _order(
 ) -> "SequentialBlock | SequentialLinear | LeaveDense":
     if not selection.method.prunes:
         return LeaveDense()
-    one_pass = sequential == "linear" and selection.method.calibrates
-    return (SequentialLinear if one_pass else SequentialBlock)(selection, clock)
+    if selection.method.calibrates and sequential in ORDERS:
+        return ORDERS[sequential](selection, clock)
+    return SequentialBlock(selection, clock)
 
 
 class SequentialBlock:
@@ -179,6 +184,24 @@ def pruned_pass(turn: Turn) -> None:
             turn.inputs.advance_(turn.index, turn.block.module)
 
 
+class DenseStatistics(SequentialBlock):
+    """`--statistics dense`: no block sees what pruned ones give, as in the published code for classifiers."""
+
+    def pruned_pass(self, turn: Turn) -> None:
+        """Runs nothing: the dense pass gave the next block's inputs."""
+
+    def _parts(self, block: Block) -> list[Block]:
+        # There is one pass over the block's inputs, since it replaces them.
+        return [block]
+
+    def _statistics(self, turn: Turn, part: Block) -> BlockStatistics:
+        with turn.phases("dense pass"):
+            statistics = self.selection.statistics(part, self.clock)
+            with statistics.gathering():
+                turn.inputs.advance_(turn.index, turn.block.module)
+        return statistics
+
+
 class LeaveDense:
     """The order of a run that only evaluates."""
 
@@ -204,6 +227,18 @@ class Restored:
 
     def pruned_pass(self, turn: Turn) -> None:
         pruned_pass(turn)
+
+
+class RestoredBehindDense(Restored):
+    """The same for `--statistics dense`: the next block gets what the block gives before it is restored."""
+
+    def dense_pass(self, turn: Turn) -> None:
+        pruned_pass(turn)
+
+    def pruned_pass(self, turn: Turn) -> None: ...
+
+
+ORDERS = {"linear": SequentialLinear, "dense": DenseStatistics}
 
 
 class KeepNothing:

@@ -66,7 +66,9 @@ def _by_rows(method: Method, pattern: Pattern) -> bool:
     """Whether every row of a weight is pruned by itself, by abs(W) * sqrt(statistic)."""
     plain = method.score is None and method.hessians is None
     plain &= type(method).prune_ in (Method.prune_, Magnitude.prune_)
-    whole_matrix = pattern.is_variant or (isinstance(method, Magnitude) and not isinstance(pattern, NM))
+    granularity = getattr(pattern, "granularity", None)
+    by_matrix = granularity is None and isinstance(method, Magnitude) and not isinstance(pattern, NM)
+    whole_matrix = pattern.is_variant or granularity == "layer" or by_matrix
     return plain and pattern.rule is not None and not whole_matrix
 
 

@@ -53,8 +53,12 @@ class Method:
 
     def check(self, pattern: Pattern) -> None:
         """Raise `PatternError` if the method, or mask descent after it, cannot prune by this pattern."""
-        if pattern.rule is None and self.hessians is not None and self.hessians.refine:
-            raise PatternError(f"--refine exchanges weights of a row or of an N:M group, not of {pattern}")
+        if self.hessians is not None and self.hessians.refine:
+            if pattern.rule is None:
+                raise PatternError(
+                    f"--refine exchanges weights of a row or of an N:M group, not of {pattern}"
+                )
+            require_rows(f"--refine {self.hessians.refine}", pattern)
 
     def statistic(self, linear: Linear) -> Statistic | None:
         """A new statistic for this linear; None if its score needs none."""
@@ -224,11 +228,18 @@ class Dense(Method):
 
 
 def _require_rule(method: Method, pattern: Pattern) -> None:
+    require_rows(method.name, pattern)
     if pattern.rule is None:
         raise PatternError(
             f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
             f"other methods take that pattern, with --update obs too"
         )
+
+
+def require_rows(what: str, pattern: Pattern) -> None:
+    """Raise `PatternError` if a granularity is asked of something that has its own."""
+    if (granularity := getattr(pattern, "granularity", None)) is not None:
+        raise PatternError(f"{what} chooses by its own rule, so it takes no prune_granularity {granularity}")
 
 
 def require_method(name: str) -> None:

@@ -1,0 +1,69 @@
+"""The published Wanda's image classifiers, straight: per-block loops over a live model of transformers.
+
+It shares no code with `wanda_fast`. Source: locuslab/wanda, image_classifiers/prune_utils.py: `prune_vit`,
+`prune_deit`, `prune_convnext`, `compute_mask`. There the statistics are of the dense model; `sequential`
+runs every block again, pruned, before the next one, as the published code for language models does.
+"""
+
+import torch
+from torch import nn
+
+LAYERS = {
+    "vit": lambda model: [list(model.vit.layers)],
+    "deit": lambda model: [list(model.deit.layers)],
+    "beit": lambda model: [list(model.beit.layers)],
+    "dinov2": lambda model: [list(model.dinov2.encoder.layer)],
+    "convnext": lambda model: [list(stage.layers) for stage in model.convnext.encoder.stages],
+    "swin": lambda model: [list(stage.blocks) for stage in model.swin.encoder.layers],
+}
+
+
+@torch.no_grad()
+def prune_published(model, kind, images, metric, pattern, granularity="row", sequential=False):
+    """Prune in place. Returns masks by name of linear, True where pruned.
+
+    One forward of the whole model for each block, up to the block's own: nothing is cached or recorded.
+    """
+    names, masks = {module: name for name, module in model.named_modules()}, {}
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for block in [block for stage in LAYERS[kind](model) for block in stage]:
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        squares = squares_of_inputs(model, linears, images, None if sequential else dense)
+        for linear in linears:
+            scores = linear.weight.abs()
+            if metric == "wanda":
+                scores = scores * squares[linear].sqrt()
+            mask = compute_mask(scores, pattern, granularity)
+            linear.weight[mask] = 0
+            masks[names[linear]] = mask
+    return masks
+
+
+def squares_of_inputs(model, linears, images, dense):
+    """By linear, the sum of x_j^2 over images and positions; in a forward with weights `dense`, if given."""
+    squares = {linear: torch.zeros(linear.in_features) for linear in linears}
+
+    def add(linear, args, _output):
+        squares[linear] += args[0].reshape(-1, linear.in_features).square().sum(dim=0)
+
+    handles = [linear.register_forward_hook(add) for linear in linears]
+    now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if dense is not None:
+        model.load_state_dict(dense)
+    model(images)
+    model.load_state_dict(now)
+    for handle in handles:
+        handle.remove()
+    return squares
+
+
+def compute_mask(scores, pattern, granularity):
+    if ":" in pattern:
+        n, m = map(int, pattern.split(":"))
+        groups = scores.reshape(-1, m)
+        lowest = groups.sort(dim=1, stable=True).indices[:, : m - n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True).view_as(scores)
+    if granularity == "layer":
+        return scores <= scores.flatten().sort().values[int(scores.numel() * float(pattern))]
+    lowest = scores.sort(dim=1, stable=True).indices[:, : int(scores.shape[1] * float(pattern))]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)

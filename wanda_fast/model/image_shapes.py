@@ -1,0 +1,62 @@
+"""The shapes of an image's hidden states, from a forward on the meta device, which computes nothing."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Size, Tensor, nn
+
+from wanda_fast.errors import CalibrationError
+from wanda_fast.model.architecture import Block
+
+
+@dataclass
+class ImageShapes:
+    """`hidden`: of one image, at the first block of each chain; `classes`: how many logits it gets."""
+
+    hidden: list[Size]
+    classes: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the hidden states that have the most."""
+        return max(shape.numel() // min(shape) if len(shape) > 2 else shape[0] for shape in self.hidden)
+
+    @property
+    def values(self) -> int:
+        """Values of the hidden states of two chains that exist at the same time."""
+        pairs = zip(self.hidden, self.hidden[1:] or [Size([0])], strict=False)
+        return max(first.numel() + second.numel() for first, second in pairs)
+
+
+@torch.no_grad()
+def image_shapes(model: nn.Module, blocks: list[Block], image: Size) -> ImageShapes:
+    """The shapes for images `[3, height, width]`.
+
+    Raises: `CalibrationError` if the model does not take such images.
+    """
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    state = {name: tensor.to("meta") for name, tensor in state.items()}
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    firsts = [block for index, block in enumerate(blocks) if block.chain > blocks[max(index - 1, 0)].chain]
+    seen: list[Size] = []
+    handles = [
+        block.module.register_forward_pre_hook(partial(_note, seen), with_kwargs=True)
+        for block in [blocks[0], *firsts]
+    ]
+    try:
+        output = torch.func.functional_call(model, state, torch.empty(1, *image, dtype=dtype, device="meta"))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CalibrationError(
+            f"{type(model).__name__} does not take images [3, height, width] = {list(image)}: {reason}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ImageShapes(seen, getattr(output, "logits", output).shape[-1])
+
+
+def _note(seen: list[Size], _module: nn.Module, args: tuple, kwargs: dict) -> None:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    seen.append(hidden.shape[1:])
