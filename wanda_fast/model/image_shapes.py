@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, nn
 
-from wanda_fast.errors import CalibrationError
+from wanda_fast.errors import CalibrationError, HiddenStatesError
 from wanda_fast.model.architecture import Block
 
 
@@ -33,20 +33,21 @@ class ImageShapes:
 def image_shapes(model: nn.Module, blocks: list[Block], image: Size) -> ImageShapes:
     """The shapes for images `[3, height, width]`.
 
-    Raises: `CalibrationError` if the model does not take such images.
+    Raises: `CalibrationError` if the model does not take such images; `HiddenStatesError` if a block's output
+        has another shape than its input, as in most convolutional networks.
     """
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     state = {name: tensor.to("meta") for name, tensor in state.items()}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    firsts = [block for index, block in enumerate(blocks) if block.chain > blocks[max(index - 1, 0)].chain]
-    seen: list[Size] = []
+    seen: dict[int, Size] = {}
     handles = [
-        block.module.register_forward_pre_hook(partial(_note, seen), with_kwargs=True)
-        for block in [blocks[0], *firsts]
+        block.module.register_forward_hook(partial(_note, seen, block), with_kwargs=True) for block in blocks
     ]
     try:
         output = torch.func.functional_call(model, state, torch.empty(1, *image, dtype=dtype, device="meta"))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except HiddenStatesError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CalibrationError(
             f"{type(model).__name__} does not take images [3, height, width] = {list(image)}: {reason}"
@@ -54,9 +55,17 @@ def image_shapes(model: nn.Module, blocks: list[Block], image: Size) -> ImageSha
     finally:
         for handle in handles:
             handle.remove()
-    return ImageShapes(seen, getattr(output, "logits", output).shape[-1])
+    return ImageShapes(list(seen.values()), getattr(output, "logits", output).shape[-1])
 
 
-def _note(seen: list[Size], _module: nn.Module, args: tuple, kwargs: dict) -> None:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    seen.append(hidden.shape[1:])
+def _note(
+    seen: dict[int, Size], block: Block, _module: nn.Module, args: tuple, kwargs: dict, output: object
+) -> None:
+    before = args[0] if args else kwargs["hidden_states"]
+    after = output[0] if isinstance(output, tuple | list) else output
+    if before.shape != after.shape:
+        raise HiddenStatesError(
+            f"{block.name} makes {list(after.shape[1:])} of hidden states {list(before.shape[1:])}: only "
+            f"blocks that keep the shape run one by one; magnitude runs none"
+        )
+    seen.setdefault(block.chain, before.shape[1:])

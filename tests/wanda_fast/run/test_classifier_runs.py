@@ -227,6 +227,15 @@ def test_other_data_than_images_is_refused(folders):
     )
 
 
+def test_blocks_that_change_the_shape_are_refused():
+    model = Bare()
+    model.stages[0][1].depthwise = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)
+    model.stages[0][1].forward = lambda x: model.stages[0][1].depthwise(x)
+    words = r"stages.0.1 makes \[8, 4, 4\] of hidden states \[8, 8, 8\]: only blocks that keep the shape"
+    refused(words, errors.HiddenStatesError, model=model, dataset=PIXELS)
+    assert wanda_fast.prune(model, dataset=PIXELS, prune_method="magnitude").sparsity > 0.49
+
+
 def test_options_that_exclude_each_other(folders):
     model = build("deit")
     refused(
