@@ -1,6 +1,6 @@
 """The image processor of a checkpoint, and what it does in words."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from wanda_fast.checkpoint.load import UNLOADABLE, first_line, locate
 from wanda_fast.errors import CalibrationError
@@ -23,6 +23,10 @@ def load_image_processor(path: str, cache_dir: str | None = None) -> Callable:
 
 def in_words(processor: object) -> str:
     """The steps that decide an image's pixel values."""
+    if timm := getattr(processor, "data_config", None):
+        size, steps = "x".join(map(str, timm["input_size"][1:])), []
+        steps += [f"resized to {size}", f"crop {timm['crop_pct']:g}", str(timm["interpolation"])]
+        return ", ".join([*steps, _normalized(timm["mean"], timm["std"])])
     steps = []
     if getattr(processor, "do_resize", None):
         steps.append(f"resized to {_size(processor.size)}")
@@ -31,11 +35,13 @@ def in_words(processor: object) -> str:
     if getattr(processor, "do_center_crop", None):
         steps.append(f"centre crop {_size(processor.crop_size)}")
     if getattr(processor, "do_normalize", None):
-        mean, std = (
-            " ".join(f"{value:.3g}" for value in each) for each in (processor.image_mean, processor.image_std)
-        )
-        steps.append(f"mean {mean}, std {std}")
+        steps.append(_normalized(processor.image_mean, processor.image_std))
     return ", ".join(steps) or type(processor).__name__
+
+
+def _normalized(mean: Iterable[float], std: Iterable[float]) -> str:
+    mean, std = (" ".join(f"{value:.3g}" for value in each) for each in (mean, std))
+    return f"mean {mean}, std {std}"
 
 
 def _size(size: object) -> str:
