@@ -28,7 +28,17 @@ MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
 # the option names, or the value that was chosen for it.
 BYTES, RESULTS = "bytes", "results"
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
-PATHS = ("model", "dataset", "eval_dataset", "cache_dir", "save", "save_model", "save_log", "save_mask")
+PATHS = (
+    "model",
+    "dataset",
+    "eval_dataset",
+    "checkpoint",
+    "cache_dir",
+    "save",
+    "save_model",
+    "save_log",
+    "save_mask",
+)
 
 
 def option(
@@ -307,6 +317,14 @@ class Options:
         refused_with=CheckpointError,
         decides=BYTES,
         commands=("prune", "eval"),
+    )
+    checkpoint: str | Path | None = option(
+        None,
+        help="File with the weights of a timm model (.safetensors, .pth); model is then its name in timm.",
+        panel=MODEL,
+        commands=("prune", "eval"),
+        decides=RESULTS,
+        flag_type=str | None,
     )
     dequantize: bool = option(
         False,

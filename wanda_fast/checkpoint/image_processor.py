@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+from torch import nn
+
 from wanda_fast.checkpoint.load import UNLOADABLE, first_line, locate
 from wanda_fast.errors import CalibrationError
 
@@ -19,6 +21,15 @@ def load_image_processor(path: str, cache_dir: str | None = None) -> Callable:
             f"the image processor of {path} cannot be loaded: {first_line(error)}; add its "
             f"preprocessor_config.json, or pass pixel values [n, 3, height, width] in Python"
         ) from error
+
+
+def timm_processor(model: nn.Module) -> Callable:
+    """The image processor of a timm model in transformers' wrapper."""
+    from transformers import TimmWrapperImageProcessor
+
+    return TimmWrapperImageProcessor(
+        pretrained_cfg=model.config.pretrained_cfg, architecture=model.config.architecture
+    )
 
 
 def in_words(processor: object) -> str:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from wanda_fast.cli.tables import (
     summary_tables,
 )
 from wanda_fast.data.images import has_evaluation, holds_images
-from wanda_fast.errors import InterruptedRunError, WandaFastError
+from wanda_fast.errors import InterruptedRunError, OptionError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
 from wanda_fast.output.lock import locked, require_one_process
@@ -175,6 +176,7 @@ def main() -> None:
     _quiet_libraries()
     prefer_huge_pages()
     try:
+        _refuse_resumed_file(sys.argv[1:])
         app(prog_name="wanda-fast")
     except InterruptedRunError as error:
         complain(f"wanda-fast: {error}; go on with:\n{_resuming(sys.argv[1:])}")
@@ -182,6 +184,16 @@ def main() -> None:
     except (WandaFastError, BackendError) as error:
         complain(f"wanda-fast: {error}")
         sys.exit(2)
+
+
+def _refuse_resumed_file(words: list[str]) -> None:
+    """Raise `OptionError` for the published `--resume FILE`: the flag means something else here."""
+    for flag, value in pairwise(words):
+        if flag == "--resume" and not value.startswith("-"):
+            raise OptionError(
+                f"--resume continues an unfinished run and takes no value, got {value}: the weights of a "
+                f"timm model are --checkpoint {value}"
+            )
 
 
 def _resuming(words: list[str]) -> str:

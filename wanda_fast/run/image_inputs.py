@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.image_processor import in_words, load_image_processor
+from wanda_fast.checkpoint.image_processor import in_words, load_image_processor, timm_processor
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.data.accuracy import LabelledImages, labelled
@@ -66,7 +66,7 @@ def _calibration(
     wanted = options.nsamples or DEFAULT_NSAMPLES
     if images.count < wanted and options.nsamples is not None:
         warn(f"{images.label} has {images.count} images, fewer than nsamples {wanted}: all are used")
-    reader = PixelReader(images, _processor(options, processor), warn)
+    reader = PixelReader(images, _processor(options, processor, model), warn)
     return read_all(reader, as_indices(images, wanted, options.seed), partial(job.count_images, "images"))
 
 
@@ -80,7 +80,7 @@ def _evaluation(
             "pixel values have no classes, so accuracy cannot be measured: name a folder of class folders or "
             "a dataset with a label column as eval_dataset"
         )
-    processor = _processor(options, processor)
+    processor = _processor(options, processor, model)
     return labelled(PixelReader(images, processor, warn), model, options.eval_windows, in_words(processor))
 
 
@@ -92,9 +92,11 @@ def _refuse_text(dataset: object, model: nn.Module) -> None:
         )
 
 
-def _processor(options: Options, given: Callable | None) -> Callable:
+def _processor(options: Options, given: Callable | None, model: nn.Module) -> Callable:
     if given is not None:
         return given
+    if options.checkpoint is not None:
+        return timm_processor(model)
     if isinstance(options.model, nn.Module):
         raise CalibrationError(
             "images of a folder or dataset need the model's image processor: pass it as tokenizer, or pass "

@@ -10,6 +10,7 @@ from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
 from wanda_fast.checkpoint.model_class import predicts_tokens
+from wanda_fast.checkpoint.timm_file import load_timm
 from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
@@ -30,6 +31,9 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
         with job.clock.phase("load"):
             return Checkpoint(options.model, tokenizer, dtype_of(options.model))
     path = str(options.model)
+    if options.checkpoint is not None:
+        with job.phase("load", "loading", str(options.checkpoint)):
+            return load_timm(path, str(options.checkpoint))
     gguf = checkpoints.locate(path)[1]
     if gguf:
         logger.info("converting %s: this can take minutes", gguf)
