@@ -15,6 +15,9 @@ LAYERS = {
     "dinov2": lambda model: [list(model.dinov2.encoder.layer)],
     "convnext": lambda model: [list(stage.layers) for stage in model.convnext.encoder.stages],
     "swin": lambda model: [list(stage.blocks) for stage in model.swin.encoder.layers],
+    "timm_vit": lambda model: [list(model.blocks)],
+    "timm_convnext": lambda model: [list(stage.blocks) for stage in model.stages],
+    "timm_swin": lambda model: [list(stage.blocks) for stage in model.layers],
 }
 
 
@@ -27,24 +30,26 @@ def prune_published(model, kind, images, metric, pattern, granularity="row", seq
     names, masks = {module: name for name, module in model.named_modules()}, {}
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for block in [block for stage in LAYERS[kind](model) for block in stage]:
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in block.modules() if is_matrix(module)]
         squares = squares_of_inputs(model, linears, images, None if sequential else dense)
         for linear in linears:
-            scores = linear.weight.abs()
+            weight = linear.weight.flatten(1)
+            scores = weight.abs()
             if metric == "wanda":
                 scores = scores * squares[linear].sqrt()
             mask = compute_mask(scores, pattern, granularity)
-            linear.weight[mask] = 0
+            weight[mask] = 0
             masks[names[linear]] = mask
     return masks
 
 
 def squares_of_inputs(model, linears, images, dense):
     """By linear, the sum of x_j^2 over images and positions; in a forward with weights `dense`, if given."""
-    squares = {linear: torch.zeros(linear.in_features) for linear in linears}
+    squares = {linear: torch.zeros(linear.weight.shape[1]) for linear in linears}
 
     def add(linear, args, _output):
-        squares[linear] += args[0].reshape(-1, linear.in_features).square().sum(dim=0)
+        x = args[0].movedim(1, -1) if isinstance(linear, nn.Conv2d) else args[0]
+        squares[linear] += x.reshape(-1, x.shape[-1]).square().sum(dim=0)
 
     handles = [linear.register_forward_hook(add) for linear in linears]
     now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -55,6 +60,13 @@ def squares_of_inputs(model, linears, images, dense):
     for handle in handles:
         handle.remove()
     return squares
+
+
+def is_matrix(module):
+    """`nn.Linear`, or a 1x1 convolution, which the published models have as `nn.Linear`."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    )
 
 
 def compute_mask(scores, pattern, granularity):

@@ -28,17 +28,8 @@ MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
 # the option names, or the value that was chosen for it.
 BYTES, RESULTS = "bytes", "results"
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
-PATHS = (
-    "model",
-    "dataset",
-    "eval_dataset",
-    "checkpoint",
-    "cache_dir",
-    "save",
-    "save_model",
-    "save_log",
-    "save_mask",
-)
+PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
+PATHS += ("save", "save_model", "save_log", "save_mask")
 
 
 def option(

@@ -103,7 +103,6 @@ def test_what_decides_whether_a_run_is_resumed():
     identity += " ignore dtype sequential update refine polish dampening measure_error"
     identity += " expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
-    finished = (
-        "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size save_mask"
-    )
+    finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
+    finished += " save_mask"
     assert set(names_deciding(RESULTS)) == set(finished.split())
