@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 LAYERS = {
-    "vit": lambda model: [list(model.vit.layers)],
-    "deit": lambda model: [list(model.deit.layers)],
-    "beit": lambda model: [list(model.beit.layers)],
+    "vit": lambda model: [list(layers_of(model.vit))],
+    "deit": lambda model: [list(layers_of(model.deit))],
+    "beit": lambda model: [list(layers_of(model.beit))],
     "dinov2": lambda model: [list(model.dinov2.encoder.layer)],
     "convnext": lambda model: [list(stage.layers) for stage in model.convnext.encoder.stages],
     "swin": lambda model: [list(stage.blocks) for stage in model.swin.encoder.layers],
@@ -19,6 +19,11 @@ LAYERS = {
     "timm_convnext": lambda model: [list(stage.blocks) for stage in model.stages],
     "timm_swin": lambda model: [list(stage.blocks) for stage in model.layers],
 }
+
+
+def layers_of(body):
+    """Where transformers 5.23 has them, and where earlier versions may."""
+    return body.layers if hasattr(body, "layers") else body.encoder.layer
 
 
 @torch.no_grad()

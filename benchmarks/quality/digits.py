@@ -5,6 +5,8 @@
 Needs pillow and scikit-learn. A trained model that is in DIR already is not trained again.
 """
 
+import json
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 import wanda_fast
 from wanda_fast.data.images import as_indices, find_images
@@ -33,7 +36,8 @@ def main(
     nsamples: int = 512,
     statistics: str = "sequential",
 ) -> None:
-    train_images, test_images = (read(purpose) for purpose in ("calibration", "evaluation"))
+    processor = processor_in(out)
+    train_images, test_images = (read(purpose, processor) for purpose in ("calibration", "evaluation"))
     accuracies: dict[tuple, list[float]] = {}
     for seed, kind in product(range(seeds), ("vit", "convnext")):
         model = trained(kind, seed, epochs, out / f"{kind}-{seed}", *train_images)
@@ -47,16 +51,19 @@ def main(
         typer.echo(f"{kind}, seed {seed}:\n{table(accuracies)}")
 
 
-def new_processor() -> object:
-    from transformers import ViTImageProcessorPil
+def processor_in(folder: Path) -> Callable:
+    """The models' image processor; its file is written to `folder`."""
+    halves = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    steps = dict(image_processor_type="ViTImageProcessor", size=dict(height=SIDE, width=SIDE), **halves)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps))
+    return AutoImageProcessor.from_pretrained(folder)
 
-    return ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
 
-
-def read(purpose: str) -> tuple[Tensor, Tensor]:
+def read(purpose: str, processor: Callable) -> tuple[Tensor, Tensor]:
     """Pixel values and classes of the digits for "calibration" or "evaluation"."""
     digits = find_images("digits", purpose)
-    pixels = read_all(PixelReader(digits, new_processor(), typer.echo), range(digits.count))
+    pixels = read_all(PixelReader(digits, processor, typer.echo), range(digits.count))
     return pixels, torch.tensor(digits.classes)
 
 
@@ -76,7 +83,7 @@ def trained(kind: str, seed: int, epochs: int, folder: Path, pixels: Tensor, lab
             optimizer.zero_grad()
             schedule.step()
     model.eval().save_pretrained(folder)
-    new_processor().save_pretrained(folder)
+    processor_in(folder)
     return model
 
 
