@@ -193,7 +193,6 @@ def _of_hub(dataset: str, purpose: str, cache_dir: str | None) -> Images:
 
 def _of_table(table: object, names: list[str], label: str) -> Images:
     """Images in the rows of a `datasets.Dataset`."""
-    require_pillow()
     image = next((name for name in IMAGE_COLUMNS if name in names), None)
     if image is None:
         raise CalibrationError(
@@ -202,6 +201,7 @@ def _of_table(table: object, names: list[str], label: str) -> Images:
         )
     if not len(table):
         raise CalibrationError(f"{label} holds no rows")
+    require_pillow()
     column = next((name for name in LABEL_COLUMNS if name in names), None)
     classes = None if column is None else list(table[column])
     return Images(label, len(table), lambda i: _decoded(table[i][image]), lambda i: f"row {i}", classes)

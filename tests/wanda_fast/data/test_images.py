@@ -1,5 +1,6 @@
 """Images: which are found and drawn, how they are decoded, what is refused, and the accuracy on them."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy
@@ -10,7 +11,7 @@ from torch import nn
 from wanda_fast.data.accuracy import accuracy, class_numbers, labelled
 from wanda_fast.data.images import Images, as_indices, find_images, has_evaluation, holds_images
 from wanda_fast.data.pixels import UNREADABLE, PixelReader, read_all
-from wanda_fast.errors import CalibrationError
+from wanda_fast.errors import CalibrationError, MissingDependencyError
 
 
 def halves(images, return_tensors):
@@ -85,7 +86,6 @@ def test_images_of_two_sizes_are_refused():
     ],
 )
 def test_what_is_no_image_is_refused(given, words):
-    pytest.importorskip("PIL", reason="needs pillow")
     with pytest.raises(CalibrationError, match=words):
         find_images(given, "calibration")
 
@@ -142,6 +142,36 @@ def test_folders_that_are_refused(folder, tmp_path):
         find_images(folder / "empty", "calibration")
     with pytest.raises(CalibrationError, match="1.PNG is a file"):
         find_images(folder / "val/a/1.PNG", "calibration")
+
+
+class Table:
+    """What is used of a `datasets.Dataset`."""
+
+    column_names = ["img", "label"]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        return [2, 0, 1] if key == "label" else {"img": numpy.full((2, 2, 3), 10 * key)}
+
+
+def test_rows_of_a_dataset():
+    pytest.importorskip("PIL", reason="needs pillow")
+    found = find_images(Table(), "calibration")
+    assert (found.count, found.classes, found.name(1)) == (3, [2, 0, 1], "row 1")
+    assert read_all(PixelReader(found, halves, pytest.fail), range(3))[:, 0, 0, 0].tolist() == [0, 5, 10]
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("PIL.Image", "images need pillow"), ("sklearn.datasets", "digits needs")]
+)
+def test_what_is_not_installed_is_named(monkeypatch, module, words):
+    if module != "PIL.Image":
+        pytest.importorskip("PIL", reason="needs pillow")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=f"{words}.*not installed: pip install"):
+        find_images("digits", "calibration")
 
 
 def test_class_numbers():
