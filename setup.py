@@ -121,10 +121,10 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "pillow", "pytest", "pytest-xdist", "ruff"],
         "bench": ["matplotlib"],
         "eval": ["lm-eval>=0.4.5"],
-        "vision": ["pillow"],
+        "vision": ["pillow", "timm"],
     },
     entry_points={"console_scripts": ["wanda-fast = wanda_fast.cli.main:main"]},
 )

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "run": FOUNDATION
     | {"options", "distributed", "model", "data", "checkpoint", "hidden_states", "pruning", "output"},
     "api": FOUNDATION | {"options", "run"},
-    "cli": FOUNDATION | {"options", "distributed", "model", "checkpoint", "pruning", "output", "run", "api"},
+    "cli": FOUNDATION
+    | {"options", "distributed", "model", "data", "checkpoint", "pruning", "output", "run", "api"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "pruning", "report", "data", "model"},
 }

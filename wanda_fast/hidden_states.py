@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.block_inputs import BlockInputs
+from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Offload, Offloaded
-from wanda_fast.model.recorder import blocks_skipped, record_block_inputs
+from wanda_fast.model.recorder import blocks_skipped, record_block_inputs, record_next_chain_
 
 
 @dataclass
@@ -69,6 +70,15 @@ class Activations:
                 if name in sequences:
                     inputs.restore_(opened.get_slice(name), *sequences[name])
 
+    def enter_next_chain_(self, source: BlockSource, index: int) -> None:
+        """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
+        if not (present := self.present()):
+            return
+        with source.surroundings(head=False):
+            forward = _forward_of(source.model)
+            for inputs in present.values():
+                record_next_chain_(forward, source.blocks, index, inputs)
+
     def present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: inputs for name, inputs in named.items() if inputs is not None}
@@ -88,7 +98,8 @@ def record_activations(
     Args:
         source: the model, whose embeddings are loaded for this.
         offload: makes the buffers of the hidden states.
-        token_ids: int64 `[nsamples, seqlen]`; None for a method that uses no activations.
+        token_ids: int64 `[nsamples, seqlen]`, or images `[nsamples, 3, height, width]`; None for a method
+            that uses no activations.
         batch_size: calibration sequences per forward.
         evaluation: windows to evaluate on block by block; None if the model is in memory.
         pruned: whether to evaluate pruned blocks too.
@@ -157,5 +168,8 @@ def _losses(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet)
 def _forward_of(model: nn.Module):
     """The model's own forward without the language-model head, since the logits are not needed."""
     body = getattr(model, "base_model", model)
-    embedding_device = next(p.device for p in body.parameters() if not p.is_meta)
+    embedding = next(p for p in body.parameters() if not p.is_meta)
+    embedding_device = embedding.device
+    if classifies_images(model):
+        return lambda images: body(images.to(embedding_device, embedding.dtype))
     return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)

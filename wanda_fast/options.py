@@ -28,7 +28,8 @@ MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
 # the option names, or the value that was chosen for it.
 BYTES, RESULTS = "bytes", "results"
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
-PATHS = ("model", "dataset", "eval_dataset", "cache_dir", "save", "save_model", "save_log", "save_mask")
+PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
+PATHS += ("save", "save_model", "save_log", "save_mask")
 
 
 def option(
@@ -45,6 +46,7 @@ def option(
     commands: tuple[str, ...] = ("prune",),
     flag_type: Any = None,
     flag_default: Any = MISSING,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """A field of `Options`.
 
@@ -58,6 +60,7 @@ def option(
         decides: BYTES, RESULTS, or None.
         commands: the commands that take it.
         flag_type, flag_default: of the flag, where they differ from the keyword's.
+        aliases: other names of the flag, which the published code for image classifiers has.
     """
     facts = dict(
         help=help,
@@ -70,6 +73,7 @@ def option(
         decides=decides,
         commands=commands,
         flag_type=flag_type,
+        aliases=aliases,
         flag_default=default if flag_default is MISSING else flag_default,
     )
     return field(default=default, metadata=facts)
@@ -80,7 +84,7 @@ class Options:
     """The options of one run. The fields' order is that of the recipe and of the keywords."""
 
     model: nn.Module | str | Path = option(
-        help="Hub id, folder or .gguf file of a causal language model.",
+        help="Hub id, folder or .gguf file of a causal language model, or of an image classifier.",
         python_help="Or a model in memory, which is pruned in place.",
         panel=MODEL,
         decides=RESULTS,
@@ -92,8 +96,10 @@ class Options:
         help="How weights are ranked: magnitude, wanda, connect (or wanda_connect), gated, sparsegpt, admm, "
         "an ablation (ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter), or a registered "
         "method. dense prunes nothing.",
+        flag_help="Also --prune_metric.",
         panel=WHAT,
         decides=BYTES,
+        aliases=("prune_metric",),
     )
     sparsity_type: str = option(
         "unstructured",
@@ -104,18 +110,22 @@ class Options:
     sparsity_ratio: float | None = option(
         None,
         help="Fraction of the weights to prune, in [0, 1). Default: 0.5, or 1 - N/M for N:M.",
+        flag_help="Also --sparsity.",
         panel=WHAT,
         decides=BYTES,
+        aliases=("sparsity",),
     )
     dataset: str | Path | Iterable = option(
         "wikitext2",
         help="Calibration text: wikitext2, c4, ptb, pydoc (Python's own help topics, no download), or a "
-        ".txt, .json, .jsonl, .parquet or .arrow file, also .gz or .zst, or a folder of such files.",
+        ".txt, .json, .jsonl, .parquet or .arrow file, also .gz or .zst, or a folder of such files. For an "
+        "image classifier: a folder of images or of class folders, a dataset of the hub, or digits.",
         python_help="Or token ids, integers [nsamples, seqlen] (tensor, array, lists, BatchEncoding); or "
-        "strings, chats, a datasets.Dataset; or an iterable of these.",
+        "strings, chats, a datasets.Dataset; or an iterable of these. Or pixel values [n, 3, height, width].",
         panel=CALIBRATION,
         decides=RESULTS,
         flag_type=str,
+        aliases=("data_path",),
     )
     text_column: str | None = option(
         None,
@@ -125,8 +135,12 @@ class Options:
         decides=RESULTS,
         commands=("prune", "eval"),
     )
-    nsamples: int = option(
-        128, help="Number of calibration windows.", panel=CALIBRATION, minimum=1, decides=BYTES
+    nsamples: int | None = option(
+        None,
+        help="Number of calibration windows, or images. Default: 128 windows, 4096 images.",
+        panel=CALIBRATION,
+        minimum=1,
+        decides=BYTES,
     )
     seqlen: int | None = option(
         None,
@@ -240,6 +254,22 @@ class Options:
         minimum=1,
         decides=RESULTS,
     )
+    prune_granularity: str | None = option(
+        None,
+        help="Which weights of a linear compete: those of a row, or all of them (layer). Default: layer for "
+        "magnitude, row for all other methods. Unstructured only.",
+        panel=WHAT,
+        choices=("row", "layer"),
+        decides=BYTES,
+    )
+    statistics: str = option(
+        "sequential",
+        help="sequential: a block's statistics are of what the pruned blocks before it give. dense: of what "
+        "dense ones give, as in the published code for image classifiers.",
+        panel=WHAT,
+        choices=("sequential", "dense"),
+        decides=BYTES,
+    )
     sequential: str = option(
         "block",
         help="block: gather statistics in the dense block, then prune its linears, as published. linear: one "
@@ -279,6 +309,14 @@ class Options:
         decides=BYTES,
         commands=("prune", "eval"),
     )
+    checkpoint: str | Path | None = option(
+        None,
+        help="File with the weights of a timm model (.safetensors, .pth); model is then its name in timm.",
+        panel=MODEL,
+        commands=("prune", "eval"),
+        decides=RESULTS,
+        flag_type=str | None,
+    )
     dequantize: bool = option(
         False,
         help="Read a checkpoint in block fp8 or MXFP4 as 16-bit weights, and save those. Without it, "
@@ -297,9 +335,10 @@ class Options:
     eval_dataset: str | Path | Iterable | None = option(
         None,
         help="Text to measure perplexity on, before and after pruning: wikitext2, ptb, c4, pydoc (its last "
-        "fifth) or a local file.",
-        python_help="Or what else dataset takes. None: perplexity is not measured.",
-        flag_help="none: do not measure. auto: wikitext2 if --dataset is on the hub, else the same text.",
+        "fifth) or a local file. For an image classifier, whose accuracy is measured, as --dataset.",
+        python_help="Or what else dataset takes. None: nothing is measured.",
+        flag_help="none: do not measure. auto: wikitext2 if --dataset is on the hub, else the same text, or "
+        "the images for evaluation beside it.",
         panel=EVALUATION,
         decides=RESULTS,
         flag_type=str,
@@ -307,7 +346,7 @@ class Options:
     )
     eval_windows: int | None = option(
         None,
-        help="Measure perplexity on at most this many windows.",
+        help="Measure on at most this many windows, or images.",
         panel=EVALUATION,
         minimum=1,
         decides=RESULTS,
@@ -370,7 +409,7 @@ class Options:
             least = each.metadata["minimum"]
             if None not in (least, value) and not (isinstance(value, Integral) and value >= least):
                 raise OptionError(f"{each.name} must be a whole number from {least} on, got {value!r}")
-            if choices and value not in choices:
+            if choices and value not in choices and not (value is None and each.default is None):
                 listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise each.metadata["refused_with"](f"{each.name} must be {listed}, got {value!r}")
 

@@ -92,8 +92,9 @@ class Report:
         recipe: the options by name (`wanda_fast.options`), with the sparsity ratio that was used.
         linears: by the linear's full name in the model.
         reach: how many of the model's weights can be pruned.
-        calibration: shape of the tokens and their sha256.
+        calibration: shape of the tokens or images and their sha256.
         perplexity: protocol, dense, pruned.
+        accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
         zero_shot: results by task.
         seconds: by phase.
         resources: batch size, where activations are kept, and why.
@@ -112,6 +113,7 @@ class Report:
     reach: Reach | None = None
     calibration: dict = field(default_factory=dict)
     perplexity: dict = field(default_factory=dict)
+    accuracy: dict = field(default_factory=dict)
     zero_shot: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     resources: dict = field(default_factory=dict)
@@ -195,9 +197,11 @@ class Report:
     def published_log(self) -> str:
         """The published code's `log_METHOD.txt`: method, sparsity, perplexity, tab-separated."""
         pruned = self.perplexity.get("pruned")
-        value = "-" if pruned is None else f"{pruned:.4f}"
+        value, measure = "-" if pruned is None else f"{pruned:.4f}", "ppl_test"
+        if top := self.accuracy.get("pruned"):
+            value, measure = f"{100 * top['top1']:.5f}", "acc1"
         lines = [
-            "method\tactual_sparsity\tppl_test",
+            f"method\tactual_sparsity\t{measure}",
             f"{self.recipe['prune_method']}\t{self.sparsity:.4f}\t{value}",
         ]
         lines += [f"{task}\t{results}" for task, results in self.zero_shot.items()]

@@ -183,7 +183,7 @@ def test_infinite_activation_names_block_and_linear():
 
 def test_no_prunable_block_lists_what_was_found():
     model = FAMILIES["llama2"]()
-    model.model.layers = nn.ModuleList(nn.Conv2d(1, 1, 1) for _ in range(2))
+    model.model.layers = nn.ModuleList(nn.Conv2d(1, 1, 3) for _ in range(2))
     with pytest.raises(errors.NoPrunableBlockError, match="LlamaForCausalLM.*Conv2d"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 32))
 

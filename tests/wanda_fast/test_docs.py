@@ -10,6 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import FAMILIES, save_checkpoint
+from wanda_fast.cli import flags
 from wanda_fast.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,7 @@ def test_every_flag_that_a_page_names_exists():
     known = {name for command in commands for option in command.params for name in option.opts}
     known |= {"--help", "--no-build-isolation", "--orders"}  # typer's, pip's, compare_sparsegpt's
     known |= {"--nproc-per-node", "--nnodes"}  # torchrun's
+    known |= {f"--{alias}" for alias in flags.ALIASES}
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         named = re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text(encoding="utf-8"))
         assert {flag.replace("_", "-") for flag in named} <= known, page.name

@@ -24,6 +24,7 @@ from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError, QuantizedModelError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.block_forward import multiplies_bf16
+from wanda_fast.model.block_lists import classifies_images
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def load(
     if not quantized:
         refuse_unused(path, found["unexpected_keys"])
     _require_whole(path, found)
-    tokenizer = load_tokenizer(folder, **options)
+    tokenizer = None if classifies_images(model) else load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
     loaded = Checkpoint(model.eval(), tokenizer, model.dtype, requested=DTYPES.get(dtype))

@@ -24,6 +24,7 @@ from wanda_fast.checkpoint.refusals import refuse_folder, refuse_quantized, refu
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, NotStreamableError, QuantizedModelError
 from wanda_fast.model.architecture import find_blocks, require_untied_blocks
+from wanda_fast.model.block_lists import classifies_images
 
 
 @dataclass
@@ -126,7 +127,8 @@ def open_meta_model(
     _require_inverses(opened)
     if computed_in_float32(stored, dtype, device):
         model.float()
-    opened.tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
+    if not classifies_images(model):
+        opened.tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
     return opened
 
 

@@ -14,8 +14,8 @@ CAUSAL_LMS = ("ForCausalLM", "LMHeadModel")
 def model_class(path: str, config) -> type:
     """The transformers class that `architectures` names.
 
-    It is `AutoModelForCausalLM` if the configuration names none, or a causal LM that transformers has under
-    another name.
+    If the configuration names none, it is `AutoModelForImageClassification` for an image model's, as timm's
+    are, and else `AutoModelForCausalLM`. So it is for a causal LM that transformers has under another name.
 
     Raises: `CheckpointError` if the class cannot be opened and pruned.
     """
@@ -23,7 +23,7 @@ def model_class(path: str, config) -> type:
 
     named = next(iter(getattr(config, "architectures", None) or ()), None)
     if named is None:
-        return transformers.AutoModelForCausalLM
+        return _auto_class(config)
     found = getattr(transformers, named, None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not known and named.endswith(CAUSAL_LMS):
@@ -43,12 +43,21 @@ def model_class(path: str, config) -> type:
     return found
 
 
+def _auto_class(config) -> type:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as IMAGE
+
+    if config.model_type in IMAGE:
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForCausalLM
+
+
 def new_model(path: str, config, dtype) -> nn.Module:
     """The model of a configuration, with initial weights. Raises: `CheckpointError` as `model_class`."""
     import transformers
 
     kind = model_class(path, config)
-    if kind is transformers.AutoModelForCausalLM:
+    if kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification):
         return kind.from_config(config, dtype=dtype, trust_remote_code=False)
     return kind._from_config(config, dtype=dtype)
 

@@ -70,3 +70,15 @@ def _flag(each: Field, in_panel: bool) -> inspect.Parameter:
 def _names(each: Field) -> list[str]:
     """The flag's name where typer would add `--no-...` to it; none: typer's own."""
     return ["--" + each.name.replace("_", "-")] if each.type is bool else []
+
+
+def normalized(word: str) -> str:
+    """A flag's name with dashes; that of the option which the published code calls so."""
+    return ALIASES.get(dashed(word), dashed(word))
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+ALIASES = {dashed(alias): dashed(each.name) for each in fields(Options) for alias in each.metadata["aliases"]}

@@ -46,7 +46,7 @@ def inspect(model: nn.Module | str, cache_dir: str | None = None) -> Inspection:
     """Inspect a model in memory, or a hub id, folder or GGUF file in the dtype it is stored in."""
     if not isinstance(model, nn.Module):
         model = checkpoints.load(model, cache_dir=cache_dir, device="any").model
-    require_plain(model)
+    require_plain(model, takes_pixels=True)
     blocks = find_blocks(model)
     linears = [_facts(linear.name, linear.weight.data) for block in blocks for linear in block.linears]
     return Inspection(type(model).__name__, [block.name for block in blocks], linears, reach(model, blocks))

@@ -7,6 +7,7 @@ import shlex
 import sys
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,12 @@ from wanda_fast.cli.tables import (
     doctor_tables,
     error_table,
     inspection_tables,
-    perplexity_line,
+    measured_line,
     summary_tables,
 )
+from wanda_fast.data.images import has_evaluation, holds_images
 from wanda_fast.distributed.torchrun import is_first, is_running, process_group
-from wanda_fast.errors import AnotherRankFailedError, InterruptedRunError, WandaFastError
+from wanda_fast.errors import AnotherRankFailedError, InterruptedRunError, OptionError, WandaFastError
 from wanda_fast.memory import prefer_huge_pages
 from wanda_fast.output import masks
 from wanda_fast.output.lock import locked, require_one_process
@@ -40,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
-        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "token_normalize_func": flags.normalized,
         "help_option_names": ["-h", "--help"],
     },
 )
@@ -93,7 +95,7 @@ def evaluate(
     with process_group() as group, terminal_progress(console) as progress:
         options |= {"progress": progress, "process_group": group}
         report = api.evaluate(model, dataset=_eval_dataset(dataset, "wikitext2"), **options)
-    say(perplexity_line(report))
+    say(measured_line(report))
     for task, results in report.zero_shot.items():
         say(f"{task}: {results}")
 
@@ -161,6 +163,8 @@ def _say_what_is_written(options: dict) -> None:
 
 
 def _eval_dataset(eval_dataset: str, dataset: str) -> str | None:
+    if eval_dataset == "auto" and holds_images(dataset):
+        return dataset if has_evaluation(dataset) else None
     if eval_dataset == "auto":
         return "wikitext2" if dataset in ("c4", "ptb") else dataset
     return None if eval_dataset == "none" else eval_dataset
@@ -172,6 +176,7 @@ def main() -> None:
     _quiet_libraries()
     prefer_huge_pages()
     try:
+        _refuse_resumed_file(sys.argv[1:])
         app(prog_name="wanda-fast")
     except AnotherRankFailedError:
         sys.exit(2)
@@ -181,6 +186,16 @@ def main() -> None:
     except (WandaFastError, BackendError) as error:
         complain(f"wanda-fast: {error}")
         sys.exit(2)
+
+
+def _refuse_resumed_file(words: list[str]) -> None:
+    """Raise `OptionError` for the published `--resume FILE`: the flag means something else here."""
+    for flag, value in pairwise(words):
+        if flag == "--resume" and not value.startswith("-"):
+            raise OptionError(
+                f"--resume continues an unfinished run and takes no value, got {value}: the weights of a "
+                f"timm model are --checkpoint {value}"
+            )
 
 
 def _resuming(words: list[str]) -> str:

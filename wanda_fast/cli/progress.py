@@ -1,7 +1,7 @@
 """Progress on the terminal: one live line, or, where the output is no terminal, plain lines for a log.
 
 A phase of one step (loading, converting, writing) is shown by its name alone. All phases of the block loop
-count blocks; an evaluation counts windows.
+count blocks; an evaluation counts windows or images.
 """
 
 import time
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 WORTH_A_LINE = 5.0  # seconds
+# Phases that count something else than blocks.
+COUNTED_ALONE = ("perplexity", "accuracy", "images")
 
 
 class LiveProgress:
@@ -99,8 +101,8 @@ class PlainProgress:
 
 
 def _counted(phase: str, total: int) -> str:
-    """What a phase counts: the blocks, the windows of an evaluation, or nothing but itself."""
-    return phase if total == 1 or phase.startswith("perplexity") else "blocks"
+    """What a phase counts: the blocks, the windows of an evaluation, images, or nothing but itself."""
+    return phase if total == 1 or phase.startswith(COUNTED_ALONE) else "blocks"
 
 
 def terminal_progress(console: Console) -> LiveProgress | PlainProgress:

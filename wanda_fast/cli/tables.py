@@ -21,14 +21,19 @@ def summary_tables(report: Report) -> list[Table]:
     share = reach.prunable / max(reach.model, 1)
     summary.add_row("in reach", f"{reach.prunable:,} of the model's {reach.model:,} weights ({share:.1%})")
     if report.calibration:
-        nsamples, seqlen = report.calibration["shape"]
+        nsamples, *sizes = report.calibration["shape"]
+        what = f"{nsamples} x {sizes[0]} tokens"
+        if len(sizes) > 1:
+            what = f"{nsamples} images of {'x'.join(map(str, sizes))}"
         digest = report.calibration["sha256"][:12]
-        summary.add_row("calibration", f"{recipe['dataset']}, {nsamples} x {seqlen} tokens, sha256 {digest}")
+        summary.add_row("calibration", f"{recipe['dataset']}, {what}, sha256 {digest}")
     for which in ("dense", "pruned"):
         if which in report.perplexity:
             summary.add_row(f"perplexity, {which}", f"{report.perplexity[which]:.4f}")
-    if report.perplexity:
-        summary.add_row("measured on", report.perplexity["protocol"])
+        if which in report.accuracy:
+            summary.add_row(f"accuracy, {which}", _shares(report.accuracy[which]))
+    for measured in filter(None, (report.perplexity, report.accuracy)):
+        summary.add_row("measured on", measured["protocol"])
     if counts := report.expert_tokens().values():
         fewest, starved = min(x["smallest"] for x in counts), sum(x["starved"] for x in counts)
         every = sum(x["experts"] for x in counts)
@@ -72,7 +77,13 @@ def error_table(report: Report) -> Table:
     return table
 
 
-def perplexity_line(report: Report) -> str:
+def _shares(accuracy: dict[str, float]) -> str:
+    return f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}"
+
+
+def measured_line(report: Report) -> str:
+    if report.accuracy:
+        return f"accuracy {_shares(report.accuracy['dense'])} ({report.accuracy['protocol']})"
     if not report.perplexity:
         return "perplexity: not measured (--dataset none)"
     return f"perplexity {report.perplexity['dense']:.4f} ({report.perplexity['protocol']})"

@@ -90,10 +90,11 @@ def tokenize(tokenizer, text: str, special_tokens: bool = True) -> Tensor:
     return tokenizer(text, return_tensors="pt", verbose=False, **options).input_ids[0]
 
 
-def digest(token_ids: Tensor) -> str:
-    """sha256 of token ids and their shape: equal if two runs have the same calibration data."""
-    shape = "x".join(map(str, token_ids.shape))
-    return hashlib.sha256(shape.encode() + token_ids.to("cpu", torch.int64).numpy().tobytes()).hexdigest()
+def digest(samples: Tensor) -> str:
+    """sha256 of token ids or images and their shape: equal if two runs have the same calibration data."""
+    shape = "x".join(map(str, samples.shape))
+    dtype = torch.float32 if samples.is_floating_point() else torch.int64
+    return hashlib.sha256(shape.encode() + samples.to("cpu", dtype).numpy().tobytes()).hexdigest()
 
 
 def _checked_ids(ids: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from functools import cached_property
 
 from torch import nn
 
-from wanda_fast.errors import IgnorePatternError, NoPrunableBlockError, NotStreamableError
+from wanda_fast.errors import IgnorePatternError, NotStreamableError
+from wanda_fast.model.block_lists import block_chains
 from wanda_fast.model.experts import ExpertLinear, Experts
 from wanda_fast.model.find_experts import find_experts
-from wanda_fast.model.linears import Linear, dense_linears, is_linear
+from wanda_fast.model.linears import Linear, dense_linears
 
 # Modules that route tokens to experts, and attributes of a configuration that say how many experts there are.
 ROUTER_NAMES = {"router", "router_gate", "shared_expert_gate"}
@@ -34,12 +35,15 @@ class Block:
     Attributes:
         linears: those to prune.
         experts: all modules of experts in the layer.
+        chain: number of the chain that it is in. What stands between two chains, such as the downsampling
+            between the stages of an image classifier, is in no block.
     """
 
     name: str
     module: nn.Module
     linears: list[Linear]
     experts: list[Experts] = field(default_factory=list)
+    chain: int = 0
 
     @property
     def dense(self) -> list[Linear]:
@@ -71,17 +75,14 @@ class Block:
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
     """The repeated layers of `model` with their prunable linears, in the order in which they run.
 
-    The blocks are the elements of the `nn.ModuleList` whose linears have the most weights. If
-    transformers says which part of the model is the language model, only lists in that part are considered.
-    Routers are not prunable.
+    The blocks are those of `block_chains`. Routers are not prunable.
 
     Args:
         ignore: patterns of linears to leave dense: exact names of linears or of modules around them, globs,
             or "re:" and a regular expression.
     Raises: `NoPrunableBlockError`; `IgnorePatternError` if a pattern is invalid or matches no linear.
     """
-    path, layers = _block_list(model)
-    blocks = [_whole_block(f"{path}.{index}", layer) for index, layer in enumerate(layers)]
+    blocks = _whole_blocks(model)
     ignored = _ignored_names([linear.name for block in blocks for linear in block.linears], ignore)
     routers = _router_names(model)
     for block in blocks:
@@ -95,8 +96,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
 
 def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list[str]]:
     """For each `ignore` pattern, the names of the linears that it matches."""
-    path, layers = _block_list(model)
-    names = [x.name for i, layer in enumerate(layers) for x in _whole_block(f"{path}.{i}", layer).linears]
+    names = [linear.name for block in _whole_blocks(model) for linear in block.linears]
     return {pattern: _matches(pattern, names) for pattern in ignore}
 
 
@@ -112,53 +112,28 @@ def require_untied_blocks(model: nn.Module, tied: Iterable[list[str]]) -> None:
     Args:
         tied: for each tensor, all of its names.
     """
-    prefix = _block_list(model)[0] + "."
+    prefixes = [f"{block.name}." for block in _whole_blocks(model)]
     for names in tied:
-        inside = [name for name in names if name.startswith(prefix)]
-        by_block = {name.removeprefix(prefix).split(".")[0]: name for name in inside}
+        by_block = {prefix: name for prefix in prefixes for name in names if name.startswith(prefix)}
         if len(by_block) > 1:
             first, second, *_ = by_block.values()
             raise NotStreamableError(f"{first} and {second} are one weight, in two blocks")
 
 
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    weights = {name: _prunable_weights(module) for name, module in lists.items()}
-    # An image encoder can hold more weight than the language model.
-    language = _language_modules(model)
-    decoding = [name for name, module in lists.items() if weights[name] and module in language]
-    # An outer list has at least the weights of its inner lists. It comes first, so it wins a tie.
-    best = max(decoding or lists, key=weights.get, default=None)
-    if best is None or not weights[best]:
-        owners = {type(owner).__name__ for owner in model.modules() if list(owner.parameters(recurse=False))}
-        raise NoPrunableBlockError(
-            f"{type(model).__name__} has no repeated block with prunable weights; "
-            f"its weights are in {', '.join(sorted(owners))}"
-        )
-    return best, model.get_submodule(best)
+def _whole_blocks(model: nn.Module) -> list[Block]:
+    """The repeated layers with all of their linears."""
+    return [
+        _whole_block(name, model.get_submodule(name), chain)
+        for chain, names in enumerate(block_chains(model))
+        for name in names
+    ]
 
 
-def _language_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules of the language model, if transformers says which part that is; otherwise all modules."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return set((decoder if isinstance(decoder, nn.Module) else model).modules())
-
-
-def _prunable_weights(module: nn.Module) -> int:
-    stacks = [stack for each in find_experts(module) for stack in (each.first.stack, each.down.stack)]
-    weights = [child.weight for child in module.modules() if is_linear(child)]
-    return sum(weight.numel() for weight in [*weights, *stacks])
-
-
-def _whole_block(name: str, layer: nn.Module) -> Block:
+def _whole_block(name: str, layer: nn.Module, chain: int) -> Block:
     """A layer with all of its linears: those of the dense modules, then the experts'."""
     experts = find_experts(layer, f"{name}.")
     linears = [linear for each in experts for linear in each.linears]
-    return Block(name, layer, [*dense_linears(layer, f"{name}."), *linears], experts)
+    return Block(name, layer, [*dense_linears(layer, f"{name}."), *linears], experts, chain)
 
 
 def _called(linear: Linear) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, MutableMapping, MutableSequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,7 +20,7 @@ class BlockCall:
     kwargs: dict
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for `hidden`, both `[sequences, seqlen, features]`."""
+        """The block's output for `hidden`, both `[samples, ...]`."""
         with faster_forward(hidden.device):
             output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple | list) else output
@@ -27,18 +28,23 @@ class BlockCall:
 
 @dataclass
 class BlockInputs:
-    """The inputs of one block for all sequences.
+    """The inputs of one block for all samples.
 
     Attributes:
-        hidden: `[nsamples, seqlen, features]`, overwritten block by block.
-        batch_size: sequences per forward.
+        hidden: `[nsamples, seqlen, features]` of text, overwritten block by block; of images also of another
+            rank, and with another shape in each chain of blocks.
+        batch_size: samples per forward.
         calls: `calls[batch][block]`: the other arguments.
-        before: sequences that other ranks have before these.
+        samples: what the model's forward takes, if it has several chains of blocks.
+        offload: made `hidden`.
+        before: samples that other ranks have before these.
     """
 
     hidden: Tensor | Offloaded
     batch_size: int
     calls: list[list[BlockCall]]
+    samples: Tensor | None = None
+    offload: Offload | None = None
     before: int = 0
 
     def slices(self) -> Iterator[slice]:
@@ -59,8 +65,11 @@ class BlockInputs:
         """Overwrite hidden states by stored ones, a batch at a time.
 
         Args:
-            stored: a safetensors slice with sequences `first` to `end` of all ranks'.
+            stored: a safetensors slice with samples `first` to `end` of all ranks'.
         """
+        shape = torch.Size((len(self.hidden), *stored.get_shape()[1:]))
+        if shape != self.hidden.shape and len(self.hidden):
+            self.hidden = self.offload.empty(shape, self.hidden.dtype)
         for batch in self.slices():
             begin, stop = max(batch.start + self.before, first), min(batch.stop + self.before, end)
             if begin < stop:
@@ -79,7 +88,7 @@ class BlockInputs:
         for batch in self.slices():
             hidden[batch] = self.hidden[batch]
         calls = [_with_own_containers(calls) for calls in self.calls]
-        return BlockInputs(hidden, self.batch_size, calls, self.before)
+        return BlockInputs(hidden, self.batch_size, calls, self.samples, offload, self.before)
 
 
 def _with_own_containers(calls: list[BlockCall]) -> list[BlockCall]:

@@ -1,7 +1,7 @@
 """Prunable weights: matrices `[out, in]`, wherever a model keeps them.
 
-A linear is an `nn.Linear`, a `Conv1D` of GPT-2 (stored transposed), or one matrix of one expert: a slice of a
-three-dimensional parameter.
+A linear is an `nn.Linear`, a `Conv1D` of GPT-2 (stored transposed), a 1x1 convolution `[out, in, 1, 1]`, or
+one matrix of one expert: a slice of a three-dimensional parameter.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ class GatedMLP:
 
 @dataclass(eq=False)
 class Linear:
-    """A prunable weight of an `nn.Linear` or a `Conv1D`.
+    """A prunable weight of an `nn.Linear`, a `Conv1D` or a 1x1 convolution.
 
     Attributes:
         name: its full name in the model.
@@ -103,18 +103,29 @@ class Linear:
         """This linear with a weight on the meta device, to compute the size of what is made for it."""
         return replace(self, stand_in=torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta"))
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The module's input as `[..., in]`; a convolution's is `[n, in, h, w]`, and it may skip some."""
+        if not isinstance(self.module, nn.Conv2d):
+            return x
+        down, right = self.module.stride
+        return x[..., ::down, ::right].movedim(-3, -1).contiguous()
+
     def _view(self) -> Tensor:
         weight = self.module.weight
+        if isinstance(self.module, nn.Conv2d):
+            return weight[:, :, 0, 0]
         return weight if isinstance(self.module, nn.Linear) else weight.t()
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by its one weight: `nn.Linear`, or transformers' `Conv1D`."""
+    """Whether a module multiplies by its one weight: `nn.Linear`, transformers' `Conv1D`, a 1x1 `Conv2d`."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def dense_linears(root: nn.Module, prefix: str = "") -> list[Linear]:
-    """The linears of `nn.Linear` and `Conv1D` modules in `root`, with their gated MLPs."""
+    """The linears in `root` that have a module of their own, with their gated MLPs."""
     found = []
     gated = {module: (mlp, part) for module, mlp, part in _gated_mlps(root)}
     for name, module in root.named_modules():

@@ -4,7 +4,7 @@ A recorder stores its arguments and returns the hidden states unchanged, so the 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from weakref import WeakKeyDictionary
@@ -28,49 +28,79 @@ NOTHING = nullcontext()
 def record_block_inputs(
     forward: Callable[[Tensor], object],
     blocks: list[Block],
-    token_ids: Tensor,
+    samples: Tensor,
     batch_size: int,
     offload: Offload,
 ) -> BlockInputs:
     """The first block's hidden states, and the other arguments of all blocks.
 
-    Runs `forward(token_ids[batch])` over all batches with every block replaced by a recorder.
+    Runs `forward(samples[batch])` over all batches with every block replaced by a recorder.
 
     Args:
         forward: the model's own forward, without a key-value cache.
         blocks: in the order in which the model calls them.
-        token_ids: int64 `[nsamples, seqlen]`.
+        samples: token ids int64 `[nsamples, seqlen]`, or images `[nsamples, 3, height, width]`.
         offload: makes the buffer of the hidden states; the blocks will run on its device.
     Raises: `HiddenStatesError` if the blocks cannot be run one by one.
     """
     hidden, calls, keep = None, [], _KeepOnce(offload.device)
-    for start in range(0, len(token_ids), batch_size):
-        batch = slice(start, min(start + batch_size, len(token_ids)))
+    for start in range(0, len(samples), batch_size):
+        batch = slice(start, min(start + batch_size, len(samples)))
         with _recorders(blocks) as recorders:
-            forward(token_ids[batch])
+            forward(samples[batch])
         if hidden is None:
             _require_one_after_the_other(recorders, blocks)
         first = recorders[0].hidden
-        _require_sequences(first, token_ids[batch], blocks[0])
+        _require_sequences(first, samples[batch], blocks[0])
         if hidden is None:
             dtypes = [first.dtype, *(recorder.outputs.dtype for recorder in recorders)]
             # Mamba's blocks return float32 for any input.
             dtype = reduce(torch.promote_types, dtypes)
-            hidden = offload.empty((len(token_ids), *first.shape[1:]), dtype)
+            hidden = offload.empty((len(samples), *first.shape[1:]), dtype)
         hidden[batch] = first
         calls.append([keep(recorder.call, index) for index, recorder in enumerate(recorders)])
-    return BlockInputs(hidden, batch_size, calls)
+    return BlockInputs(hidden, batch_size, calls, samples if blocks[-1].chain else None, offload)
 
 
-def _require_sequences(hidden: Tensor, token_ids: Tensor, block: Block) -> None:
-    """Raise `HiddenStatesError` if hidden states cannot be split into sequences."""
-    # A fourth dimension may come before the sequences, and be as long as they are many by chance. Then the
-    # second dimension is not the tokens.
-    leading = 1 if hidden.dim() <= 3 else 2
-    if hidden.shape[:leading] != token_ids.shape[:leading]:
+@torch.no_grad()
+def record_next_chain_(
+    forward: Callable[[Tensor], object], blocks: list[Block], index: int, inputs: BlockInputs
+) -> None:
+    """Replace the outputs of block `index`, the last of its chain, by the inputs of the block after it.
+
+    What stands between the two runs by the model's own code, in a forward that stops behind it.
+
+    Args:
+        forward, blocks: as for `record_block_inputs`, which gave `inputs`.
+    """
+    hidden = inputs.hidden if not len(inputs.hidden) else None
+    for batch in inputs.slices():
+        with _recorders(blocks) as recorders, suppress(_Enough):
+            recorders[index].given, recorders[index + 1].is_enough = inputs.hidden[batch], True
+            forward(inputs.samples[batch])
+        first = recorders[index + 1].hidden
+        if hidden is None:
+            dtype = torch.promote_types(first.dtype, inputs.hidden.dtype)
+            hidden = inputs.offload.empty((len(inputs.hidden), *first.shape[1:]), dtype)
+        hidden[batch] = first
+    inputs.hidden = hidden
+
+
+class _Enough(Exception):
+    """Ends a forward at the block whose input is wanted."""
+
+
+def _require_sequences(hidden: Tensor, samples: Tensor, block: Block) -> None:
+    """Raise `HiddenStatesError` if hidden states cannot be split into samples."""
+    # Of token ids, a fourth dimension may come before the sequences, and be as long as they are many by
+    # chance. Then the second dimension is not the tokens.
+    leading = 2 if samples.dim() == 2 and hidden.dim() > 3 else 1
+    if hidden.shape[:leading] != samples.shape[:leading]:
+        what = f"sequences of {samples.shape[1]} tokens" if samples.dim() == 2 else "images"
+        form = "sequences, tokens" if samples.dim() == 2 else "images"
         raise HiddenStatesError(
-            f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(token_ids)} "
-            f"sequences of {token_ids.shape[1]} tokens: only [sequences, tokens, ...] run block by block"
+            f"{type(block.module).__name__} takes hidden states {list(hidden.shape)} of {len(samples)} "
+            f"{what}: only [{form}, ...] run block by block"
         )
 
 
@@ -83,6 +113,8 @@ def _require_one_after_the_other(recorders: list["_Recorder"], blocks: list[Bloc
                 "pruned one by one"
             )
     for index in range(1, len(blocks)):
+        if blocks[index].chain != blocks[index - 1].chain:
+            continue
         output, following = recorders[index - 1].hidden, recorders[index].hidden
         if following is not output and not torch.equal(following.to(output), output):
             raise HiddenStatesError(
@@ -131,6 +163,7 @@ class _Recorder:
         self.block, self.own, self.experts, self.known = block, block.forward, experts, known
         self.calls = 0
         self.given: Tensor | None = None
+        self.is_enough = False
 
     def __call__(self, *args, **kwargs):
         # Some models pass the hidden states by name.
@@ -138,6 +171,8 @@ class _Recorder:
             args = (kwargs.pop("hidden_states"),)
         self.calls += 1
         self.hidden, self.call = args[0], BlockCall(args[1:], kwargs)
+        if self.is_enough:
+            raise _Enough
         self.outputs = self._outputs()
         others = self.outputs.others
         if self.given is not None:

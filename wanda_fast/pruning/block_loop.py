@@ -75,7 +75,7 @@ def prune_blocks(
         masks: receives each linear's packed mask, uint8 `[out, ceil(in / 8)]` on the host; None: none wanted.
         store: keeps each pruned block, and has those of the run that this one resumes.
         sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
-            after the other.
+            after the other; "dense": as "block", but the next block gets what the dense block gives.
         expert_options: how tokens count in the statistics of experts.
         ranks: that prune the model together, each with its share of the calibration in `activations`.
     Raises: `RanksDifferError`; `NonFiniteError`, which names block and linear. Blocks before it stay pruned;
@@ -86,6 +86,7 @@ def prune_blocks(
     before = (0, 0) if inputs is None else (inputs.before, inputs.before * inputs.hidden.shape[1])
     selection = Selection(method, pattern, masks, expert_options, ranks or Ranks(), before)
     order = _order(selection, sequential, clock)
+    restored = RestoredBehindDense if isinstance(order, DenseStatistics) else Restored
     first = store.begin_(activations)
     source.release_memory()
     reports: dict[str, LinearReport] = {}
@@ -94,7 +95,7 @@ def prune_blocks(
     for index, block in enumerate(source.blocks[first:], start=first):
         phases = Phases(clock, progress, index, len(source.blocks), block.name)
         turn = Turn(index, block, activations.calibration, index + 1 == len(source.blocks), phases)
-        passes = Restored(store, masks) if store.holds(index) else order
+        passes = restored(store, masks) if store.holds(index) else order
         with _around(turn, source, activations, store, masks):
             statistics = passes.dense_pass(turn)
             turn.reports = passes.prune(turn, statistics)
@@ -121,6 +122,9 @@ def _around(
         # The passes' memory is returned before the block is written, which takes memory too.
         source.release_memory()
         store.write_block(turn.index, turn.reports, masks)
+    if any(following.chain > block.chain for following in source.blocks[turn.index + 1 : turn.index + 2]):
+        with turn.phases("between stages"):
+            activations.enter_next_chain_(source, turn.index)
     store.reached(turn.index + 1, activations)
 
 
@@ -135,8 +139,9 @@ def _order(
 ) -> "SequentialBlock | SequentialLinear | LeaveDense":
     if not selection.method.prunes:
         return LeaveDense()
-    one_pass = sequential == "linear" and selection.method.calibrates
-    return (SequentialLinear if one_pass else SequentialBlock)(selection, clock)
+    if selection.method.calibrates and sequential in ORDERS:
+        return ORDERS[sequential](selection, clock)
+    return SequentialBlock(selection, clock)
 
 
 class SequentialBlock:
@@ -186,6 +191,24 @@ def pruned_pass(turn: Turn) -> None:
             turn.inputs.advance_(turn.index, turn.block.module)
 
 
+class DenseStatistics(SequentialBlock):
+    """`--statistics dense`: no block sees what pruned ones give, as in the published code for classifiers."""
+
+    def pruned_pass(self, turn: Turn) -> None:
+        """Runs nothing: the dense pass gave the next block's inputs."""
+
+    def _parts(self, block: Block) -> list[Block]:
+        # There is one pass over the block's inputs, since it replaces them.
+        return [block]
+
+    def _statistics(self, turn: Turn, part: Block) -> BlockStatistics:
+        with turn.phases("dense pass"):
+            statistics = self.selection.statistics(part, self.clock)
+            with statistics.gathering():
+                turn.inputs.advance_(turn.index, turn.block.module)
+        return statistics
+
+
 class LeaveDense:
     """The order of a run that only evaluates."""
 
@@ -211,6 +234,18 @@ class Restored:
 
     def pruned_pass(self, turn: Turn) -> None:
         pruned_pass(turn)
+
+
+class RestoredBehindDense(Restored):
+    """The same for `--statistics dense`: the next block gets what the block gives before it is restored."""
+
+    def dense_pass(self, turn: Turn) -> None:
+        pruned_pass(turn)
+
+    def pruned_pass(self, turn: Turn) -> None: ...
+
+
+ORDERS = {"linear": SequentialLinear, "dense": DenseStatistics}
 
 
 class KeepNothing:

@@ -177,7 +177,7 @@ class BlockStatistics:
             if linear.name not in self._elsewhere:
                 self._read_input(linear, args[0])
             if (hessian := self.shared_hessians.to_add(linear, args[0])) is not None:
-                hessian.add(args[0])
+                hessian.add(linear.rows(args[0]))
 
     def _read_input(self, linear: Linear, x: Tensor) -> None:
         own = self.shared_statistics.to_add(linear, x)
@@ -187,7 +187,7 @@ class BlockStatistics:
         if joins and not self.before_call and isinstance(own, SquaredNorm):
             self._now.deferred[linear.module] = own
         else:
-            own.add(x)
+            own.add(linear.rows(x))
 
     def _computed_ahead(self, group: _Group) -> bool:
         """Whether outputs that the group reads must be known before the modules themselves are called."""

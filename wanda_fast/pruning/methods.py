@@ -55,8 +55,12 @@ class Method:
 
     def check(self, pattern: Pattern) -> None:
         """Raise `PatternError` if the method, or mask descent after it, cannot prune by this pattern."""
-        if pattern.rule is None and self.hessians is not None and self.hessians.refine:
-            raise PatternError(f"--refine exchanges weights of a row or of an N:M group, not of {pattern}")
+        if self.hessians is not None and self.hessians.refine:
+            if pattern.rule is None:
+                raise PatternError(
+                    f"--refine exchanges weights of a row or of an N:M group, not of {pattern}"
+                )
+            require_rows(f"--refine {self.hessians.refine}", pattern)
 
     def statistic(self, linear: Linear) -> Statistic | None:
         """A new statistic for this linear; None if its score needs none."""
@@ -253,16 +257,25 @@ def prunes_by_rows(method: Method, pattern: Pattern) -> bool:
     plain = method.score is None and type(method).prune_ in (Method.prune_, Magnitude.prune_)
     plain &= type(method).prune_and_update_ in (Method.prune_and_update_, SparseGPT.prune_and_update_)
     plain &= type(method).choose in (Method.choose, SparseGPT.choose)
-    whole_matrix = pattern.is_variant or (isinstance(method, Magnitude) and not isinstance(pattern, NM))
+    granularity = getattr(pattern, "granularity", None)
+    by_matrix = granularity is None and isinstance(method, Magnitude) and not isinstance(pattern, NM)
+    whole_matrix = pattern.is_variant or granularity == "layer" or by_matrix
     return plain and pattern.rule is not None and not whole_matrix
 
 
 def _require_rule(method: Method, pattern: Pattern) -> None:
+    require_rows(method.name, pattern)
     if pattern.rule is None:
         raise PatternError(
             f"{method.name} chooses unstructured or N:M as it updates, not {pattern}: "
             f"other methods take that pattern, with --update obs too"
         )
+
+
+def require_rows(what: str, pattern: Pattern) -> None:
+    """Raise `PatternError` if a granularity is asked of something that has its own."""
+    if (granularity := getattr(pattern, "granularity", None)) is not None:
+        raise PatternError(f"{what} chooses by its own rule, so it takes no prune_granularity {granularity}")
 
 
 def require_method(name: str) -> None:

@@ -81,7 +81,14 @@ class Pattern:
 
 @register_pattern("unstructured")
 class Unstructured(Pattern):
-    """Exactly int(in_features * ratio) weights of each row are pruned."""
+    """Exactly int(in_features * ratio) weights of each row are pruned.
+
+    Attributes:
+        granularity: "row", or "layer": one threshold for the matrix, and ties of it are pruned too. None: as
+            the method has it.
+    """
+
+    granularity: str | None = None
 
     @property
     def rule(self) -> float:
@@ -91,13 +98,16 @@ class Unstructured(Pattern):
         return int(in_features * self.ratio)
 
     def select(self, scores: Tensor) -> Tensor:
+        if self.granularity == "layer":
+            rank = int(scores.numel() * self.ratio)
+            return scores <= scores.flatten().sort().values[rank]
         lowest = scores.sort(dim=1, stable=True).indices[:, : self.num_pruned(scores.shape[1])]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
 
     def prune_(
         self, weight: Tensor, scale: Tensor | None, *, whole_matrix: bool = False, mask: Tensor | None = None
     ) -> str:
-        if whole_matrix:
+        if self.granularity == "layer" or (whole_matrix and self.granularity is None):
             rank = int(weight.numel() * self.ratio)
             wanda_kernels.prune_matrix_(weight, scale, rank, mask=mask, check_finite=False)
             return "prune_matrix_"
@@ -166,8 +176,30 @@ class NM(Pattern):
         return "prune_nm_"
 
 
-def parse_pattern(sparsity_type: str, ratio: float | None = None, use_variant: bool = False) -> Pattern:
-    """ "unstructured", "N:M", or a registered name with whole numbers after colons ("block:16")."""
+def parse_pattern(
+    sparsity_type: str,
+    ratio: float | None = None,
+    use_variant: bool = False,
+    granularity: str | None = None,
+) -> Pattern:
+    """ "unstructured", "N:M", or a registered name with whole numbers after colons ("block:16").
+
+    Args:
+        granularity: of "unstructured" alone.
+    Raises: `PatternError`, `SparsityRatioError`.
+    """
+    pattern = _parsed(sparsity_type, ratio, use_variant)
+    if granularity is not None:
+        if type(pattern) is not Unstructured:
+            raise PatternError(
+                f"prune_granularity {granularity} is for unstructured sparsity without --use_variant, "
+                f"not for {sparsity_type}{' with --use_variant' if use_variant else ''}"
+            )
+        pattern.granularity = granularity
+    return pattern
+
+
+def _parsed(sparsity_type: str, ratio: float | None, use_variant: bool) -> Pattern:
     if re.fullmatch(r"\d+:\d+", sparsity_type):
         n, m = map(int, sparsity_type.split(":"))
         return NM(n, m, ratio)

@@ -10,9 +10,11 @@ from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
 from wanda_fast.checkpoint.model_class import predicts_tokens
+from wanda_fast.checkpoint.timm_file import load_timm
 from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
+from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.options import Options
 from wanda_fast.output.resume import input_digests
 from wanda_fast.run.job import Job
@@ -20,7 +22,7 @@ from wanda_fast.run.live_model import dtype_of
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SEQLEN = 2048
+DEFAULT_SEQLEN, DEFAULT_NSAMPLES = 2048, 128
 
 
 def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Checkpoint:
@@ -29,6 +31,9 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
         with job.clock.phase("load"):
             return Checkpoint(options.model, tokenizer, dtype_of(options.model))
     path = str(options.model)
+    if options.checkpoint is not None:
+        with job.phase("load", "loading", str(options.checkpoint)):
+            return load_timm(path, str(options.checkpoint))
     gguf = checkpoints.locate(path)[1]
     if gguf:
         logger.info("converting %s: this can take minutes", gguf)
@@ -45,12 +50,16 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
 
 
 def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
-    """The checkpoint without its weights, or loaded as a whole if zero-shot tasks or its format need that."""
+    """The checkpoint without its weights; loaded as a whole if its format or the evaluation needs that."""
     arguments = (path, options.dtype, options.cache_dir, device, options.dequantize)
     if options.eval_zero_shot:
         return checkpoints.load(*arguments)
     try:
-        return open_meta_model(*arguments)
+        opened = open_meta_model(*arguments)
+        # Hidden states of a whole validation set are far larger than an image classifier.
+        if classifies_images(opened.model) and options.eval_dataset is not None:
+            return checkpoints.load(*arguments)
+        return opened
     except NotStreamableError as error:
         loaded = checkpoints.load(*arguments)
         logger.info("%s is held in memory as a whole, not streamed: %s", path, error)
@@ -103,7 +112,7 @@ def _calibration(
     token_ids = calibration_tokens(
         options.dataset,
         tokenizer,
-        options.nsamples,
+        options.nsamples or DEFAULT_NSAMPLES,
         seqlen,
         options.seed,
         options.cache_dir,

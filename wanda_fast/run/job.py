@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.load import Checkpoint
+from wanda_fast.data.accuracy import LabelledImages, accuracy
 from wanda_fast.data.evaluation import EvaluationSet, losses, mean_perplexity
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
 from wanda_fast.model.block_source import BlockSource, LiveModel
+from wanda_fast.model.image_shapes import ImageShapes
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
@@ -29,17 +32,23 @@ from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
 
+# Times that a progress display is told how many images are done.
+IMAGE_STEPS = 20
+
 
 @dataclass
 class Job:
     """The work on a model and what it has so far; the same for a model in memory and a streamed one.
 
     Attributes:
-        token_ids: calibration tokens int64 `[nsamples, seqlen]`; None for a method that needs none.
+        token_ids: calibration tokens int64 `[nsamples, seqlen]`, or images `[nsamples, 3, height, width]`;
+            None for a method that needs none.
         evaluation: windows to measure perplexity on; None: not measured.
         masks: receives the packed masks by linear; None: they are not kept.
         activations: where the hidden states are kept, a kind of `Offload`.
         ranks: that do the job together. All of them have all tokens and windows, and run their shares.
+        image_shapes: of the hidden states of an image, if the calibration is images.
+        labelled: images to measure accuracy on; None: not measured.
     """
 
     method: Method
@@ -55,6 +64,15 @@ class Job:
     expert_options: ExpertOptions = ExpertOptions()
     activations: str = "device"
     ranks: Ranks = field(default_factory=Ranks)
+    image_shapes: ImageShapes | None = None
+    labelled: LabelledImages | None = None
+
+    @property
+    def calibration_shape(self) -> tuple[int, int]:
+        """(samples of the rank that has the most, tokens of each); an image has those of its largest hidden
+        states."""
+        nsamples, seqlen = (1, 1) if self.token_ids is None else self.own_tokens.shape[:2]
+        return nsamples, self.image_shapes.tokens if self.image_shapes else seqlen
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +96,11 @@ class Job:
             self.progress.step(shown or name, 0, 1, detail)
         with self.clock.phase(name):
             yield
+
+    def count_images(self, name: str, done: int, total: int) -> None:
+        """Show how many images are done, at most IMAGE_STEPS times."""
+        if self.progress and (done in (0, total) or done % max(1, total // IMAGE_STEPS) == 0):
+            self.progress.step(name, done, total)
 
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
@@ -164,7 +187,9 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
 
 
 def _measure(job: Job, model: nn.Module, which: str) -> None:
-    """The perplexity of a model in memory, by its own forward."""
+    """The perplexity or accuracy of a model in memory, by its own forward."""
+    if job.labelled is not None:
+        _measure_accuracy(job, model, which)
     if job.evaluation is None:
         return
     share = job.ranks.share(len(job.evaluation.windows))
@@ -179,3 +204,10 @@ def _measure(job: Job, model: nn.Module, which: str) -> None:
     with job.clock.phase("evaluation"):
         found = job.ranks.gather(losses(model, own, progress=tell))
         job.report.perplexity[which] = mean_perplexity(sum(found, []))
+
+
+def _measure_accuracy(job: Job, model: nn.Module, which: str) -> None:
+    tell = partial(job.count_images, f"accuracy, {which}", total=len(job.labelled.indices))
+    tell(0)
+    with job.clock.phase("evaluation"):
+        job.report.accuracy[which] = accuracy(model, job.labelled, progress=tell)

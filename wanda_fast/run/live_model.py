@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_fast.errors import AdapterError, LiveModelError, OutputError, QuantizedModelError
+from wanda_fast.model.block_lists import is_of_transformers
 from wanda_fast.options import Options
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -31,16 +32,21 @@ def plain_model(options: Options) -> Iterator[Options]:
         yield options
         return
     model = _unwrapped(options.model)
-    require_plain(model)
+    require_plain(model, is_pixels(options.dataset))
     if options.save_model is not None:
         _require_savable(model)
     with _uncompiled(model):
         yield replace(options, model=model)
 
 
-def require_plain(model: nn.Module) -> None:
-    """Raise an error unless `model` is a transformers model with all of its weights, in floating point."""
-    if not hasattr(getattr(model, "config", None), "get_text_config"):
+def require_plain(model: nn.Module, takes_pixels: bool = False) -> None:
+    """Raise an error unless `model` is whole, in floating point, and can be run.
+
+    Args:
+        takes_pixels: the caller has pixel values, which any module may take; else it must be a model of
+            transformers.
+    """
+    if not takes_pixels and not is_of_transformers(model):
         raise LiveModelError(
             f"{type(model).__name__} is not a transformers model, because it has no config of transformers: "
             f"pass the transformers model that is in it"
@@ -48,6 +54,11 @@ def require_plain(model: nn.Module) -> None:
     _refuse_adapters(model)
     _refuse_quantized(model)
     _refuse_absent(model)
+
+
+def is_pixels(dataset: object) -> bool:
+    """Whether data from Python are the pixel values of images, `[n, 3, height, width]`."""
+    return len(getattr(dataset, "shape", ())) == 4
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -83,7 +94,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    about = getattr(model.config, "quantization_config", None)
+    about = getattr(getattr(model, "config", None), "quantization_config", None)
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", about)
     method = getattr(method, "value", method)
     if about is None or method in DEQUANTIZED:

@@ -11,6 +11,7 @@ the host to be written. `converted` is on the GPU, at times when only the block 
 host, the formula counts the bands that visit the GPU; `hessian_memory.place_hessians` checks the rest.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from wanda_fast.data.evaluation import batch_of
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
+from wanda_fast.model.block_lists import is_of_transformers
 from wanda_fast.model.linears import Linear
 from wanda_fast.model.offload import MAX_PENDING_COPIES
 from wanda_fast.pruning.methods import Method
@@ -103,7 +105,8 @@ def footprint(
             not count, nor do its perplexities, which its own forward computes.
         converted: names of the parameters that are merged from several tensors of the checkpoint.
     """
-    config, dtype = model.config.get_text_config(), dtype_of(model)
+    config = model.config.get_text_config() if is_of_transformers(model) else None
+    dtype = dtype_of(model)
     size = dtype.itemsize
     widths = [linear.in_features for block in blocks for linear in block.linears]
     hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
@@ -118,18 +121,21 @@ def footprint(
     in_fp32 = dtype == torch.bfloat16 and not multiplies_bf16()
     # Bytes of one value of the hidden states between blocks.
     hidden_value = FP32 if getattr(config, "residual_in_fp32", False) else size
-    tokens = 0 if calibration is None else calibration.numel()
+    tokens = 0 if calibration is None else math.prod(job.calibration_shape)
     use = job.method.hessians
     # In one pass, all sequences are inside the block at once.
     one_pass = job.sequential == "linear"
-    inside = tokens if one_pass or not tokens else min(tokens, batch_size * calibration.shape[1])
+    inside = tokens if one_pass or not tokens else min(tokens, batch_size * job.calibration_shape[1])
     evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
+    activations = (tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * hidden_value
+    if job.image_shapes is not None:
+        activations = job.calibration_shape[0] * job.image_shapes.values * hidden_value
     return Footprint(
         block=weights * size,
         ahead=weights * (size + widened),
         stored=weights * widened,
         converted=max(_converted(block, converted) for block in blocks) * size,
-        activations=(tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * hidden_value,
+        activations=activations,
         statistics=max(_statistics(block, job.method) for block in blocks) if tokens else 0,
         hessians=block_bytes(blocks, use) + visiting_bytes(use) if tokens else 0,
         masks=0 if job.masks is None else sum(_mask_bytes(block) for block in blocks),

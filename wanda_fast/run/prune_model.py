@@ -16,8 +16,10 @@ from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.data.evaluation import require_zero_shot, zero_shot
 from wanda_fast.distributed.ranks import Ranks
+from wanda_fast.errors import OptionError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
+from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import LiveModel
 from wanda_fast.options import Options
 from wanda_fast.output.resume import nothing_to_do, outside_digest, run_identity
@@ -27,6 +29,7 @@ from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report import Report
 from wanda_fast.run.hessian_memory import place_hessians
+from wanda_fast.run.image_inputs import read_images
 from wanda_fast.run.inputs import open_model, read_tokens
 from wanda_fast.run.job import Job, run_in_memory, run_streamed
 from wanda_fast.run.live_model import device_of, plain_model
@@ -60,9 +63,12 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     if options.eval_zero_shot:
         require_zero_shot()
     loaded = open_model(options, tokenizer, job)
-    tokenizer = tokenizer or loaded.tokenizer
     blocks = _surveyed_blocks(options, loaded, job)
-    read_tokens(options, tokenizer, loaded, job)
+    if classifies_images(loaded.model):
+        read_images(options, tokenizer, loaded, blocks, job)
+    else:
+        tokenizer = tokenizer or loaded.tokenizer
+        read_tokens(options, tokenizer, loaded, job)
     done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
     if done:
         return ranks.from_first(lambda: _already_finished(options, finished))
@@ -89,8 +95,18 @@ def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
         options.polish,
         connect_gate=options.connect_gate,
     )
-    pattern = parse_pattern(options.sparsity_type, options.sparsity_ratio or None, options.use_variant)
     options.require_choices()
+    pattern = parse_pattern(
+        options.sparsity_type,
+        options.sparsity_ratio or None,
+        options.use_variant,
+        options.prune_granularity,
+    )
+    if options.statistics == "dense" and options.sequential == "linear":
+        raise OptionError(
+            "statistics dense and sequential linear exclude each other: with linear, each linear sees the "
+            "output of pruned ones"
+        )
     return method, pattern
 
 
@@ -111,7 +127,7 @@ def _new_job(
         report=Report(recipe, seconds=clock.seconds),
         progress=progress,
         masks=None if options.save_mask is None else {},
-        sequential=options.sequential,
+        sequential=options.sequential if options.statistics == "sequential" else "dense",
         expert_options=ExpertOptions(
             options.expert_shrinkage, options.expert_tokens, options.expert_weighting
         ),

@@ -93,7 +93,7 @@ def choose_resources(
     free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
     # The ranks of a machine share its memory.
     free["host"] //= len(job.ranks.local)
-    nsamples, seqlen = (1, 1) if job.token_ids is None else job.own_tokens.shape
+    nsamples, seqlen = job.calibration_shape
     tokens = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     batch = batch_size or min(nsamples, max(1, tokens // seqlen))
     kinds = KINDS[device.type == "cpu" :] if activations == "auto" else (activations,)
