@@ -262,10 +262,10 @@ class Options:
         choices=("row", "layer"),
         decides=BYTES,
     )
-    statistics: str = option(
-        "sequential",
+    statistics: str | None = option(
+        None,
         help="sequential: a block's statistics are of what the pruned blocks before it give. dense: of what "
-        "dense ones give, as in the published code for image classifiers.",
+        "dense ones give. Default: sequential; dense for an image classifier, as published.",
         panel=WHAT,
         choices=("sequential", "dense"),
         decides=BYTES,

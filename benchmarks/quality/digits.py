@@ -34,7 +34,7 @@ def main(
     seeds: int = 3,
     epochs: int = 30,
     nsamples: int = 512,
-    statistics: str = "sequential",
+    statistics: str = "dense",
 ) -> None:
     processor = processor_in(out)
     train_images, test_images = (read(purpose, processor) for purpose in ("calibration", "evaluation"))

@@ -66,6 +66,8 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     blocks = _surveyed_blocks(options, loaded, job)
     if classifies_images(loaded.model):
         read_images(options, tokenizer, loaded, blocks, job)
+        if options.statistics is None and job.sequential == "block":
+            job.sequential = "dense"
     else:
         tokenizer = tokenizer or loaded.tokenizer
         read_tokens(options, tokenizer, loaded, job)
@@ -127,7 +129,7 @@ def _new_job(
         report=Report(recipe, seconds=clock.seconds),
         progress=progress,
         masks=None if options.save_mask is None else {},
-        sequential=options.sequential if options.statistics == "sequential" else "dense",
+        sequential="dense" if options.statistics == "dense" else options.sequential,
         expert_options=ExpertOptions(
             options.expert_shrinkage, options.expert_tokens, options.expert_weighting
         ),

@@ -98,7 +98,8 @@ def test_a_bare_module_with_convolutions():
     """Weights as a matrix, inputs [n, in, h, w]; the downsampling in the second stage is no block."""
     model, reference = Bare(), Bare()
     reference.load_state_dict(model.state_dict())
-    report = wanda_fast.prune(model, dataset=PIXELS, sparsity_ratio=0.25, batch_size=2)
+    options = dict(sparsity_ratio=0.25, batch_size=2, statistics="sequential")
+    report = wanda_fast.prune(model, dataset=PIXELS, **options)
     names = [f"stages.{block}.{x}" for block in ("0.0", "0.1", "1.1") for x in ("up", "down")]
     assert list(report.linears) == names
     for pair in zip(names[::2], names[1::2], strict=True):
@@ -119,6 +120,16 @@ def straight_mask(model, convolution):
     scores = convolution.weight[:, :, 0, 0].abs() * inputs[0].square().sum(dim=(0, 2, 3)).sqrt()
     lowest = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] // 4]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
+
+
+def test_statistics_are_of_the_dense_model_by_default():
+    models = {statistics: build("swin") for statistics in (None, "dense", "sequential")}
+    for statistics, model in models.items():
+        wanda_fast.prune(model, dataset=PIXELS, statistics=statistics)
+    by_default, dense, sequential = (
+        torch.cat([weight.flatten() for weight in model.parameters()]) for model in models.values()
+    )
+    assert torch.equal(by_default, dense) and not torch.equal(dense, sequential)
 
 
 def test_sequential_lists_without_gaps_run_block_by_block():
