@@ -1,4 +1,4 @@
-"""The two pictures of the README, drawn by matplotlib from the results.
+"""The pictures of README and docs, drawn by matplotlib from the results.
 
 A picture holds the data that it shows in its description, so that a test without matplotlib can compare it
 with the results.
@@ -16,8 +16,10 @@ from benchmarks.quality.results import Results
 GREY, BLUE = "#9aa0a6", "#1a6fc4"
 METHODS = ("wanda", "connect", "sparsegpt")
 LINES = {"magnitude": GREY, "wanda": BLUE, "connect": "#e8710a", "gated": "#188038", "sparsegpt": "#a142f4"}
+ADMM = {"admm": "#d01884"}  # measured on the model in float32
 MODELS = {"llama2-7b": "Llama-2-7B's shape", "SmolLM2-135M-Instruct": "SmolLM2-135M"}
 DENSE_MODEL, SIZE = "SmolLM2-135M-Instruct", 16
+FRONTIER_MODEL, FRONTIER_PATTERN = "SmolLM2-135M-Instruct-float32", "2:4"
 RATIOS = ("0.3", "0.4", "0.5", "0.6", "0.7")
 # A perplexity above this is of a broken model; the line leaves the picture.
 HIGHEST = 2000
@@ -31,18 +33,36 @@ def speed_data(folder: Path) -> list[dict]:
 def quality_data(every: list[Results]) -> dict:
     """The perplexity of the dense model, and of each method by unstructured sparsity: means over seeds."""
     found = next(results for results in every if results.label == DENSE_MODEL)
-    cells = {(method, ratio): found.perplexities(method, ratio, SIZE) for method in LINES for ratio in RATIOS}
+    of = dict.fromkeys(LINES, found)
+    in_fp32 = [results for results in every if results.label == FRONTIER_MODEL]
+    of |= dict.fromkeys(ADMM if in_fp32 else (), *in_fp32)
+    cells = {
+        (method, ratio): of[method].perplexities(method, ratio, SIZE) for method in of for ratio in RATIOS
+    }
     means = {case: statistics.mean(seeds.values()) for case, seeds in cells.items() if seeds}
     counts = [len(seeds) for seeds in cells.values() if seeds]
     lines = {
         method: [
             [float(ratio), round(means[method, ratio], 3)] for ratio in RATIOS if (method, ratio) in means
         ]
-        for method in LINES
+        for method in of
     }
     about = f"{MODELS[DENSE_MODEL]}, WikiText-2 test, {SIZE} calibration windows of 512 tokens, "
-    about += f"mean over {min(counts)} to {max(counts)} seeds"
+    about += f"mean over {min(counts)} to {max(counts)} seeds; admm: float32"
     return {"about": about, "dense": round(found.dense, 3), "lines": lines}
+
+
+def frontier_data(every: list[Results]) -> dict:
+    """By method, [seconds of the whole job, mean perplexity], of those that have both."""
+    found = next(results for results in every if results.label == FRONTIER_MODEL)
+    points, seeds = {}, []
+    for cost in found.costs:
+        perplexities = found.perplexities(cost.method, cost.pattern, cost.nsamples)
+        if cost.pattern == FRONTIER_PATTERN and perplexities:
+            points[cost.method] = [round(cost.seconds, 1), round(statistics.mean(perplexities.values()), 2)]
+            seeds.append(len(perplexities))
+    about = f"SmolLM2-135M, {FRONTIER_PATTERN}, {SIZE} x 512 tokens, {min(seeds)} to {max(seeds)} seeds; "
+    return {"about": about + machine.name(found.machine), "points": points}
 
 
 def data_of(picture: Path) -> object:
@@ -88,13 +108,13 @@ def draw_quality(data: dict, file: Path) -> None:
     last = max(points[-1][0] for points in data["lines"].values())
     ends = [(data["dense"], f"dense {data['dense']:.1f}", "#202124")]
     for method, points in data["lines"].items():
-        panel.plot(*zip(*points, strict=True), color=LINES[method], marker="o", markersize=4)
+        panel.plot(*zip(*points, strict=True), color=(LINES | ADMM)[method], marker="o", markersize=4)
         inside = [point for point in points if point[1] <= HIGHEST]
         if inside == points:
-            ends.append((points[-1][1], f"{method} {points[-1][1]:,.0f}", LINES[method]))
+            ends.append((points[-1][1], f"{method} {points[-1][1]:,.0f}", (LINES | ADMM)[method]))
         else:
             label = f"{method} ({points[-1][1]:,.0f} at {points[-1][0]:.0%})"
-            _name(panel, inside[-1], label, LINES[method])
+            _name(panel, inside[-1], label, (LINES | ADMM)[method])
     panel.axhline(data["dense"], color="#202124", linestyle="--", linewidth=1)
     panel.set_yscale("log")
     panel.set_ylim(data["dense"] * 0.9, HIGHEST)
@@ -109,6 +129,31 @@ def draw_quality(data: dict, file: Path) -> None:
     for perplexity, label, colour in sorted(ends):
         lowest = max(perplexity, lowest * 1.16)
         _name(panel, (last, lowest), label, colour)
+    _save(figure, data, file)
+
+
+def draw_frontier(data: dict, file: Path) -> None:
+    """A point for each method."""
+    figure, panel = _pyplot().subplots(figsize=(7, 3.6))
+    panel.set_title(
+        "Perplexity against seconds of the whole job (lower left is better)\n", loc="left", weight="bold"
+    )
+    panel.text(0, 1.03, data["about"], transform=panel.transAxes, size=9)
+    for method, (seconds, perplexity) in data["points"].items():
+        colour = (LINES | ADMM)[method.split("@")[0]]
+        panel.plot(seconds, perplexity, marker="o", color=colour)
+        _name(
+            panel,
+            (seconds, perplexity),
+            f"{method.replace('@', ' --').replace('=', ' ')} {perplexity:.0f}",
+            colour,
+        )
+    panel.set_xlabel("seconds", loc="left", size=9)
+    panel.set_xlim(0, 1.5 * max(seconds for seconds, _ in data["points"].values()))
+    panel.set_ylim(0, 1.1 * max(perplexity for _, perplexity in data["points"].values()))
+    panel.grid(axis="y", color="#dadce0")
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
     _save(figure, data, file)
 
 

@@ -43,7 +43,9 @@ def draw(root: Path, folder: Path) -> None:
     """The pictures below `root`; needs matplotlib (the bench extra)."""
     images = root / "docs" / "images"
     charts.draw_speed(charts.speed_data(folder), images / "speed.svg")
-    charts.draw_quality(charts.quality_data(Results.every(folder / "quality")), images / "quality.svg")
+    every = Results.every(folder / "quality")
+    charts.draw_quality(charts.quality_data(every), images / "quality.svg")
+    charts.draw_frontier(charts.frontier_data(every), images / "frontier.svg")
 
 
 def speed(folder: Path) -> str:

@@ -134,7 +134,7 @@ def _record_share(
     inputs = record_block_inputs(forward, source.blocks, ids, batch_size, offload)
     if share.stop == share.start:
         shape, dtype = (0, *inputs.hidden.shape[1:]), inputs.hidden.dtype
-        inputs = BlockInputs(torch.empty(shape, dtype=dtype, device=offload.device), batch_size, [])
+        inputs = BlockInputs(offload.empty(shape, dtype), batch_size, [])
     inputs.before = share.start
     return inputs
 

@@ -46,8 +46,9 @@ def test_the_committed_pages_show_what_the_results_say(tmp_path):
 def test_the_committed_pictures_show_what_the_results_say():
     """A picture holds its data, as text."""
     images, every = machine.ROOT / "docs" / "images", Results.every(machine.RESULTS / "quality")
-    shown = charts.data_of(images / "speed.svg"), charts.data_of(images / "quality.svg")
-    assert shown == (charts.speed_data(machine.RESULTS), charts.quality_data(every)), "run `make pages`"
+    shown = [charts.data_of(images / f"{name}.svg") for name in ("speed", "quality", "frontier")]
+    data = [charts.speed_data(machine.RESULTS), charts.quality_data(every), charts.frontier_data(every)]
+    assert shown == data, "run `make pages`"
 
 
 def test_the_newest_figures_of_each_operation_and_what_was_not_measured(tmp_path):

@@ -59,6 +59,16 @@ def test_the_chart_has_a_line_for_each_method():
     assert data["lines"]["magnitude"][-1] == [0.7, 9999.0]
 
 
+def test_the_frontier_has_a_point_for_each_method_with_seconds_and_perplexity():
+    facts = {"device": "cpu", "cpu": "a processor", "cores": 2, "cpu_capability": "AVX2"}
+    found = Results(charts.FRONTIER_MODEL, "a protocol", 10.0, machine=facts)
+    found.cells = [cell("admm", "2:4", 16, seed, 20.0 + seed) for seed in range(3)]
+    found.cells += [cell("wanda", "2:4", 16, 0, 50.0), cell("gated", "2:4", 16, 0, 40.0)]
+    found.costs = [Cost("admm", "2:4", 16, 12.34, 1), Cost("wanda", "2:4", 16, 3.0, 1)]
+    found.costs += [Cost("wanda", "0.5", 16, 9.0, 1)]
+    assert charts.frontier_data([found])["points"] == {"admm": [12.3, 21.0], "wanda": [3.0, 50.0]}
+
+
 def test_results_grow_and_keep_to_one_protocol(results, tmp_path):
     results.save(tmp_path)
     again = Results.open("tiny", tmp_path)

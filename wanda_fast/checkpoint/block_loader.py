@@ -176,11 +176,12 @@ class StreamedModel:
         """
         memory = pinned_memory if self.device.type == "cuda" else mapped_memory
         # Tensors that are converted are freed when they are, the others with the block.
-        dtypes, groups, tensors = {}, {}, {}
+        dtypes, groups, tensors, wanted = {}, {}, {}, set(names)
         for conversion in self._conversions(names, made):
-            dtypes |= dict.fromkeys(conversion.sources, conversion.read_as)
-            group = groups.setdefault(conversion if conversion.converter else None, [])
-            group += conversion.sources
+            # Several ranks read parts of what a conversion takes.
+            sources = [name for name in conversion.sources if name in wanted]
+            dtypes |= dict.fromkeys(sources, conversion.read_as)
+            groups.setdefault(conversion if conversion.converter else None, []).extend(sources)
         for group in groups.values():
             tensors |= (files or self.meta_model.files).read(group, dtypes, memory)
         return tensors

@@ -3,6 +3,7 @@
 import pickle
 import platform
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -35,7 +36,8 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self._group = self._by_gloo = group
-        self.rank, self.size, self.moved = 0, 1, 0
+        self.rank, self.size = 0, 1
+        self._traffic = Counter()
         self.timed: Callable[[], AbstractContextManager] = nullcontext
         self.hosts = [platform.node()]
         if group is not None:
@@ -46,6 +48,10 @@ class Ranks:
                 members = dist.get_process_group_ranks(group)
                 self._by_gloo = dist.new_group(members, backend="gloo", use_local_synchronization=True)
             self.hosts = self.gather(f"{platform.node()} {_boot()}")
+
+    @property
+    def moved(self) -> int:
+        return self._traffic["bytes"]
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +68,7 @@ class Ranks:
             return self
         members = [dist.get_global_rank(self._group, rank) for rank in self.local]
         machine = Ranks(dist.new_group(members, use_local_synchronization=True))
-        machine.timed = self.timed
+        machine.timed, machine._traffic = self.timed, self._traffic
         return machine
 
     def shares(self, count: int) -> list[slice]:
@@ -168,7 +174,7 @@ class Ranks:
     @contextmanager
     def _collective(self, nbytes: int = 0) -> Iterator[None]:
         """Around a collective. Raises: `LostRankError` if it fails, because a rank has ended or hangs."""
-        self.moved += nbytes
+        self._traffic["bytes"] += nbytes
         with self.timed():
             try:
                 yield

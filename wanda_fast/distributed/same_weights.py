@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import RanksDifferError
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Narrower integers would be copied to 8 bytes each when they are summed.
+WORD = torch.int64
 
 
 def require_same_weights(name: str, module: nn.Module, ranks: Ranks) -> None:
@@ -31,6 +32,7 @@ def checksums(module: nn.Module) -> tuple[int, ...]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    rows = tensor.reshape(len(tensor) if tensor.dim() else 1, -1).view(BITS[tensor.element_size()])
-    by_row = rows.sum(1, dtype=torch.int64)
+    rows = tensor.reshape(len(tensor) if tensor.dim() else 1, -1).contiguous().view(torch.uint8)
+    rows = rows.view(WORD) if rows.shape[1] % WORD.itemsize == 0 else rows
+    by_row = rows.sum(1, dtype=WORD)
     return (by_row * torch.arange(1, len(by_row) + 1, device=by_row.device)).sum()

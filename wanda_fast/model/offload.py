@@ -42,7 +42,8 @@ class Offload:
         Raises: `OutputError` if the disk has no room for the file. All of it is allocated here, so that no
             later write can fail.
         """
-        if self.kind == "device" or (self.kind == "host" and self.device.type == "cpu"):
+        nothing = not torch.Size(shape).numel()
+        if self.kind == "device" or nothing or (self.kind == "host" and self.device.type == "cpu"):
             return torch.empty(shape, dtype=dtype, device=self.device)
         self._copier = self._copier or _Copier(self.device)
         if self.kind == "host":

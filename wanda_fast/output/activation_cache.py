@@ -44,12 +44,14 @@ class ActivationCache:
             return first_unfinished
         notes = self._notes(first_unfinished)
         # Every rank reads the same block, or none.
-        found = self._latest(notes, activations)
-        if len(set(self.ranks.gather(found))) > 1 or not found:
+        held = self.ranks.gather(self._held(notes, activations))
+        found = max(set.intersection(*held), default=0)
+        if not found:
             return 0
         for note in notes:
             if note["block"] == found:
                 activations.restore_(self.journal.folder / note["file"], note["sequences"])
+        self._file = self._file_of(found)
         return found
 
     def due(self, activations: Activations) -> bool:
@@ -66,7 +68,7 @@ class ActivationCache:
         hidden, began = activations.hidden(), time.monotonic()
         if not hidden or activations.has_containers:
             return lambda: None
-        file = self.journal.folder / f"boundary-{block:05}.{self.ranks.rank}.safetensors"
+        file = self._file_of(block)
         finish = begin_tensors(file, hidden, lambda _, held: on_host(held))
         self._written = time.monotonic()
         spent = self._written - began
@@ -82,6 +84,9 @@ class ActivationCache:
 
         return commit
 
+    def _file_of(self, block: int) -> Path:
+        return self.journal.folder / f"boundary-{block:05}.{self.ranks.rank}.safetensors"
+
     def _notes(self, first_unfinished: int) -> list[dict]:
         """The notes of all ranks whose files are as they were written."""
         read = [self.journal.read(file.name) for file in sorted(self.journal.folder.glob("boundary.*.json"))]
@@ -92,10 +97,10 @@ class ActivationCache:
         file = self.journal.folder / note["file"]
         return file.is_file() and checksum(file) == note.get("checksum")
 
-    def _latest(self, notes: list[dict], activations: Activations) -> int:
-        """The last block of which the files hold all of this rank's sequences; 0: none."""
+    def _held(self, notes: list[dict], activations: Activations) -> set[int]:
+        """The blocks of which the files hold all of this rank's sequences."""
         if activations.has_containers:
-            return 0
+            return set()
         blocks = {note["block"] for note in notes}
-        held = {at: [note["sequences"] for note in notes if note["block"] == at] for at in blocks}
-        return max((at for at, parts in held.items() if activations.are_in(parts)), default=0)
+        parts = {at: [note["sequences"] for note in notes if note["block"] == at] for at in blocks}
+        return {at for at in blocks if activations.are_in(parts[at])}

@@ -40,6 +40,7 @@ class HessianUse:
         rounded: by weight name, the dtype to which updated weights are rounded, since the output has it. A
             weight that is absent keeps what the update gave.
         passes: over a block's inputs: each gathers the Hessians of a part of the experts.
+        inverses: that ADMM holds at a time of an input that one linear reads.
     """
 
     update: bool
@@ -48,6 +49,7 @@ class HessianUse:
     on_host: frozenset[int] = frozenset()
     rounded: dict[str, torch.dtype] = field(default_factory=dict)
     passes: int = 1
+    inverses: int = 1
     refine: int = 0
     polish: int = 0
     solve: bool = False
@@ -85,7 +87,8 @@ class Hessian:
             # It is summed in bands, not with those of other experts.
             self.sums = None
         self.factor: Factor | None = None
-        self._ladder: Ladder | None = None
+        # By whether this rank makes all inverses.
+        self._ladders: dict[bool, Ladder] = {}
         # Set by `prepare`: several linears read this input; every input was zero in every token.
         self.is_shared = self.blind = False
 
@@ -137,19 +140,20 @@ class Hessian:
         Args:
             others: the ranks that make inverses in turn; None: this one makes all.
         """
-        if self._ladder is None:
+        alone = others is None
+        if alone not in self._ladders:
             damped = wanda_kernels.damped_hessian(self.acc.to(device), use.dampening)
-            self._ladder = Ladder(damped, keep=self.is_shared)
-            if others is not None:
-                self._ladder = LadderOfRanks(damped, self.is_shared, others)
-        return self._ladder
+            made = Ladder(damped, self.is_shared) if alone else LadderOfRanks(damped, self.is_shared, others)
+            self._ladders[alone] = made
+        return self._ladders[alone]
 
     def damped(self, use: HessianUse, device: torch.device) -> Tensor:
-        return self.ladder(use, device).hessian
+        made = next(iter(self._ladders.values()), None)
+        return (made or self.ladder(use, device)).hessian
 
     def release(self) -> None:
         """Free what `ladder` made."""
-        self._ladder = None
+        self._ladders.clear()
 
 
 def prepare(block: Block, hessians: dict[str, Hessian], use: HessianUse) -> None:

@@ -14,6 +14,7 @@ from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.hessian import HessianUse
+from wanda_fast.pruning.ladder_of_ranks import AT_ONCE
 from wanda_kernels import RUNGS, host_hessian_bytes
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,13 @@ def peak_bytes(widths: Iterable[int], use: HessianUse) -> int:
             peak = max(peak, held + FACTORING * square)
             held += square * (use.measure_error or use.damped)
     if use.damped and squares:
-        held += max(squares[0] * (1 + FACTORING * use.solve), use.solve * _ladder_bytes(widths))
+        held += max(squares[0] * (1 + _inverting(use)), use.solve * _ladder_bytes(widths))
     return max(peak, held)
+
+
+def _inverting(use: HessianUse) -> int:
+    """Matrices of the Hessian's size that ADMM has beside the damped one."""
+    return (FACTORING + use.inverses - 1) * use.solve
 
 
 def _ladder_bytes(widths: list[int]) -> int:
@@ -66,7 +72,7 @@ def visiting_bytes(use: HessianUse | None) -> int:
     if use is None or not use.on_host:
         return 0
     widest = max(use.on_host)
-    solving = 4 * widest**2 * (1 + FACTORING * use.solve) if use.damped else 0
+    solving = 4 * widest**2 * (1 + _inverting(use)) if use.damped else 0
     return max(host_hessian_bytes(widest), solving)
 
 
@@ -97,6 +103,7 @@ def place_hessians(
     Raises: `OutOfMemoryError` with the numbers.
     """
     ranks = ranks or Ranks()
+    use.inverses = min(ranks.size, AT_ONCE)
     # The ranks of a machine share its memory.
     sharing = len(ranks.local) if device.type == "cpu" else 1
     free = ranks.from_first(lambda: free_memory(device) // sharing)

@@ -16,7 +16,7 @@ from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.data.evaluation import require_zero_shot, zero_shot
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.errors import OptionError
+from wanda_fast.errors import OptionError, RanksError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_lists import classifies_images
@@ -61,6 +61,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     ranks = job.ranks
     finished = ranks.from_first(lambda: require_outputs(options, job.report.recipe))
     if options.eval_zero_shot:
+        _require_one_rank(ranks)
         require_zero_shot()
     loaded = open_model(options, tokenizer, job)
     blocks = _surveyed_blocks(options, loaded, job)
@@ -79,10 +80,18 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
         _run(options, loaded, blocks, job)
         if options.eval_zero_shot:
             with job.phase("zero-shot"):
-                job.report.zero_shot = ranks.from_first(lambda: zero_shot(loaded.model, tokenizer))
+                job.report.zero_shot = zero_shot(loaded.model, tokenizer)
     if not job.report.complete:
         job.finish_report()
     return ranks.from_first(lambda: write_report(options, loaded, job.report))
+
+
+def _require_one_rank(ranks: Ranks) -> None:
+    if ranks.size > 1:
+        raise RanksError(
+            f"--eval_zero_shot runs in one process, not in {ranks.size} ranks: save the model, and evaluate "
+            f"it with wanda-fast eval"
+        )
 
 
 def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:

@@ -62,15 +62,19 @@ def usable_device(name: str | torch.device) -> torch.device:
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """Of several ranks on a machine, each takes a GPU of its own.
 
-    Raises: `RanksError` if `device` is one GPU for several ranks; `DeviceError` if there are too few.
+    Raises: `RanksError` if several of them name one GPU; `DeviceError` if there are too few.
     """
-    if device.type != "cuda" or len(ranks.local) == 1:
+    if device.type != "cuda":
         return device
-    if device.index is not None:
+    named = ranks.gather(device.index)
+    here = [named[rank] for rank in ranks.local]
+    if device.index is not None and here.count(device.index) > 1:
         raise RanksError(
-            f"device {device} is one GPU, and {len(ranks.local)} ranks run on this machine: name cuda, and "
-            f"each rank takes a GPU of its own"
+            f"device {device} is one GPU, and {here.count(device.index)} ranks of this machine name it: name "
+            f"cuda, and each rank takes a GPU of its own"
         )
+    if device.index is not None or len(here) == 1:
+        return device
     return usable_device(f"cuda:{ranks.local.index(ranks.rank)}")
 
 

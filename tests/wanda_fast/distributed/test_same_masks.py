@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import wanda_fast
+from tests import tiny_classifiers
 from tests.tiny_models import build, save_checkpoint, token_ids
 from tests.wanda_fast.distributed.processes import run_ranks
 from wanda_fast.report import Report
@@ -31,6 +32,7 @@ CASES = {
         True,
     ),
     "all-steps": ("phi3", HALF | {"prune_method": "wanda", "refine": 2, "update": "obs", "polish": 2}, True),
+    "stages": ("swin", TWO_OF_FOUR | {"prune_method": "sparsegpt"}, True),
     "admm": ("llama2", TWO_OF_FOUR | {"prune_method": "admm"}, True),
     "admm-experts": ("mixtral", HALF | {"prune_method": "admm"}, True),
 }
@@ -38,7 +40,7 @@ OF_RANKS = {
     2: [*CASES, "sparsegpt", "wanda-experts-linear"],
     3: ["wanda", "gated-linear", "sparsegpt", "sparsegpt-experts", "admm"],
     # One has no sample.
-    5: ["wanda", "wanda-experts-linear", "connect-fused", "sparsegpt-experts"],
+    5: ["wanda", "stages", "wanda-experts-linear", "connect-fused", "sparsegpt-experts"],
 }
 
 
@@ -46,13 +48,14 @@ OF_RANKS = {
 def pruned(name, group=None):
     """(weights by name, perplexities, relative errors) of a tiny model, pruned in memory."""
     architecture, options, _ = CASES[name]
-    model = build(architecture)
-    ids = token_ids(model, SAMPLES, SEQLEN)
-    options = options | {"dataset": ids, "eval_dataset": ids, "seqlen": SEQLEN, "batch_size": 1}
-    report = wanda_fast.prune(model, process_group=group, **options)
+    images = architecture in tiny_classifiers.KINDS
+    model = tiny_classifiers.build(architecture) if images else build(architecture)
+    data = tiny_classifiers.images(SAMPLES) if images else token_ids(model, SAMPLES, SEQLEN)
+    options = options | ({} if images else {"eval_dataset": data, "seqlen": SEQLEN})
+    report = wanda_fast.prune(model, process_group=group, dataset=data, batch_size=1, **options)
     errors = {name: linear.relative_error or 0.0 for name, linear in report.linears.items()}
     weights = {name: weight.data for name, weight in model.named_parameters()}
-    return weights, [report.perplexity["dense"], report.perplexity["pruned"]], errors
+    return weights, [value for key, value in report.perplexity.items() if key != "protocol"], errors
 
 
 def prune_all(group, names):
