@@ -145,7 +145,7 @@ def draw_frontier(data: dict, file: Path) -> None:
         _name(
             panel,
             (seconds, perplexity),
-            f"{method.replace('@', ' --').replace('=', ' ')} {perplexity:.0f}",
+            f"{method.replace('@', ' --').replace('=', ' ')}: {perplexity:.0f}",
             colour,
         )
     panel.set_xlabel("seconds", loc="left", size=9)
