@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -148,6 +147,8 @@ class Watch(threading.Thread):
 
     def _has_ended(self, rank: int) -> bool:
         """Whether the rank's process is known to have ended, which only its own machine knows."""
+        import psutil
+
         try:
             process, host = self.store.get(f"who/{rank}").decode().split()
             if host != os.uname().nodename:

@@ -257,7 +257,7 @@ def prunes_by_rows(method: Method, pattern: Pattern) -> bool:
     plain = method.score is None and type(method).prune_ in (Method.prune_, Magnitude.prune_)
     plain &= type(method).prune_and_update_ in (Method.prune_and_update_, SparseGPT.prune_and_update_)
     plain &= type(method).choose in (Method.choose, SparseGPT.choose)
-    granularity = getattr(pattern, "granularity", None)
+    granularity = pattern.granularity
     by_matrix = granularity is None and isinstance(method, Magnitude) and not isinstance(pattern, NM)
     whole_matrix = pattern.is_variant or granularity == "layer" or by_matrix
     return plain and pattern.rule is not None and not whole_matrix
@@ -273,9 +273,11 @@ def _require_rule(method: Method, pattern: Pattern) -> None:
 
 
 def require_rows(what: str, pattern: Pattern) -> None:
-    """Raise `PatternError` if a granularity is asked of something that has its own."""
-    if (granularity := getattr(pattern, "granularity", None)) is not None:
-        raise PatternError(f"{what} chooses by its own rule, so it takes no prune_granularity {granularity}")
+    """Raise `PatternError` if `--prune_granularity` was given with `what`, which does not take it."""
+    if pattern.granularity is not None:
+        raise PatternError(
+            f"{what} chooses by its own rule, so it takes no prune_granularity {pattern.granularity}"
+        )
 
 
 def require_method(name: str) -> None:

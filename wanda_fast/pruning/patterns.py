@@ -29,6 +29,8 @@ class Pattern:
     rule: float | str | None = None
     # Whether this is what `--use_variant` asks for.
     is_variant = False
+    # What `--prune_granularity` asks for.
+    granularity: str | None = None
 
     def __init__(self, ratio: float | None = None):
         self.ratio = 0.5 if ratio is None else ratio
@@ -87,8 +89,6 @@ class Unstructured(Pattern):
         granularity: "row", or "layer": one threshold for the matrix, and ties of it are pruned too. None: as
             the method has it.
     """
-
-    granularity: str | None = None
 
     @property
     def rule(self) -> float:
