@@ -7,7 +7,7 @@ from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern
 from wanda_fast.pruning.statistics import Statistic
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 
 __all__ = [
     "Method",

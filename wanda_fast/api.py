@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from wanda_fast.options import Options, takes_options
-from wanda_fast.report import Report
+from wanda_fast.options.all_options import Options
+from wanda_fast.options.signature import takes_options
+from wanda_fast.report.contents import Report
 from wanda_fast.run.prune_model import prune_model
 from wanda_fast.timer import Progress
 

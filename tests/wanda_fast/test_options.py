@@ -13,7 +13,9 @@ from wanda_fast import api, errors
 from wanda_fast.checkpoint.load import DTYPES
 from wanda_fast.cli import main as cli
 from wanda_fast.model.offload import KINDS
-from wanda_fast.options import BYTES, PANELS, RESULTS, Options, names_deciding
+from wanda_fast.options.all_options import Options
+from wanda_fast.options.option import BYTES, PANELS, RESULTS
+from wanda_fast.options.signature import names_deciding
 
 NAMES = [each.name for each in fields(Options)]
 CHOICES = {each.name: each.metadata["choices"] for each in fields(Options) if each.metadata["choices"]}

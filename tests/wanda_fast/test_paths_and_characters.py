@@ -10,7 +10,7 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import api, errors
 from wanda_fast.cli import main as cli
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(nsamples=2, seqlen=24, device="cpu")

@@ -25,7 +25,7 @@ from wanda_fast.checkpoint.save_as_source import names_on_disk, save_as_source
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.checkpoint.surroundings import REPORT, copy_surroundings
 from wanda_fast.errors import OutputError, ResumeError, WandaFastError
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 
 logger = logging.getLogger(__name__)
 

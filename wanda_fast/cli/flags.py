@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from wanda_fast.options import PANELS, WHAT, Options, add_parameters, at_home, options_of
+from wanda_fast.options.all_options import Options, at_home
+from wanda_fast.options.option import PANELS, WHAT
+from wanda_fast.options.signature import add_parameters, options_of
 
 WIDEST_METAVAR = 24  # of 80 columns; longer lists of choices are in the help
 MODEL = next(each for each in fields(Options) if each.name == "model")

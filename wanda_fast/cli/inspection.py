@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import wanda_kernels
 from wanda_fast.checkpoint import load as checkpoints
 from wanda_fast.model.architecture import find_blocks
-from wanda_fast.report import Reach
+from wanda_fast.report.contents import Reach
 from wanda_fast.run.live_model import require_plain
 from wanda_fast.run.validate import reach
 

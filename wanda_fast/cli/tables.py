@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
-from wanda_fast.report import RankReport, Report
+from wanda_fast.report.contents import RankReport, Report
 
 
 def summary_tables(report: Report) -> list[Table]:

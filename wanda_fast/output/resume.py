@@ -17,9 +17,10 @@ from wanda_fast.data.calibration import digest
 from wanda_fast.data.evaluation import EvaluationSet
 from wanda_fast.errors import ResumeError
 from wanda_fast.model.block_forward import described
-from wanda_fast.options import BYTES, RESULTS, names_deciding
+from wanda_fast.options.option import BYTES, RESULTS
+from wanda_fast.options.signature import names_deciding
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 
 
 def run_identity(

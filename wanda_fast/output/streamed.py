@@ -42,7 +42,8 @@ from wanda_fast.errors import InterruptedRunError, OutputError, RanksError, Resu
 from wanda_fast.hidden_states import Activations
 from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
-from wanda_fast.report import LinearReport, Report, deciding_versions
+from wanda_fast.report.contents import LinearReport, Report
+from wanda_fast.report.versions import deciding_versions
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.selection import Selection, prune_block
 from wanda_fast.pruning.sequential_linear import SequentialLinear
 from wanda_fast.pruning.turn import Turn
-from wanda_fast.report import LinearReport
+from wanda_fast.report.contents import LinearReport
 from wanda_fast.timer import Clock, Phases, Progress
 from wanda_kernels.forward import reused_memory
 

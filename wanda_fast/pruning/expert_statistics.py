@@ -19,7 +19,7 @@ from wanda_fast.model.experts import ExpertLinear, Experts
 from wanda_fast.pruning.expert_sums import Make, ProjectionSums, weighted
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.statistics import Statistic
-from wanda_fast.report import STARVED_TOKENS
+from wanda_fast.report.contents import STARVED_TOKENS
 
 # Evenly spaced tokens that stand for all; the sample has between this many and twice as many.
 SAMPLE_TOKENS = 1024

@@ -11,7 +11,7 @@ from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.hessian import Hessian
 from wanda_fast.pruning.methods import Method
-from wanda_fast.report import LinearReport
+from wanda_fast.report.contents import LinearReport
 from wanda_fast.timer import seconds_between
 from wanda_kernels import OPERATIONS, choose_backend
 

@@ -29,7 +29,7 @@ from wanda_fast.pruning.patterns import Pattern, empty_mask
 from wanda_fast.pruning.row_shares import RowShares, exchange_, row_shares
 from wanda_fast.pruning.solving import solve_
 from wanda_fast.pruning.summing import complete
-from wanda_fast.report import LinearReport
+from wanda_fast.report.contents import LinearReport
 from wanda_fast.timer import Clock, Phases, mark
 from wanda_kernels import NotPositiveDefiniteError
 

@@ -26,7 +26,7 @@ from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.selection import Selection, prune_block
 from wanda_fast.pruning.turn import Turn
-from wanda_fast.report import LinearReport
+from wanda_fast.report.contents import LinearReport
 from wanda_fast.timer import Clock
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockInputs
-from wanda_fast.report import LinearReport
+from wanda_fast.report.contents import LinearReport
 from wanda_fast.timer import Phases
 
 

@@ -17,7 +17,7 @@ from wanda_fast.data.text import NAMES
 from wanda_fast.errors import CalibrationError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.image_shapes import image_shapes
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import input_digests
 from wanda_fast.run.job import Job
 

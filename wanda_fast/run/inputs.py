@@ -15,7 +15,7 @@ from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
 from wanda_fast.errors import CalibrationError, NotStreamableError
 from wanda_fast.model.block_lists import classifies_images
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import input_digests
 from wanda_fast.run.job import Job
 from wanda_fast.run.live_model import dtype_of

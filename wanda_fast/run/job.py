@@ -27,7 +27,8 @@ from wanda_fast.pruning.block_loop import prune_blocks
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import RankReport, Report, pruning_warnings, ranks_warnings, version_warnings
+from wanda_fast.report.contents import RankReport, Report
+from wanda_fast.report.warnings import pruning_warnings, ranks_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_fast.errors import AdapterError, LiveModelError, OutputError, QuantizedModelError
 from wanda_fast.model.block_lists import is_of_transformers
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 # The module inside the one that torch.compile returns.

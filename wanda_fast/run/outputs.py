@@ -10,11 +10,11 @@ from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import ResumeError
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.output.resume import finished_run
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 
 
 @contextmanager

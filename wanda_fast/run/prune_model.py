@@ -21,13 +21,13 @@ from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import LiveModel
-from wanda_fast.options import Options
+from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import nothing_to_do, outside_digest, run_identity
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.image_inputs import read_images
 from wanda_fast.run.inputs import open_model, read_tokens

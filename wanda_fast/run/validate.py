@@ -11,7 +11,7 @@ from wanda_fast.model.architecture import Block, ignored_linears
 from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report import Reach, Report
+from wanda_fast.report.contents import Reach, Report
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import wanda_fast
 from tests import tiny_classifiers
 from tests.tiny_models import build, save_checkpoint, token_ids
 from tests.wanda_fast.distributed.processes import run_ranks
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 
 SAMPLES, SEQLEN = 4, 24
 HALF, TWO_OF_FOUR = {"sparsity_ratio": 0.5}, {"sparsity_type": "2:4"}

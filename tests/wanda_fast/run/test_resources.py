@@ -17,7 +17,7 @@ from wanda_fast.model.recorder import record_block_inputs
 from wanda_fast.output import streamed as output
 from wanda_fast.pruning.methods import make_method
 from wanda_fast.pruning.patterns import parse_pattern
-from wanda_fast.report import Report
+from wanda_fast.report.contents import Report
 from wanda_fast.run import resources
 from wanda_fast.run.job import Job
 from wanda_fast.run.memory_model import footprint

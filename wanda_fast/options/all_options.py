@@ -5,12 +5,9 @@ run and the report's recipe are made from the fields of `Options`. To add an opt
 it where it takes effect.
 """
 
-import inspect
 import operator
-import textwrap
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import wraps
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,65 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.errors import CheckpointError, OptionError, PathError, UnknownMethodError, WandaFastError
+from wanda_fast.errors import CheckpointError, OptionError, PathError
+from wanda_fast.options.option import (
+    BYTES,
+    CALIBRATION,
+    EVALUATION,
+    MODEL,
+    OUTPUT,
+    RESOURCES,
+    RESULTS,
+    WHAT,
+    option,
+)
 
-PANELS = ("Model", "What to prune", "Calibration", "Evaluation", "Output", "Speed and memory")
-MODEL, WHAT, CALIBRATION, EVALUATION, OUTPUT, RESOURCES = PANELS
-
-# What `--resume` compares. BYTES: the option decides the output's bytes, so an unfinished run continues only
-# with the same value. RESULTS: only a finished run is compared; an unfinished one records the digest of what
-# the option names, or the value that was chosen for it.
-BYTES, RESULTS = "bytes", "results"
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
 PATHS += ("save", "save_model", "save_log", "save_mask")
-
-
-def option(
-    default: Any = MISSING,
-    *,
-    help: str,
-    panel: str,
-    python_help: str = "",
-    flag_help: str = "",
-    choices: tuple[str, ...] = (),
-    refused_with: type[WandaFastError] = UnknownMethodError,
-    decides: str | None,
-    minimum: int | None = None,
-    commands: tuple[str, ...] = ("prune",),
-    flag_type: Any = None,
-    flag_default: Any = MISSING,
-    aliases: tuple[str, ...] = (),
-) -> Any:
-    """A field of `Options`.
-
-    Args:
-        default: of the keyword and of the flag; none where the keyword is required.
-        help: one or two sentences, for the command line and for Python.
-        panel: of `--help`, one of PANELS.
-        python_help, flag_help: what is true of the keyword alone, or of the flag alone.
-        choices: all values that are accepted; any other is refused with `refused_with`.
-        minimum: the lowest number that is accepted.
-        decides: BYTES, RESULTS, or None.
-        commands: the commands that take it.
-        flag_type, flag_default: of the flag, where they differ from the keyword's.
-        aliases: other names of the flag, which the published code for image classifiers has.
-    """
-    facts = dict(
-        help=help,
-        panel=panel,
-        python_help=python_help,
-        flag_help=flag_help,
-        choices=choices,
-        refused_with=refused_with,
-        minimum=minimum,
-        decides=decides,
-        commands=commands,
-        flag_type=flag_type,
-        aliases=aliases,
-        flag_default=default if flag_default is MISSING else flag_default,
-    )
-    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -433,61 +387,6 @@ def at_home(path: Any) -> Any:
         raise PathError(
             f"path {path} begins with {user}, whose home folder is unknown: write ./{path} if it is a name"
         ) from error
-
-
-def names_deciding(*what: str) -> list[str]:
-    """Names of the options that decide the output's BYTES, the RESULTS, or either."""
-    return [each.name for each in fields(Options) if each.metadata["decides"] in what]
-
-
-def options_of(command: str) -> list[Field]:
-    """The options that a command takes, but for its model."""
-    return [each for each in fields(Options) if command in each.metadata["commands"] and each.name != "model"]
-
-
-def add_parameters(function: Callable, parameters: Iterable[inspect.Parameter]) -> inspect.Signature:
-    """`function`'s signature with `parameters` in place of its `**options`, before its own keywords."""
-    signature = inspect.signature(function)
-    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    leading = [each for each in own if each.kind is not each.KEYWORD_ONLY]
-    return signature.replace(parameters=[*leading, *parameters, *own[len(leading) :]])
-
-
-def takes_options(command: str) -> Callable[[Callable], Callable]:
-    """Decorator: the options of `command` are the function's keywords, in its signature and docstring.
-
-    They arrive in its `**options`; its docstring has `{options}` where their description belongs.
-    """
-    options = options_of(command)
-
-    def decorate(function: Callable) -> Callable:
-        keywords = (
-            inspect.Parameter(x.name, inspect.Parameter.KEYWORD_ONLY, default=x.default, annotation=x.type)
-            for x in options
-        )
-        signature = add_parameters(function, keywords)
-
-        @wraps(function)
-        def checked(*args, **kwargs):
-            signature.bind(*args, **kwargs)  # a TypeError that names an unknown keyword
-            return function(*args, **kwargs)
-
-        checked.__signature__ = signature
-        checked.__doc__ = function.__doc__.replace("{options}", "\n        ".join(map(_described, options)))
-        return checked
-
-    return decorate
-
-
-def _described(each: Field) -> str:
-    """An option as an entry of a docstring's Args."""
-    facts = each.metadata
-    sentences = [facts["help"], facts["python_help"]]
-    if facts["choices"]:
-        sentences.append(f"Choices: {', '.join(facts['choices'])}.")
-    kind = inspect.formatannotation(each.type)
-    entry = f"{each.name} ({kind}, default {each.default!r}): {' '.join(filter(None, sentences))}"
-    return textwrap.fill(entry, 108, initial_indent=" " * 8, subsequent_indent=" " * 12).lstrip()
 
 
 def _plain(value: object) -> object:
