@@ -10,17 +10,17 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
+from wanda_fast.data.evaluation import EvaluationSet
+from wanda_fast.data.scores import Scores, scores_of_hidden
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.block_inputs import BlockInputs
-from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import BlockSource
+from wanda_fast.model.head import body
 from wanda_fast.model.offload import Offload, Offloaded
-from wanda_fast.model.recorder import blocks_skipped, record_block_inputs, record_next_chain_
+from wanda_fast.model.recorder import record_block_inputs, record_next_chain_
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Activations:
         if not (present := self.present()):
             return
         with source.surroundings(head=False):
-            forward = _forward_of(source.model)
+            forward = body(source.model)
             for inputs in present.values():
                 record_next_chain_(forward, source.blocks, index, inputs)
 
@@ -110,12 +110,12 @@ def record_activations(
     if token_ids is None and evaluation is None:
         return activations
     with source.surroundings(head=False):
-        forward = _forward_of(source.model)
+        forward = body(source.model)
         record = partial(_record_share, ranks or Ranks(), forward, source, offload)
         if token_ids is not None:
             activations.calibration = record(token_ids, batch_size)
         if evaluation is not None:
-            activations.dense = record(evaluation.windows, batch_of(evaluation))
+            activations.dense = record(evaluation.windows, evaluation.batch_size)
             activations.pruned = activations.dense.copy(offload) if pruned else None
     return activations
 
@@ -139,37 +139,16 @@ def _record_share(
     return inputs
 
 
-def perplexities(
+def scores_by_blocks(
     source: BlockSource, activations: Activations, evaluation: EvaluationSet, ranks: Ranks
-) -> dict[str, float]:
-    """Perplexity by "dense" and "pruned", from the outputs of the last block.
+) -> dict[str, Scores]:
+    """Scores by "dense" and "pruned", from the outputs of the last block.
 
     Must be called inside `source.surroundings(head=True)`. Each rank has its share of the windows.
     """
-    measured = {"dense": activations.dense, "pruned": activations.pruned}
-    return {
-        name: mean_perplexity(sum(ranks.gather(_losses(source, inputs, evaluation)), []))
-        for name, inputs in measured.items()
-        if inputs
-    }
-
-
-@torch.no_grad()
-def _losses(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet) -> list[float]:
-    """Final norm, head and soft-capping run by the model's own code, in a forward without its blocks."""
-    losses, windows = [], evaluation.windows[inputs.before :]
-    for batch in inputs.slices():
-        hidden = inputs.hidden[batch]
-        with blocks_skipped(source.blocks, hidden):
-            losses += window_losses(source.model, windows[batch].to(hidden.device))
-    return losses
-
-
-def _forward_of(model: nn.Module):
-    """The model's own forward without the language-model head, since the logits are not needed."""
-    body = getattr(model, "base_model", model)
-    embedding = next(p for p in body.parameters() if not p.is_meta)
-    embedding_device = embedding.device
-    if classifies_images(model):
-        return lambda images: body(images.to(embedding_device, embedding.dtype))
-    return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)
+    states = {"dense": activations.dense, "pruned": activations.pruned}
+    hidden_of = {name: inputs.hidden.__getitem__ for name, inputs in states.items() if inputs}
+    device = activations.dense.hidden.device
+    return scores_of_hidden(
+        source.model, source.blocks, evaluation.part(ranks.share(len(evaluation.windows))), hidden_of, device
+    )
