@@ -103,8 +103,8 @@ def test_the_recipe_is_the_options_in_their_order():
 def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
     identity += " ignore dtype sequential update refine polish dampening measure_error"
-    identity += " expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
+    identity += " bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
-    finished += " save_mask"
+    finished += " save_mask protocol"
     assert set(names_deciding(RESULTS)) == set(finished.split())

@@ -25,6 +25,8 @@ def summary_tables(report: Report) -> list[Table]:
         what = f"{nsamples} x {sizes[0]} tokens"
         if len(sizes) > 1:
             what = f"{nsamples} images of {'x'.join(map(str, sizes))}"
+        if report.calibration.get("bos") is not None:
+            what += ", each window beginning with BOS"
         digest = report.calibration["sha256"][:12]
         summary.add_row("calibration", f"{recipe['dataset']}, {what}, sha256 {digest}")
     for which in ("dense", "pruned"):
@@ -36,6 +38,8 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row("distance to dense", _distance(report.perplexity))
     for measured in filter(None, (report.perplexity, report.accuracy)):
         summary.add_row("measured on", measured["protocol"])
+    if "comparable" in report.perplexity:
+        summary.add_row("comparable with", report.perplexity["comparable"])
     if counts := report.expert_tokens().values():
         fewest, starved = min(x["smallest"] for x in counts), sum(x["starved"] for x in counts)
         every = sum(x["experts"] for x in counts)
@@ -95,7 +99,8 @@ def measured_line(report: Report) -> str:
         return f"accuracy {_shares(report.accuracy['dense'])} ({report.accuracy['protocol']})"
     if not report.perplexity:
         return "perplexity: not measured (--dataset none)"
-    return f"perplexity {report.perplexity['dense']:.4f} ({report.perplexity['protocol']})"
+    measured = report.perplexity
+    return f"perplexity {measured['dense']:.4f} ({measured['protocol']}; {measured['comparable']})"
 
 
 def inspection_tables(inspection: Inspection) -> list[Table]:

@@ -23,16 +23,21 @@ class EvaluationSet:
     Attributes:
         windows: int64 `[nwindows, seqlen]`.
         label: name of the text.
+        is_limited: whether the text has more windows.
+        bos: whether every window begins with BOS.
     """
 
     windows: Tensor
     label: str
+    is_limited: bool = False
+    bos: bool = False
 
     @property
     def protocol(self) -> str:
         """The data in words, for the report."""
         nwindows, seqlen = self.windows.shape
-        return f"{self.label}, {nwindows} windows of {seqlen}, {nwindows * seqlen} tokens"
+        begin = ", each beginning with BOS" if self.bos else ""
+        return f"{self.label}, {nwindows} windows of {seqlen}, {nwindows * seqlen} tokens{begin}"
 
     @property
     def batch_size(self) -> int:
@@ -87,8 +92,8 @@ def evaluation_set(
         raise CalibrationError(
             f"evaluation text {label} has {len(ids)} tokens, fewer than one window of {seqlen}"
         )
-    nwindows = min(nwindows, max_windows or nwindows)
-    return EvaluationSet(ids[: nwindows * seqlen].view(nwindows, seqlen), label)
+    measured = min(nwindows, max_windows or nwindows)
+    return EvaluationSet(ids[: measured * seqlen].view(measured, seqlen), label, measured < nwindows)
 
 
 def require_zero_shot() -> None:

@@ -88,10 +88,12 @@ class Report:
         recipe: the options by name (`wanda_fast.options`), with the sparsity ratio that was used.
         linears: by the linear's full name in the model.
         reach: how many of the model's weights can be pruned.
-        calibration: shape of the tokens or images and their sha256.
-        perplexity: protocol, dense, pruned; of the pruned model against the dense one, over the same
-            predictions: ratio of the perplexities, kl (mean KL(dense || pruned) of the next token's
-            distributions, in nats), flips (share of first choices that changed).
+        calibration: shape of the tokens or images and their sha256; bos: the token that every window begins
+            with, or None.
+        perplexity: protocol; the published tables that it is comparable with; dense, pruned; of the pruned
+            model against the dense one, over the same predictions: ratio of the perplexities, kl (mean
+            KL(dense || pruned) of the next token's distributions, in nats), flips (share of first choices
+            that changed).
         accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
         zero_shot: results by task.
         seconds: by phase.

@@ -3,6 +3,8 @@
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -13,10 +15,14 @@ from wanda_fast.checkpoint.model_class import predicts_tokens
 from wanda_fast.checkpoint.timm_file import load_timm
 from wanda_fast.data.calibration import calibration_tokens, digest
 from wanda_fast.data.evaluation import EvaluationSet, evaluation_set
+from wanda_fast.data.given import ids_or_rows
+from wanda_fast.data.protocols import comparable_with, window_of
 from wanda_fast.errors import CalibrationError, NotStreamableError
+from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import input_digests
+from wanda_fast.run.bos import begin_with, wanted_bos
 from wanda_fast.run.job import Job
 from wanda_fast.run.live_model import dtype_of
 
@@ -66,13 +72,14 @@ def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
         return loaded
 
 
-def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpoint, job: Job) -> None:
+def read_tokens(
+    options: Options, tokenizer: object, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
+) -> None:
     """Set the job's calibration tokens and evaluation windows; note them and their digests in the report.
 
     The first rank reads them for all.
     """
-    model, ranks = loaded.model, job.ranks
-    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_of(model))
+    model, ranks, texts = loaded.model, job.ranks, {}
 
     def warn(sentence: str) -> None:
         if sentence not in job.report.warnings:  # calibration and evaluation may read the same files
@@ -81,14 +88,30 @@ def read_tokens(options: Options, tokenizer: object, loaded: MetaModel | Checkpo
 
     with job.phase("calibration text"):
         if job.method.calibrates:
-            job.token_ids = ranks.from_first(lambda: _calibration(options, tokenizer, model, seqlen, warn))
-            job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
+            job.token_ids, is_text = ranks.from_first(lambda: _calibration(options, tokenizer, model, warn))
+            texts |= {"calibration": job.token_ids} if is_text else {}
         if options.eval_dataset is not None and _has_perplexity(model, job):
-            job.evaluation = ranks.from_first(lambda: _evaluation(options, tokenizer, model, seqlen, warn))
-            job.report.perplexity["protocol"] = job.evaluation.protocol
+            job.evaluation, is_text = ranks.from_first(lambda: _evaluation(options, tokenizer, model, warn))
+            texts |= {"evaluation": job.evaluation.windows} if is_text else {}
+    bos = ranks.from_first(lambda: wanted_bos(options.bos, tokenizer, loaded, blocks, job, [*texts.values()]))
+    if bos is not None and "calibration" in texts:
+        job.token_ids = begin_with(bos, job.token_ids)
+    if bos is not None and "evaluation" in texts:
+        job.evaluation = replace(job.evaluation, windows=begin_with(bos, job.evaluation.windows), bos=True)
+    _note(job, bos if "calibration" in texts else None)
     if not isinstance(options.model, nn.Module):
         digests = ranks.from_first(lambda: input_digests(loaded, job.token_ids, job.evaluation))
         job.report.digests = digests
+
+
+def _note(job: Job, bos: int | None) -> None:
+    """Note in the report what the model is calibrated and measured on."""
+    if job.token_ids is not None:
+        shape = list(job.token_ids.shape)
+        job.report.calibration = {"shape": shape, "sha256": digest(job.token_ids), "bos": bos}
+    if job.evaluation is not None:
+        job.report.perplexity["protocol"] = job.evaluation.protocol
+        job.report.perplexity["comparable"] = comparable_with(job.evaluation)
 
 
 def _has_perplexity(model: nn.Module, job: Job) -> bool:
@@ -107,36 +130,40 @@ def _has_perplexity(model: nn.Module, job: Job) -> bool:
 
 
 def _calibration(
-    options: Options, tokenizer: object, model: nn.Module, seqlen: int, warn: Callable[[str], None]
-) -> Tensor:
+    options: Options, tokenizer: object, model: nn.Module, warn: Callable[[str], None]
+) -> tuple[Tensor, bool]:
+    """Calibration tokens, and whether they are windows of a text."""
+    dataset = _rows(options.dataset, options.text_column)
+    nsamples, seqlen = options.nsamples or DEFAULT_NSAMPLES, _seqlen(options, model)
     token_ids = calibration_tokens(
-        options.dataset,
-        tokenizer,
-        options.nsamples or DEFAULT_NSAMPLES,
-        seqlen,
-        options.seed,
-        options.cache_dir,
-        options.text_column,
-        warn,
+        dataset, tokenizer, nsamples, seqlen, options.seed, options.cache_dir, options.text_column, warn
     )
     require_fit(model, token_ids, "calibration")
-    return token_ids
+    return token_ids, not isinstance(dataset, Tensor)
 
 
 def _evaluation(
-    options: Options, tokenizer: object, model: nn.Module, seqlen: int, warn: Callable[[str], None]
-) -> EvaluationSet:
+    options: Options, tokenizer: object, model: nn.Module, warn: Callable[[str], None]
+) -> tuple[EvaluationSet, bool]:
+    """Evaluation windows, and whether they are of a text."""
+    dataset = _rows(options.eval_dataset, options.text_column)
+    seqlen = _seqlen(options, model)
+    if options.protocol is not None:
+        seqlen = window_of(options.protocol, context_of(model))
     found = evaluation_set(
-        options.eval_dataset,
-        tokenizer,
-        seqlen,
-        options.eval_windows,
-        options.cache_dir,
-        options.text_column,
-        warn,
+        dataset, tokenizer, seqlen, options.eval_windows, options.cache_dir, options.text_column, warn
     )
     require_fit(model, found.windows, "evaluation")
-    return found
+    return found, not isinstance(dataset, Tensor)
+
+
+def _rows(data: object, text_column: str | None) -> object:
+    """A name or path as it is; other data as token ids or rows, read once."""
+    return data if isinstance(data, str | Path) else ids_or_rows(data, text_column)
+
+
+def _seqlen(options: Options, model: nn.Module) -> int:
+    return options.seqlen or min(DEFAULT_SEQLEN, context_of(model))
 
 
 def context_of(model: nn.Module) -> int:

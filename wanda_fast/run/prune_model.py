@@ -72,7 +72,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
             job.sequential = "dense"
     else:
         tokenizer = tokenizer or loaded.tokenizer
-        read_tokens(options, tokenizer, loaded, job)
+        read_tokens(options, tokenizer, loaded, blocks, job)
     done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
     if done:
         return ranks.from_first(lambda: _already_finished(options, finished))
