@@ -86,5 +86,5 @@ def test_a_run_reports_the_distance_to_its_dense_model(family, streamed, tmp_pat
             tmp_path / "dense" if streamed else model, save_model=tmp_path / "pruned", **options
         ).perplexity
         pruned = type(model).from_pretrained(tmp_path / "pruned")(windows).logits
-    found.pop("protocol")
+    found = {key: value for key, value in found.items() if not isinstance(value, str)}
     assert found == pytest.approx(direct(dense, pruned, windows), rel=1e-4, abs=1e-5)
