@@ -70,18 +70,19 @@ class Activations:
                 if name in sequences:
                     inputs.restore_(opened.get_slice(name), *sequences[name])
 
-    def enter_next_chain_(self, source: BlockSource, index: int) -> None:
-        """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
-        if not (present := self.present()):
-            return
-        with source.surroundings(head=False):
-            forward = _forward_of(source.model)
-            for inputs in present.values():
-                record_next_chain_(forward, source.blocks, index, inputs)
-
     def present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: inputs for name, inputs in named.items() if inputs is not None}
+
+
+def enter_next_chain_(source: BlockSource, index: int, inputs: list[BlockInputs]) -> None:
+    """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
+    if not inputs:
+        return
+    with source.surroundings(head=False):
+        forward = _forward_of(source.model)
+        for each in inputs:
+            record_next_chain_(forward, source.blocks, index, each)
 
 
 def record_activations(

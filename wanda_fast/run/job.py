@@ -23,11 +23,13 @@ from wanda_fast.model.image_shapes import ImageShapes
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.pruning.block_loop import prune_blocks
+from wanda_fast.pruning.block_loop import Lane, prune_blocks
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report.contents import RankReport, Report
+from wanda_fast.pruning.selection import Selection
+from wanda_fast.pruning.store import BlockStore, KeepNothing
+from wanda_fast.report.contents import LinearReport, RankReport, Report
 from wanda_fast.report.warnings import pruning_warnings, ranks_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
@@ -103,24 +105,25 @@ class Job:
         if self.progress and (done in (0, total) or done % max(1, total // IMAGE_STEPS) == 0):
             self.progress.step(name, done, total)
 
+    def lane(self, activations: Activations, store: BlockStore | None = None) -> Lane:
+        """The job's way through the block loop."""
+        inputs = activations.calibration
+        before = (0, 0) if inputs is None else (inputs.before, inputs.before * inputs.hidden.shape[1])
+        selection = Selection(self.method, self.pattern, self.masks, self.expert_options, self.ranks, before)
+        return Lane(selection, activations, self.clock, store or KeepNothing())
+
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
     ) -> None:
-        self.report.linears = prune_blocks(
-            source,
-            self.method,
-            self.pattern,
-            activations,
-            clock=self.clock,
-            progress=self.progress,
-            masks=self.masks,
-            store=output,
-            sequential=self.sequential,
-            expert_options=self.expert_options,
-            ranks=self.ranks,
-        )
+        lane = self.lane(activations, output)
+        prune_blocks(source, [lane], clock=self.clock, progress=self.progress, sequential=self.sequential)
+        self.note(lane.reports)
+
+    def note(self, linears: dict[str, LinearReport]) -> None:
+        """Keep the reports of the linears, and warn of what differs from the request."""
+        self.report.linears = linears
         hessians = self.method.hessians
-        self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))
+        self.warn(pruning_warnings(linears, hessians and hessians.dampening))
 
     def warn(self, sentences: list[str]) -> None:
         """Keep the sentences in the report, and log them once for all ranks."""
