@@ -68,7 +68,8 @@ def prune_blocks(
     Raises: `RanksDifferError`; `NonFiniteError`, which names block and linear. Blocks before it stay pruned;
         so do, with `sequential="linear"` or after an update of weights, linears of the block itself.
     """
-    orders = orders_of([lane.selection for lane in lanes], sequential, [lane.clock for lane in lanes])
+    selections, clocks = [lane.selection for lane in lanes], [lane.clock for lane in lanes]
+    orders = orders_of(selections, sequential, clocks, clock)
     first = max(map(_begin, lanes))
     source.release_memory()
     for index in range(first, len(source.blocks)):

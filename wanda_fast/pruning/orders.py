@@ -30,13 +30,18 @@ class Order(Protocol):
         """Run the calibration through the pruned block."""
 
 
-def orders_of(selections: list[Selection], sequential: str, clocks: list[Clock]) -> list[Order]:
+def orders_of(
+    selections: list[Selection], sequential: str, clocks: list[Clock], shared_clock: Clock
+) -> list[Order]:
     """The order of each setting.
 
     Args:
         sequential: as in `prune_blocks`.
+        clocks: of the settings.
+        shared_clock: of a pass that serves all of them.
     """
-    one_pass = DensePass([each for each in selections if each.method.calibrates and each.method.prunes])
+    calibrating = [each for each in selections if each.method.calibrates and each.method.prunes]
+    one_pass = DensePass(calibrating, shared_clock)
     return [_order(each, sequential, clock, one_pass) for each, clock in zip(selections, clocks, strict=True)]
 
 
@@ -117,8 +122,7 @@ class DenseStatistics(SequentialBlock):
         return [block]
 
     def _statistics(self, turn: Turn, part: Block) -> BlockStatistics:
-        with turn.phases("dense pass"):
-            return self.one_pass.statistics(turn, self.selection.method.name, self.clock)
+        return self.one_pass.statistics(turn, self.selection.method.name)
 
 
 class DensePass:
@@ -128,27 +132,30 @@ class DensePass:
         selections: of all settings that calibrate.
     """
 
-    def __init__(self, selections: list[Selection]):
+    def __init__(self, selections: list[Selection], clock: Clock):
+        self._clock = clock
         self._of_method = {selection.method.name: selection for selection in selections}
         self._settings = Counter(selection.method.name for selection in selections)
         self._block: int | None = None
         self._found: dict[str, BlockStatistics] = {}
         self._waiting: Counter[str] = Counter()
 
-    def statistics(self, turn: Turn, method: str, clock: Clock) -> BlockStatistics:
+    def statistics(self, turn: Turn, method: str) -> BlockStatistics:
         """The block's statistics for one setting of the method; each setting asks for them once.
 
         The first setting that asks runs the pass.
         """
         if turn.index != self._block:
             self._block, self._waiting = turn.index, self._settings.copy()
-            self._run(turn, clock)
+            with turn.phases.timed_by(self._clock)("dense pass"):
+                self._run(turn)
         self._waiting[method] -= 1
         # The last one frees them as it prunes.
         return self._found[method].shared() if self._waiting[method] else self._found.pop(method)
 
-    def _run(self, turn: Turn, clock: Clock) -> None:
-        self._found = {name: own.statistics(turn.block, clock) for name, own in self._of_method.items()}
+    def _run(self, turn: Turn) -> None:
+        block, clock = turn.block, self._clock
+        self._found = {name: own.statistics(block, clock) for name, own in self._of_method.items()}
         with ExitStack() as hooks:
             for statistics in self._found.values():
                 hooks.enter_context(statistics.gathering())
