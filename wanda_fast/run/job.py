@@ -52,6 +52,7 @@ class Job:
         ranks: that do the job together. All of them have all tokens and windows, and run their shares.
         image_shapes: of the hidden states of an image, if the calibration is images.
         labelled: images to measure accuracy on; None: not measured.
+        said: warnings that the log has already.
     """
 
     method: Method
@@ -69,6 +70,7 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     image_shapes: ImageShapes | None = None
     labelled: LabelledImages | None = None
+    said: set[str] = field(default_factory=set)
 
     @property
     def calibration_shape(self) -> tuple[int, int]:
@@ -128,7 +130,9 @@ class Job:
     def warn(self, sentences: list[str]) -> None:
         """Keep the sentences in the report, and log them once for all ranks."""
         self.report.warnings += sentences
-        for sentence in sentences if self.ranks.is_first else ():
+        new = [sentence for sentence in sentences if sentence not in self.said]
+        self.said.update(new)
+        for sentence in new if self.ranks.is_first else ():
             logger.warning("%s", sentence)
 
     def finish_report(self) -> None:

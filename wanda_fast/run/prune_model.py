@@ -67,6 +67,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     loaded = open_model(options, tokenizer, job)
     blocks = find_blocks(loaded.model, options.ignored)
     survey_blocks(options, loaded, blocks, job)
+    find_room_for_hessians(options, loaded, blocks, job)
     if classifies_images(loaded.model):
         read_images(options, tokenizer, loaded, blocks, job)
         if options.statistics is None and job.sequential == "block":
@@ -149,9 +150,18 @@ def new_job(
 
 
 def survey_blocks(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job) -> None:
-    """Check that method and pattern fit the blocks, and that there is memory for their Hessians."""
-    ignore, use = options.ignored, job.method.hessians
-    survey(loaded.model, blocks, job.method, job.pattern, ignore, options.use_variant, job.report)
+    """Check that method and pattern fit the blocks, and note how much of the model they can prune."""
+    warnings = survey(
+        loaded.model, blocks, job.method, job.pattern, options.ignored, options.use_variant, job.report
+    )
+    job.warn(warnings)
+
+
+def find_room_for_hessians(
+    options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
+) -> None:
+    """Choose where the method's Hessians are kept, if it has any."""
+    use = job.method.hessians
     if use is not None:
         before = _chosen_before(options, "hessians_on_host")
         place_hessians(blocks, job.device, options.hessian_device, use, before, job.ranks)

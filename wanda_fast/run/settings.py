@@ -27,7 +27,7 @@ class Setting:
     @property
     def name(self) -> str:
         """For example "wanda 2:4", "wanda unstructured 0.5"."""
-        ratio = "" if self.sparsity_ratio is None else f" {self.sparsity_ratio:g}"
+        ratio = "" if self.sparsity_ratio is None else f" {self.sparsity_ratio}"
         return f"{self.prune_method} {self.sparsity_type}{ratio}"
 
     def options(self, options: Options) -> Options:

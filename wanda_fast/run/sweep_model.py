@@ -29,6 +29,7 @@ from wanda_fast.run.live_model import is_pixels, plain_model
 from wanda_fast.run.outputs import path_of, sole_writer
 from wanda_fast.run.prune_model import (
     choose_and_note_resources,
+    find_room_for_hessians,
     in_eval_mode,
     method_and_pattern,
     new_job,
@@ -67,13 +68,15 @@ def _require_one_model(options: Options) -> None:
 
 def _jobs(options: Options, settings: list[Setting], progress: Progress | None) -> dict[str, Job]:
     """A job for each setting, by its name. Those of one method have the same object for it."""
-    jobs, methods = {}, {}
+    jobs, methods, said = {}, {}, set()
     for setting in settings:
         own = replace(setting.options(options), save_model=_folder_of(setting, options))
         method, pattern = method_and_pattern(own)
         method = methods.setdefault(method.name, method)
         recipe = own.recipe() | {"sparsity_ratio": pattern.ratio}
-        jobs[setting.name] = new_job(own, method, pattern, recipe, progress, Ranks())
+        job = new_job(own, method, pattern, recipe, progress, Ranks())
+        # The log has a sentence once, the reports have it each.
+        jobs[setting.name] = replace(job, said=said)
     return jobs
 
 
@@ -94,12 +97,14 @@ def _sweep(options: Options, tokenizer: object, jobs: dict[str, Job]) -> Sweep:
         raise SweepError(NO_IMAGES)
     if options.save_model is not None and not isinstance(loaded, MetaModel):
         raise SweepError(
-            f"a sweep saves models that are read block by block, and {options.model} is held in memory as a "
-            f"whole: leave out save_model, or prune it with each setting by itself"
+            f"a sweep saves models that are read block by block, and this {type(loaded.model).__name__} is "
+            f"held in memory as a whole: leave out save_model, or prune it with each setting by itself"
         )
     blocks = find_blocks(loaded.model, options.ignored)
     for job in every:
         survey_blocks(options, loaded, blocks, job)
+    for job in {job.method.name: job for job in every}.values():
+        find_room_for_hessians(options, loaded, blocks, job)
     read_tokens(options, tokenizer or loaded.tokenizer, loaded, shared)
     choose_and_note_resources(options, loaded, blocks, shared, partial(sweep_footprint, every))
     for job in every:
