@@ -2,13 +2,15 @@
 
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import wanda_fast
-from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
+from tests.tiny_models import FAMILIES, GQA, WINDOW, save_checkpoint, token_ids
 from wanda_fast import errors
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.cli import main as cli
@@ -16,6 +18,8 @@ from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.pruning import block_loop, hessian
 from wanda_fast.report.sweep import Sweep
 from wanda_fast.run.settings import settings_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEQLEN = 24
 METHODS, TYPES, RATIOS = ["wanda", "sparsegpt", "magnitude"], ["2:4", "unstructured"], [0.4, 0.6]
@@ -131,6 +135,41 @@ def test_a_model_in_memory_is_measured_and_left_as_it_is(llama):
         single = wanda_fast.prune(FAMILIES["llama2"](), **one(report), **options)
         for which in ("dense", "pruned"):
             assert report.perplexity[which] == pytest.approx(single.perplexity[which], rel=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+def test_blocks_that_pass_on_keys_and_values(statistics, tmp_path):
+    """Each setting has its own: Gemma 4's last blocks read those of earlier ones."""
+    kinds = dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2)
+    sizes = dict(num_hidden_layers=4, head_dim=16, global_head_dim=16, sliding_window=WINDOW)
+    sizes |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=320)
+    torch.manual_seed(0)
+    transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**GQA | sizes | kinds)).save_pretrained(
+        tmp_path
+    )
+    options = data("llama2", statistics=statistics, batch_size=2)
+    swept = wanda_fast.sweep(tmp_path, sparsity_ratio=[0.4, 0.7], **options)
+    for report in swept.reports.values():
+        assert report.perplexity == wanda_fast.prune(tmp_path, **one(report), **options).perplexity
+
+
+@contextmanager
+def autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("mode", [autocast, torch.inference_mode])
+def test_inside_of_the_callers_modes(mode):
+    """Autocast keeps 16-bit copies of trainable weights: those of another setting must not be used."""
+    options = data("llama2")
+    with mode():
+        model = FAMILIES["llama2"]().requires_grad_(mode is autocast)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        swept = wanda_fast.sweep(model, sparsity_ratio=[0.4, 0.7], **options)
+        alone = wanda_fast.sweep(model, sparsity_ratio=[0.7], **options)
+        assert equal(model.state_dict(), before)
+    assert swept.reports["wanda unstructured 0.7"].perplexity == alone.first.perplexity
 
 
 def test_an_interrupted_sweep_leaves_a_model_in_memory_dense(llama, monkeypatch):
