@@ -318,14 +318,16 @@ class Options:
     )
     save: str | Path | None = option(
         None,
-        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json).",
+        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json); for "
+        "that of a sweep, wanda_fast_sweep.json.",
         panel=OUTPUT,
         flag_type=Path | None,
         decides=None,
     )
     save_model: str | Path | None = option(
         None,
-        help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it.",
+        help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it. A sweep "
+        "makes a folder in it for each setting.",
         panel=OUTPUT,
         flag_type=Path | None,
         decides=None,
