@@ -318,8 +318,8 @@ class Options:
     )
     save: str | Path | None = option(
         None,
-        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json); for "
-        "that of a sweep, wanda_fast_sweep.json.",
+        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json); "
+        "for that of a sweep, wanda_fast_sweep.json.",
         panel=OUTPUT,
         flag_type=Path | None,
         decides=None,
