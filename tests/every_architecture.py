@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import wanda_fast
 from wanda_fast import errors
-from wanda_fast.run import inputs
+from wanda_fast.run import in_memory, inputs
 
 LARGEST = 20e6  # parameters: sizes that the table below does not know make a model of real size
 CLOSE = 1e-4  # of a perplexity in bfloat16, a mean over 72 tokens
@@ -219,9 +219,10 @@ def share_in_reach(folder: Path, linears: dict) -> tuple[float, bool]:
 
 
 def _prune_both(folder: Path, dtype: str) -> tuple:
-    """The reports of a run in memory and of a streamed one."""
+    """The reports of a run in memory, measured by forwards of the whole model, and of a streamed one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "open_meta_model", _refuse)
+        patch.setattr(in_memory, "runs_by_blocks", lambda *_: False)
         whole = _prune(folder, "whole", dtype)
     return whole, _prune(folder, "streamed", dtype)
 

@@ -2,7 +2,7 @@
 
 from wanda_fast import errors
 from wanda_fast.api import evaluate, prune, sweep
-from wanda_fast.data.evaluation import perplexity
+from wanda_fast.data.perplexity import perplexity
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern

@@ -10,17 +10,17 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from wanda_fast.data.evaluation import EvaluationSet, batch_of, mean_perplexity, window_losses
+from wanda_fast.data.evaluation import EvaluationSet
+from wanda_fast.data.scores import Scores, scores_of_hidden
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.block_inputs import BlockInputs
-from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import BlockSource
+from wanda_fast.model.head import body
 from wanda_fast.model.offload import Offload, Offloaded
-from wanda_fast.model.recorder import blocks_skipped, record_block_inputs, record_next_chain_
+from wanda_fast.model.recorder import record_block_inputs, record_next_chain_
 
 
 @dataclass
@@ -80,7 +80,7 @@ def enter_next_chain_(source: BlockSource, index: int, inputs: list[BlockInputs]
     if not inputs:
         return
     with source.surroundings(head=False):
-        forward = _forward_of(source.model)
+        forward = body(source.model)
         for each in inputs:
             record_next_chain_(forward, source.blocks, index, each)
 
@@ -111,12 +111,12 @@ def record_activations(
     if token_ids is None and evaluation is None:
         return activations
     with source.surroundings(head=False):
-        forward = _forward_of(source.model)
+        forward = body(source.model)
         record = partial(_record_share, ranks or Ranks(), forward, source, offload)
         if token_ids is not None:
             activations.calibration = record(token_ids, batch_size)
         if evaluation is not None:
-            activations.dense = record(evaluation.windows, batch_of(evaluation))
+            activations.dense = record(evaluation.windows, evaluation.batch_size)
             activations.pruned = activations.dense.copy(offload) if pruned else None
     return activations
 
@@ -140,37 +140,18 @@ def _record_share(
     return inputs
 
 
-def perplexities(
-    source: BlockSource, activations: Activations, evaluation: EvaluationSet, ranks: Ranks
-) -> dict[str, float]:
-    """Perplexity by "dense" and "pruned", from the outputs of the last block.
+def scores_by_blocks(
+    source: BlockSource, states: dict[str, BlockInputs | None], evaluation: EvaluationSet, ranks: Ranks
+) -> dict[str, Scores]:
+    """Scores by name, from the outputs of the last block.
 
     Must be called inside `source.surroundings(head=True)`. Each rank has its share of the windows.
+
+    Args:
+        states: of the evaluation windows. The dense model's come first; None: there are none.
     """
-    measured = {"dense": activations.dense, "pruned": activations.pruned}
-    return {
-        name: mean_perplexity(sum(ranks.gather(_losses(source, inputs, evaluation)), []))
-        for name, inputs in measured.items()
-        if inputs
-    }
-
-
-@torch.no_grad()
-def _losses(source: BlockSource, inputs: BlockInputs, evaluation: EvaluationSet) -> list[float]:
-    """Final norm, head and soft-capping run by the model's own code, in a forward without its blocks."""
-    losses, windows = [], evaluation.windows[inputs.before :]
-    for batch in inputs.slices():
-        hidden = inputs.hidden[batch]
-        with blocks_skipped(source.blocks, hidden):
-            losses += window_losses(source.model, windows[batch].to(hidden.device))
-    return losses
-
-
-def _forward_of(model: nn.Module):
-    """The model's own forward without the language-model head, since the logits are not needed."""
-    body = getattr(model, "base_model", model)
-    embedding = next(p for p in body.parameters() if not p.is_meta)
-    embedding_device = embedding.device
-    if classifies_images(model):
-        return lambda images: body(images.to(embedding_device, embedding.dtype))
-    return lambda ids: body(input_ids=ids.to(embedding_device), use_cache=False)
+    hidden_of = {name: inputs.hidden.__getitem__ for name, inputs in states.items() if inputs}
+    own = evaluation.part(ranks.share(len(evaluation.windows)))
+    # The head of a model in memory can be on another device than its blocks in their turn.
+    device = next(p.device for p in source.model.parameters() if not p.is_meta)
+    return scores_of_hidden(source.model, source.blocks, own, hidden_of, device)

@@ -38,6 +38,8 @@ def summary_tables(report: Report) -> list[Table]:
             summary.add_row(f"perplexity, {which}", f"{report.perplexity[which]:.4f}")
         if which in report.accuracy:
             summary.add_row(f"accuracy, {which}", _shares(report.accuracy[which]))
+    if "kl" in report.perplexity:
+        summary.add_row("distance to dense", _distance(report.perplexity))
     for measured in filter(None, (report.perplexity, report.accuracy)):
         summary.add_row("measured on", measured["protocol"])
     if counts := report.expert_tokens().values():
@@ -112,6 +114,13 @@ def error_table(report: Report) -> Table:
         if linear.error is not None:
             table.add_row(name, f"{linear.error:.4g}", f"{linear.relative_error:.4f}")
     return table
+
+
+def _distance(perplexity: dict) -> str:
+    return (
+        f"KL {perplexity['kl']:.4f} nats, {perplexity['flips']:.2%} of first choices changed, perplexity x "
+        f"{perplexity['ratio']:.3f}"
+    )
 
 
 def _shares(accuracy: dict[str, float]) -> str:

@@ -1,25 +1,18 @@
-"""Perplexity as the published code computes it, and zero-shot accuracy through lm-evaluation-harness."""
+"""The windows that perplexity is measured on, and zero-shot accuracy through lm-evaluation-harness."""
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_fast.data.calibration import log_warning, require_tokenizer, tokenize
 from wanda_fast.data.given import given_text, ids_or_rows, require_ids
 from wanda_fast.data.text import evaluation_text
 from wanda_fast.errors import CalibrationError, MissingDependencyError
-from wanda_fast.model.block_forward import faster_forward
-from wanda_fast.model.fused_modules import fused_modules
-from wanda_kernels.forward import reused_memory
 
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-# Logits are [tokens, vocabulary]: with a vocabulary of 128 k, 4096 tokens take 2 GiB in fp32.
 TOKENS_PER_FORWARD = 4096
 
 
@@ -40,6 +33,18 @@ class EvaluationSet:
         """The data in words, for the report."""
         nwindows, seqlen = self.windows.shape
         return f"{self.label}, {nwindows} windows of {seqlen}, {nwindows * seqlen} tokens"
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per forward."""
+        return max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
+
+    def batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.windows), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.windows)))
+
+    def part(self, windows: slice) -> "EvaluationSet":
+        return replace(self, windows=self.windows[windows])
 
 
 def evaluation_set(
@@ -84,72 +89,6 @@ def evaluation_set(
         )
     nwindows = min(nwindows, max_windows or nwindows)
     return EvaluationSet(ids[: nwindows * seqlen].view(nwindows, seqlen), label)
-
-
-def perplexity(
-    model: nn.Module,
-    data: str | Path | Tensor | Iterable | EvaluationSet,
-    seqlen: int = 2048,
-    *,
-    tokenizer=None,
-    max_windows: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> float:
-    """exp of the mean loss over all windows; a window's loss is the mean over its seqlen - 1 predictions.
-
-    Args:
-        model: a causal LM that returns `.logits`. It is not modified.
-        data: an `EvaluationSet`, token ids, or text (by name, path, or as `evaluation_set` takes it), which
-            needs a `tokenizer`.
-        seqlen: tokens per window; ignored for an `EvaluationSet`.
-        tokenizer: the model's.
-        max_windows: upper bound on the number of windows; ignored for an `EvaluationSet`.
-        progress: called after each forward with the number of windows done.
-    Returns: the perplexity; infinity if the mean loss is too large for a float.
-    Raises: `CalibrationError` as `evaluation_set`.
-    Source: the published Wanda's `lib/eval.py`.
-    """
-    if not isinstance(data, EvaluationSet):
-        data = evaluation_set(data, tokenizer, seqlen, max_windows)
-    return mean_perplexity(losses(model, data, progress))
-
-
-def losses(
-    model: nn.Module, data: EvaluationSet, progress: Callable[[int], None] | None = None
-) -> list[float]:
-    """The mean loss of each window; `progress` as in `perplexity`."""
-    device, batch, found = next(model.parameters()).device, batch_of(data), []
-    for start in range(0, len(data.windows), batch):
-        found += window_losses(model, data.windows[start : start + batch].to(device))
-        if progress:
-            progress(len(found))
-    return found
-
-
-def batch_of(data: EvaluationSet) -> int:
-    """Windows per forward."""
-    return max(1, TOKENS_PER_FORWARD // data.windows.shape[1])
-
-
-def mean_perplexity(losses: list[float]) -> float:
-    """Perplexity of windows with these mean losses."""
-    mean = sum(losses) / len(losses)
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-@torch.no_grad()
-def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
-    """The mean loss of each window of int64 token ids `[nwindows, seqlen]`, on the model's device."""
-    options = {"use_cache": False}
-    # A loss of the routers needs all blocks, which do not run in a streamed evaluation.
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        options["output_router_logits"] = False
-    with faster_forward(windows.device), fused_modules(model), reused_memory():
-        logits = model(windows, **options).logits
-    # One window at a time, since each needs a copy of its logits in fp32.
-    return [
-        F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)
-    ]
 
 
 def require_zero_shot() -> None:

@@ -89,7 +89,9 @@ class Report:
         linears: by the linear's full name in the model.
         reach: how many of the model's weights can be pruned.
         calibration: shape of the tokens or images and their sha256.
-        perplexity: protocol, dense, pruned.
+        perplexity: protocol, dense, pruned; of the pruned model against the dense one, over the same
+            predictions: ratio of the perplexities, kl (mean KL(dense || pruned) of the next token's
+            distributions, in nats), flips (share of first choices that changed).
         accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
         zero_shot: results by task.
         seconds: by phase.

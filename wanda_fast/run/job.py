@@ -3,22 +3,21 @@
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.block_loader import StreamedModel
-from wanda_fast.checkpoint.load import Checkpoint
-from wanda_fast.data.accuracy import LabelledImages, accuracy
-from wanda_fast.data.evaluation import EvaluationSet, losses, mean_perplexity
+from wanda_fast.data.accuracy import LabelledImages
+from wanda_fast.data.evaluation import EvaluationSet
+from wanda_fast.data.scores import joined, summary
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.hidden_states import Activations, perplexities, record_activations
+from wanda_fast.hidden_states import Activations, record_activations, scores_by_blocks
 from wanda_fast.memory import peak_memory
-from wanda_fast.model.block_source import BlockSource, LiveModel
+from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.image_shapes import ImageShapes
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
@@ -150,25 +149,6 @@ class Job:
                 write_masks(self.masks, file, self.report.recipe)
 
 
-def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None) -> None:
-    """Prune a model in memory. It is saved before it is evaluated, since the evaluation may fail."""
-    prunes = job.method.prunes
-    _measure(job, source.model, "dense")
-    if prunes:
-        with closing(Offload(job.activations, source.device)) as offload:
-            with job.phase("block inputs"):
-                activations = record_activations(
-                    source, offload, job.token_ids, job.batch_size, ranks=job.ranks
-                )
-            job.prune(source, activations)
-    if folder is not None:
-        with job.phase("write", "writing", str(folder)):
-            job.ranks.from_first(lambda: saving.save(loaded, folder, job.report))
-    job.write_masks()
-    if prunes:
-        _measure(job, source.model, "pruned")
-
-
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
     """Prune a streamed model in one sweep over its blocks. The evaluation windows' hidden states, dense and
     pruned, advance block by block with those of the calibration."""
@@ -184,38 +164,12 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:
+            states = {"dense": activations.dense, "pruned": activations.pruned}
             with job.phase("evaluation"), source.surroundings(head=True):
-                found = perplexities(source, activations, job.evaluation, job.ranks)
-                job.report.perplexity |= found
+                found = scores_by_blocks(source, states, job.evaluation, job.ranks)
+                job.report.perplexity |= summary(joined(job.ranks.gather(found)))
         job.write_masks()
         if output is not None:
             job.finish_report()
             with job.phase("write", "writing", str(output.folder)):
                 output.finish(job.report)
-
-
-def _measure(job: Job, model: nn.Module, which: str) -> None:
-    """The perplexity or accuracy of a model in memory, by its own forward."""
-    if job.labelled is not None:
-        _measure_accuracy(job, model, which)
-    if job.evaluation is None:
-        return
-    share = job.ranks.share(len(job.evaluation.windows))
-    own = replace(job.evaluation, windows=job.evaluation.windows[share])
-    total = len(own.windows)
-
-    def tell(done: int) -> None:
-        if job.progress:
-            job.progress.step(f"perplexity, {which}", done, total)
-
-    tell(0)
-    with job.clock.phase("evaluation"):
-        found = job.ranks.gather(losses(model, own, progress=tell))
-        job.report.perplexity[which] = mean_perplexity(sum(found, []))
-
-
-def _measure_accuracy(job: Job, model: nn.Module, which: str) -> None:
-    tell = partial(job.count_images, f"accuracy, {which}", total=len(job.labelled.indices))
-    tell(0)
-    with job.clock.phase("evaluation"):
-        job.report.accuracy[which] = accuracy(model, job.labelled, progress=tell)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.data.evaluation import batch_of
+from wanda_fast.data.scores import COPIES, tokens_at_once
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
 from wanda_fast.model.block_lists import is_of_transformers
@@ -51,7 +51,7 @@ class Footprint:
         surroundings: all weights outside the blocks: embeddings, final norm, head.
         forward: temporaries of a block's forward pass. On a CPU they are reused from block to block.
         widening: fp32 copies of one bf16 linear and its input, on a CPU that multiplies them in fp32.
-        logits: of a batch of evaluation windows, and twice one window's in fp32.
+        logits: of the tokens whose logits are looked at together, in fp32, COPIES times.
         dense: the copy of a block's prunable weights from which a sweep restores them.
     """
 
@@ -106,7 +106,7 @@ def footprint(
 
     Args:
         stored: dtype of a streamed checkpoint. None for a model in memory: its weights exist already and do
-            not count, nor do its perplexities, which its own forward computes.
+            not count.
         converted: names of the parameters that are merged from several tensors of the checkpoint.
     """
     config = model.config.get_text_config() if is_of_transformers(model) else None
@@ -114,12 +114,11 @@ def footprint(
     size = dtype.itemsize
     widths = [linear.in_features for block in blocks for linear in block.linears]
     hidden_size = getattr(config, "hidden_size", None) or min(widths, default=0)
-    calibration, windows = job.own_tokens, None
+    calibration, windows = job.own_tokens, job.own_windows
     weights = surroundings = 0
     if stored is not None:
         each = [_weights(block.module) for block in blocks]
         weights, surroundings = max(each), _weights(model) - sum(each)
-        windows = job.own_windows
     # Bytes of a weight in the checkpoint's dtype, beside its copy in the dtype of the computation.
     widened = stored.itemsize if stored not in (None, dtype) else 0
     in_fp32 = dtype == torch.bfloat16 and not multiplies_bf16()
@@ -130,8 +129,9 @@ def footprint(
     # In one pass, all sequences are inside the block at once.
     one_pass = job.sequential == "linear"
     inside = tokens if one_pass or not tokens else min(tokens, batch_size * job.calibration_shape[1])
-    evaluated = 0 if windows is None else min(windows.numel(), batch_of(job.evaluation) * windows.shape[1])
-    activations = (tokens + 2 * (0 if windows is None else windows.numel())) * hidden_size * hidden_value
+    in_windows = 0 if windows is None else windows.numel()
+    evaluated = 0 if windows is None else min(in_windows, job.evaluation.batch_size * windows.shape[1])
+    activations = (tokens + 2 * in_windows) * hidden_size * hidden_value
     if job.image_shapes is not None:
         activations = job.calibration_shape[0] * job.image_shapes.values * hidden_value
     return Footprint(
@@ -149,8 +149,12 @@ def footprint(
         widening=max(
             (_widening(linear) for block in blocks for linear in block.linears if in_fp32), default=0
         ),
-        logits=0 if windows is None else (evaluated * size + 2 * FP32 * windows.shape[1]) * config.vocab_size,
+        logits=0 if windows is None else _logits(evaluated, config.vocab_size, job.device),
     )
+
+
+def _logits(evaluated: int, vocabulary: int, device: torch.device) -> int:
+    return COPIES * FP32 * min(evaluated, tokens_at_once(vocabulary, device)) * vocabulary
 
 
 def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:

@@ -30,8 +30,9 @@ from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report.contents import Report
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.image_inputs import read_images
+from wanda_fast.run.in_memory import run_in_memory
 from wanda_fast.run.inputs import open_model, read_tokens
-from wanda_fast.run.job import Job, run_in_memory, run_streamed
+from wanda_fast.run.job import Job, run_streamed
 from wanda_fast.run.live_model import device_of, plain_model
 from wanda_fast.run.memory_model import Footprint, footprint
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report

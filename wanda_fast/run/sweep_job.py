@@ -2,7 +2,8 @@
 
 from contextlib import closing
 
-from wanda_fast.hidden_states import Activations, perplexities, record_activations
+from wanda_fast.data.scores import summary
+from wanda_fast.hidden_states import Activations, record_activations, scores_by_blocks
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.streamed import StreamedOutput
@@ -56,8 +57,12 @@ def _activations(recorded: Activations, shared: Job, jobs: list[Job], offload: O
 
 
 def _measure(shared: Job, jobs: list[Job], lanes: list[Lane], source: BlockSource) -> None:
+    """Measure all pruned models beside the dense one, whose logits are computed once."""
     if shared.evaluation is None:
         return
+    states = {"dense": lanes[0].activations.dense}
+    states |= {str(number): lane.activations.pruned for number, lane in enumerate(lanes)}
     with shared.phase("evaluation"), source.surroundings(head=True):
-        for job, lane in zip(jobs, lanes, strict=True):
-            job.report.perplexity |= perplexities(source, lane.activations, shared.evaluation, job.ranks)
+        dense, *pruned = scores_by_blocks(source, states, shared.evaluation, shared.ranks).values()
+    for job, scores in zip(jobs, pruned, strict=True):
+        job.report.perplexity |= summary({"dense": dense, "pruned": scores})
