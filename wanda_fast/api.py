@@ -1,6 +1,6 @@
-"""What Python users call: `prune` and `evaluate`. Their keywords are the command line's flags."""
+"""What Python users call: `prune`, `sweep` and `evaluate`. Their keywords are the command line's flags."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -9,7 +9,10 @@ from torch.distributed import ProcessGroup
 from wanda_fast.options.all_options import Options
 from wanda_fast.options.signature import takes_options
 from wanda_fast.report.contents import Report
+from wanda_fast.report.sweep import Sweep
 from wanda_fast.run.prune_model import prune_model
+from wanda_fast.run.settings import settings_of
+from wanda_fast.run.sweep_model import sweep_model
 from wanda_fast.timer import Progress
 
 
@@ -35,6 +38,33 @@ def prune(
     Raises: subclasses of `wanda_fast.errors.WandaFastError`, each with one sentence.
     """
     return prune_model(Options(model=model, **options), tokenizer, progress, process_group)
+
+
+@takes_options("sweep")
+def sweep(
+    model: nn.Module | str | Path,
+    *,
+    prune_method: str | Sequence[str] = "wanda",
+    sparsity_type: str | Sequence[str] = "unstructured",
+    sparsity_ratio: float | str | Sequence[float] | None = None,
+    tokenizer=None,
+    progress: Progress | None = None,
+    **options,
+) -> Sweep:
+    """Prune copies of a model by several settings at once, and measure each: read, calibrated and evaluated
+    dense only once. The model itself stays as it is.
+
+    Args:
+        model: hub id, folder or .gguf file of a causal language model, or a model in memory.
+        {options}
+        prune_method, sparsity_type: lists, or names between commas, as `prune` takes one of.
+        sparsity_ratio: likewise, for each pattern but N:M, which has a ratio of its own. Default: 0.5.
+        tokenizer, progress: as in `prune`.
+    Returns: the `Sweep`, whose `reports` are those of `prune` with each setting.
+    Raises: as `prune`; `SweepError` for what a sweep cannot do.
+    """
+    settings = settings_of(prune_method, sparsity_type, sparsity_ratio)
+    return sweep_model(Options(model=model, **options), settings, tokenizer, progress)
 
 
 @takes_options("eval")

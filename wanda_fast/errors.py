@@ -29,6 +29,10 @@ class OptionError(RefusedInputError):
     """A value that an option does not take."""
 
 
+class SweepError(RefusedInputError):
+    """A sweep over several settings cannot do what one run can."""
+
+
 class ScoreError(RefusedInputError):
     """A method's score of the wrong shape, or with NaN."""
 

@@ -70,18 +70,19 @@ class Activations:
                 if name in sequences:
                     inputs.restore_(opened.get_slice(name), *sequences[name])
 
-    def enter_next_chain_(self, source: BlockSource, index: int) -> None:
-        """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
-        if not (present := self.present()):
-            return
-        with source.surroundings(head=False):
-            forward = body(source.model)
-            for inputs in present.values():
-                record_next_chain_(forward, source.blocks, index, inputs)
-
     def present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: inputs for name, inputs in named.items() if inputs is not None}
+
+
+def enter_next_chain_(source: BlockSource, index: int, inputs: list[BlockInputs]) -> None:
+    """Replace outputs of block `index`, the last of its chain, by inputs of the next one."""
+    if not inputs:
+        return
+    with source.surroundings(head=False):
+        forward = body(source.model)
+        for each in inputs:
+            record_next_chain_(forward, source.blocks, index, each)
 
 
 def record_activations(
@@ -140,15 +141,17 @@ def _record_share(
 
 
 def scores_by_blocks(
-    source: BlockSource, activations: Activations, evaluation: EvaluationSet, ranks: Ranks
+    source: BlockSource, states: dict[str, BlockInputs | None], evaluation: EvaluationSet, ranks: Ranks
 ) -> dict[str, Scores]:
-    """Scores by "dense" and "pruned", from the outputs of the last block.
+    """Scores by name, from the outputs of the last block.
 
     Must be called inside `source.surroundings(head=True)`. Each rank has its share of the windows.
+
+    Args:
+        states: of the evaluation windows. The dense model's come first; None: there are none.
     """
-    states = {"dense": activations.dense, "pruned": activations.pruned}
     hidden_of = {name: inputs.hidden.__getitem__ for name, inputs in states.items() if inputs}
-    device = activations.dense.hidden.device
-    return scores_of_hidden(
-        source.model, source.blocks, evaluation.part(ranks.share(len(evaluation.windows))), hidden_of, device
-    )
+    own = evaluation.part(ranks.share(len(evaluation.windows)))
+    # The head of a model in memory can be on another device than its blocks in their turn.
+    device = next(p.device for p in source.model.parameters() if not p.is_meta)
+    return scores_of_hidden(source.model, source.blocks, own, hidden_of, device)

@@ -86,6 +86,10 @@ class Phases:
         with self._clock.phase(phase):
             yield
 
+    def timed_by(self, clock: Clock) -> "Phases":
+        """The same phases, measured by another clock."""
+        return Phases(clock, self._progress, self._index, self._total, self._block)
+
     def tell(self, phase: str, detail: str = "") -> None:
         """Show `phase`, with `detail` in place of the block's name."""
         if self._progress is not None:

@@ -62,7 +62,9 @@ def test_the_readme_from_the_command_line(folder, monkeypatch, capsys):
 
 
 def test_the_usage_page_from_python(folder, capsys):
-    (example,) = blocks("docs/usage.md", "python")
+    sweep, example = blocks("docs/usage.md", "python")
+    exec(sweep, {})
+    assert capsys.readouterr().out.count("'pruned'") == 3
     exec(example, {})
     assert capsys.readouterr().out.startswith("0.5 ")
     assert (pruned_weight("out/pruned").view(-1, 4).count_nonzero(1) == 2).all()

@@ -38,6 +38,16 @@ def test_help_describes_every_option():
     assert "\n    eval_windows (int | None, default None): " in inspect.getdoc(api.evaluate)
 
 
+def test_a_sweep_takes_lists_and_the_options_of_all_settings():
+    taken = set(inspect.signature(wanda_fast.sweep).parameters)
+    assert set(NAMES) - taken == {"checkpoint", "eval_zero_shot", "save_log", "save_mask"}
+    assert taken - set(NAMES) == {"tokenizer", "progress"}
+    assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)
+    flags = {flag.name: flag for flag in typer.main.get_command(cli.app).commands["sweep"].params}
+    assert set(flags) == taken - {"tokenizer", "progress"} | {"plugin"}
+    assert flags["sparsity_type"].default == "unstructured" and flags["sparsity_ratio"].default is None
+
+
 def test_a_keyword_that_is_no_option_is_a_type_error():
     for function, keyword in ((wanda_fast.prune, "nsample"), (api.evaluate, "nsamples")):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):

@@ -26,11 +26,14 @@ from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.checkpoint.surroundings import REPORT, copy_surroundings
 from wanda_fast.errors import OutputError, ResumeError, WandaFastError
 from wanda_fast.report.contents import Report
+from wanda_fast.report.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
 # Subfolders of DIR.partial: the model that becomes DIR, and the folder that was DIR before.
 MODEL, REPLACED = "model", "replaced"
+# File with the reports of a sweep.
+SWEEP = "wanda_fast_sweep.json"
 # Bytes up to which a streamed model becomes one model.safetensors instead of a shard for each block.
 ONE_FILE = 2**28
 
@@ -246,6 +249,13 @@ def save_report(report: Report, folder: Path) -> None:
     """Write the report into a model's folder."""
     with writing(folder):
         write_atomically(folder / REPORT, lambda file: file.write_text(report.to_json(), encoding="utf-8"))
+
+
+def save_sweep(sweep: Sweep, folder: Path) -> None:
+    """Write the reports of a sweep into `folder`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SWEEP, lambda file: file.write_text(sweep.to_json(), encoding="utf-8"))
 
 
 @contextmanager

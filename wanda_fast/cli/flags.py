@@ -23,6 +23,20 @@ Plugin = Annotated[
     ),
 ]
 
+Methods = Annotated[
+    str, typer.Option(help="Methods between commas, e.g. wanda,sparsegpt.", rich_help_panel=WHAT)
+]
+Patterns = Annotated[
+    str, typer.Option(help="Patterns between commas, e.g. 2:4,4:8,unstructured.", rich_help_panel=WHAT)
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option(
+        help="Ratios between commas, for each pattern but N:M, e.g. 0.4,0.5. Default: 0.5.",
+        rich_help_panel=WHAT,
+    ),
+]
+
 
 def takes_flags(name: str, *, model: bool = False) -> Callable[[Callable], Callable]:
     """Decorator: the options of the command `name` are the function's flags, which arrive in its `**options`.

@@ -26,6 +26,7 @@ from wanda_fast.cli.tables import (
     inspection_tables,
     measured_line,
     summary_tables,
+    sweep_tables,
 )
 from wanda_fast.data.images import has_evaluation, holds_images
 from wanda_fast.distributed.torchrun import is_first, is_running, process_group
@@ -80,6 +81,35 @@ def prune(*, plugin: flags.Plugin = None, **options) -> None:
     for table in [error_table(report)] * bool(options["measure_error"]) + summary_tables(report):
         console.print(table)
     _say_what_is_written(options)
+
+
+@app.command()
+@flags.takes_flags("sweep", model=True)
+def sweep(
+    *,
+    prune_method: flags.Methods = "wanda",
+    sparsity_type: flags.Patterns = "unstructured",
+    sparsity_ratio: flags.Ratios = None,
+    plugin: flags.Plugin = None,
+    **options,
+) -> None:
+    """Prune copies of a checkpoint by several settings at once, and compare them in one table."""
+    for name in plugin or ():
+        load_plugin(name)
+    options["ignore"] = tuple(options["ignore"] or ())
+    options["eval_dataset"] = _eval_dataset(options["eval_dataset"], options["dataset"])
+    settings = {
+        "prune_method": prune_method,
+        "sparsity_type": sparsity_type,
+        "sparsity_ratio": sparsity_ratio,
+    }
+    with terminal_progress(console) as progress:
+        swept = api.sweep(**settings, **options, progress=progress)
+    for table in sweep_tables(swept):
+        console.print(table)
+    for option in ("save_model", "save"):
+        if options[option]:
+            say(f"written: {options[option]}")
 
 
 @app.command("eval")

@@ -1,9 +1,15 @@
 """Tables for the terminal, made from reports."""
 
+from statistics import fmean
+
 from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
 from wanda_fast.report.contents import RankReport, Report
+from wanda_fast.report.sweep import Sweep
+
+# What a sweep's table has of `Report.perplexity`, with the headings.
+MEASURED = {"pruned": "perplexity", "ratio": "of dense", "kl": "KL", "flips": "flips"}
 
 
 def summary_tables(report: Report) -> list[Table]:
@@ -63,6 +69,37 @@ def summary_tables(report: Report) -> list[Table]:
         seconds.add_row(phase, f"{value:.2f}")
     seconds.add_row("all", f"{sum(report.seconds.values()):.2f}")
     return [summary, seconds]
+
+
+def sweep_tables(sweep: Sweep) -> list[Table]:
+    """A row for the dense model and one for each setting; what they share; seconds per phase."""
+    reports = sweep.reports
+    measured = [name for name in MEASURED if any(name in report.perplexity for report in reports.values())]
+    errors = {name: report.block_error().values() for name, report in reports.items()}
+    columns = ["setting", "sparsity", *(MEASURED[name] for name in measured)]
+    table = Table(*columns, *["error"] * any(errors.values()), "seconds", title=sweep.first.recipe["model"])
+    if "dense" in sweep.first.perplexity:
+        table.add_row("dense", "0", f"{sweep.first.perplexity['dense']:.4f}")
+    for name, report in reports.items():
+        values = [f"{report.perplexity[each]:.4f}" for each in measured]
+        error = [f"{fmean(errors[name]):.4f}" if errors[name] else "-"] * any(errors.values())
+        seconds = f"{sum(report.seconds.values()):.2f}"
+        table.add_row(name, f"{report.sparsity:.4f}", *values, *error, seconds)
+    return [table, _shared_table(sweep)]
+
+
+def _shared_table(sweep: Sweep) -> Table:
+    table, first = Table(title="shared by the settings", show_header=False), sweep.first
+    if protocol := first.perplexity.get("protocol"):
+        table.add_row("measured on", protocol)
+    for sentence in dict.fromkeys(each for report in sweep.reports.values() for each in report.warnings):
+        table.add_row("warning", sentence)
+    for device, peak in first.peak_memory.items():
+        table.add_row(f"peak memory, {device}", f"{peak / 2**20:,.0f} MiB")
+    for phase, value in sweep.seconds.items():
+        table.add_row(f"{phase}, seconds", f"{value:.2f}")
+    table.add_row("all, with the settings' own", f"{sweep.all_seconds:.2f}")
+    return table
 
 
 def _ranks_line(ranks: list[RankReport]) -> str:

@@ -16,6 +16,7 @@ class BlockSource(Protocol):
 
     model: nn.Module
     blocks: list[Block]
+    device: torch.device
 
     def block(self, index: int) -> AbstractContextManager[None]:
         """Context in which block `index` is on the device, with its weights."""

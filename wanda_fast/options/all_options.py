@@ -54,12 +54,14 @@ class Options:
         panel=WHAT,
         decides=BYTES,
         aliases=("prune_metric",),
+        commands=("prune",),
     )
     sparsity_type: str = option(
         "unstructured",
         help="unstructured, N:M (keep N of every M consecutive inputs), or a registered pattern.",
         panel=WHAT,
         decides=BYTES,
+        commands=("prune",),
     )
     sparsity_ratio: float | None = option(
         None,
@@ -68,6 +70,7 @@ class Options:
         panel=WHAT,
         decides=BYTES,
         aliases=("sparsity",),
+        commands=("prune",),
     )
     dataset: str | Path | Iterable = option(
         "wikitext2",
@@ -87,7 +90,7 @@ class Options:
         "template. Default: the first of text, sentence, content, messages and conversations.",
         panel=CALIBRATION,
         decides=RESULTS,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     nsamples: int | None = option(
         None,
@@ -102,7 +105,7 @@ class Options:
         panel=CALIBRATION,
         minimum=2,
         decides=BYTES,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     bos: str = option(
         "auto",
@@ -259,7 +262,7 @@ class Options:
         help="Where blocks are computed: cpu, cuda or cuda:N. Default: a GPU if there is one.",
         python_help="The default for a model in memory is its own device.",
         panel=RESOURCES,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
         flag_type=str | None,
         decides=None,
     )
@@ -271,7 +274,7 @@ class Options:
         choices=("auto", "float32", "float16", "bfloat16"),
         refused_with=CheckpointError,
         decides=BYTES,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     checkpoint: str | Path | None = option(
         None,
@@ -286,14 +289,14 @@ class Options:
         help="Read a checkpoint in block fp8 or MXFP4 as 16-bit weights, and save those. Without it, "
         "quantised weights are refused.",
         panel=MODEL,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
         decides=None,
     )
     cache_dir: str | None = option(
         None,
         help="Folder for hub downloads. Default: Hugging Face's own cache.",
         panel=MODEL,
-        commands=("prune", "eval", "inspect", "apply-mask", "verify"),
+        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify"),
         decides=None,
     )
     eval_dataset: str | Path | Iterable | None = option(
@@ -323,7 +326,7 @@ class Options:
         panel=EVALUATION,
         minimum=1,
         decides=RESULTS,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     eval_zero_shot: bool = option(
         False,
@@ -334,20 +337,27 @@ class Options:
     )
     save: str | Path | None = option(
         None,
-        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json).",
+        help="Folder for the published code's log line (log_METHOD.txt) and the report (wanda_fast.json); "
+        "for that of a sweep, wanda_fast_sweep.json.",
         panel=OUTPUT,
         flag_type=Path | None,
         decides=None,
     )
     save_model: str | Path | None = option(
         None,
-        help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it.",
+        help="Folder for the pruned model, its tokenizer and the report. from_pretrained loads it. A sweep "
+        "makes a folder in it for each setting.",
         panel=OUTPUT,
         flag_type=Path | None,
         decides=None,
     )
     save_log: str | Path | None = option(
-        None, help="File for the log line and the report.", panel=OUTPUT, decides=None, flag_type=Path | None
+        None,
+        help="File for the log line and the report.",
+        panel=OUTPUT,
+        decides=None,
+        flag_type=Path | None,
+        commands=("prune",),
     )
     save_mask: str | Path | None = option(
         None,
@@ -355,12 +365,13 @@ class Options:
         panel=OUTPUT,
         decides=RESULTS,
         flag_type=Path | None,
+        commands=("prune",),
     )
     overwrite: bool = option(
         False,
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
-        commands=("prune", "apply-mask"),
+        commands=("prune", "sweep", "apply-mask"),
         decides=None,
     )
     resume: bool = option(
@@ -385,6 +396,11 @@ class Options:
             if choices and value not in choices and not (value is None and each.default is None):
                 listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise each.metadata["refused_with"](f"{each.name} must be {listed}, got {value!r}")
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The patterns of `ignore`, of which Python users may pass one as a string."""
+        return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
 
     def recipe(self) -> dict:
         """The options by name, as a report keeps them."""

@@ -25,7 +25,7 @@ def option(
     refused_with: type[WandaFastError] = UnknownMethodError,
     decides: str | None,
     minimum: int | None = None,
-    commands: tuple[str, ...] = ("prune",),
+    commands: tuple[str, ...] = ("prune", "sweep"),
     flag_type: Any = None,
     flag_default: Any = MISSING,
     aliases: tuple[str, ...] = (),

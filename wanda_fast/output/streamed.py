@@ -61,6 +61,7 @@ class StreamedOutput:
         resume: continue the run in DIR.partial if there is one.
         ranks: that prune the model together. Blocks are dealt to them to be written; the first one does the
             rest.
+        resumable: keep finished blocks if the run fails or is interrupted.
     Raises: on entry, `ResumeError` if that run has another identity; `OutputError` if a write fails;
         `RanksError` on a rank that does not see the folder.
     """
@@ -72,8 +73,10 @@ class StreamedOutput:
         identity: dict,
         resume: bool = False,
         ranks: Ranks | None = None,
+        resumable: bool = True,
     ):
         self.folder, self.source, self.resume = folder, source, resume
+        self.resumable = resumable
         self.ranks = ranks or Ranks()
         self.nblocks = len(source.blocks)
         self.partial = partial_of(folder)
@@ -101,7 +104,8 @@ class StreamedOutput:
                 f"rank {self.ranks.rank} on {host} does not see {self.partial}, which rank 0 has made: "
                 f"--save_model needs a folder that all machines share"
             )
-        self.interrupts.__enter__()
+        if self.resumable:
+            self.interrupts.__enter__()
         return self
 
     def _begin(self) -> bool:
@@ -117,7 +121,8 @@ class StreamedOutput:
         return False
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.interrupts.__exit__()
+        if self.resumable:
+            self.interrupts.__exit__()
         if error is not None:
             # Stops the copying of the tensors outside of the blocks.
             self.abandoned.set()
@@ -133,8 +138,10 @@ class StreamedOutput:
             logger.info("%s: continue with --resume", kept)
 
     def _kept(self) -> int:
-        """How many blocks are finished, by this rank or another."""
-        return sum((self.partial / self._note(index)).is_file() for index in range(self.nblocks))
+        """How many blocks are finished, by this rank or another, for a run that resumes this one."""
+        return self.resumable and sum(
+            (self.partial / self._note(index)).is_file() for index in range(self.nblocks)
+        )
 
     def begin_(self, activations: Activations) -> int:
         """The block to continue with. `activations` becomes its inputs; all earlier blocks are finished."""
@@ -199,6 +206,8 @@ class StreamedOutput:
 
         Raises: `InterruptedRunError` after a Ctrl-C.
         """
+        if not self.resumable:
+            return
         stop, due = self.interrupts.requested, self.activation_cache.due(activations)
         answers = self.ranks.gather((stop, due))
         stops = any(stop for stop, _ in answers)

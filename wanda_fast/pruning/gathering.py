@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from functools import partial
 
 from torch import Tensor, nn
@@ -132,6 +133,18 @@ class BlockStatistics:
     def tokens(self) -> dict[str, int]:
         """The calibration tokens that each linear of an expert has seen so far."""
         return {name: count for each in self.experts for name, count in each.tokens().items()}
+
+    def shared(self) -> "BlockStatistics":
+        """The same statistics for another setting: `forget_hessian` leaves the others theirs."""
+        other = copy(self)
+        other.hessians = dict(self.hessians)
+        return other
+
+    def forget_hessian(self, name: str) -> None:
+        """Drop the Hessian of a pruned linear; the last one that shares it frees what solvers made of it."""
+        hessian = self.hessians.pop(name, None)
+        if hessian is not None and hessian not in self.hessians.values():
+            hessian.release()
 
     @contextmanager
     def gathering(self) -> Iterator[None]:

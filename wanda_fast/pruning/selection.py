@@ -80,7 +80,7 @@ def prune_block(
     Raises: `NonFiniteError`, `HessianError`, before a linear of `block` is changed; `NonFiniteError` after it
         if an update made a weight infinite.
     """
-    with _own_arithmetic(block):
+    with own_arithmetic(block):
         return _prune_block(block, selection, statistics, phases)
 
 
@@ -112,8 +112,7 @@ def _prune_block(
             others = ranks if shares[linear.name].owner is None else None
             outcomes[linear.name] = _prune_part(part, selection, by, others, phases)
         if statistics is not None and statistics.complete:
-            # The last linear that shares a Hessian frees it.
-            statistics.hessians.pop(linear.name, None)
+            statistics.forget_hessian(linear.name)
     for linear in block.linears:
         if statistics is not None and (hessian := statistics.hessians.get(linear.name)) is not None:
             hessian.release()
@@ -126,7 +125,7 @@ def _prune_block(
 
 
 @contextmanager
-def _own_arithmetic(block: Block) -> Iterator[None]:
+def own_arithmetic(block: Block) -> Iterator[None]:
     """Context without the caller's autocast, in which weights made in inference mode can be changed too."""
     weights = [linear.weight for linear in block.linears]
     inference = torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in weights)

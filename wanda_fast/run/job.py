@@ -22,11 +22,13 @@ from wanda_fast.model.image_shapes import ImageShapes
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.pruning.block_loop import prune_blocks
+from wanda_fast.pruning.block_loop import Lane, prune_blocks
 from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
-from wanda_fast.report.contents import RankReport, Report
+from wanda_fast.pruning.selection import Selection
+from wanda_fast.pruning.store import BlockStore, KeepNothing
+from wanda_fast.report.contents import LinearReport, RankReport, Report
 from wanda_fast.report.warnings import pruning_warnings, ranks_warnings, version_warnings
 from wanda_fast.timer import Clock, Progress
 
@@ -49,6 +51,7 @@ class Job:
         ranks: that do the job together. All of them have all tokens and windows, and run their shares.
         image_shapes: of the hidden states of an image, if the calibration is images.
         labelled: images to measure accuracy on; None: not measured.
+        said: warnings that the log has already.
     """
 
     method: Method
@@ -66,6 +69,7 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     image_shapes: ImageShapes | None = None
     labelled: LabelledImages | None = None
+    said: set[str] = field(default_factory=set)
 
     @property
     def calibration_shape(self) -> tuple[int, int]:
@@ -102,29 +106,32 @@ class Job:
         if self.progress and (done in (0, total) or done % max(1, total // IMAGE_STEPS) == 0):
             self.progress.step(name, done, total)
 
+    def lane(self, activations: Activations, store: BlockStore | None = None) -> Lane:
+        """The job's way through the block loop."""
+        inputs = activations.calibration
+        before = (0, 0) if inputs is None else (inputs.before, inputs.before * inputs.hidden.shape[1])
+        selection = Selection(self.method, self.pattern, self.masks, self.expert_options, self.ranks, before)
+        return Lane(selection, activations, self.clock, store or KeepNothing())
+
     def prune(
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
     ) -> None:
-        self.report.linears = prune_blocks(
-            source,
-            self.method,
-            self.pattern,
-            activations,
-            clock=self.clock,
-            progress=self.progress,
-            masks=self.masks,
-            store=output,
-            sequential=self.sequential,
-            expert_options=self.expert_options,
-            ranks=self.ranks,
-        )
+        lane = self.lane(activations, output)
+        prune_blocks(source, [lane], clock=self.clock, progress=self.progress, sequential=self.sequential)
+        self.note(lane.reports)
+
+    def note(self, linears: dict[str, LinearReport]) -> None:
+        """Keep the reports of the linears, and warn of what differs from the request."""
+        self.report.linears = linears
         hessians = self.method.hessians
-        self.warn(pruning_warnings(self.report.linears, hessians and hessians.dampening))
+        self.warn(pruning_warnings(linears, hessians and hessians.dampening))
 
     def warn(self, sentences: list[str]) -> None:
         """Keep the sentences in the report, and log them once for all ranks."""
         self.report.warnings += sentences
-        for sentence in sentences if self.ranks.is_first else ():
+        new = [sentence for sentence in sentences if sentence not in self.said]
+        self.said.update(new)
+        for sentence in new if self.ranks.is_first else ():
             logger.warning("%s", sentence)
 
     def finish_report(self) -> None:
@@ -157,8 +164,9 @@ def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None)
             )
         job.prune(source, activations, output)
         if job.evaluation is not None:
+            states = {"dense": activations.dense, "pruned": activations.pruned}
             with job.phase("evaluation"), source.surroundings(head=True):
-                found = scores_by_blocks(source, activations, job.evaluation, job.ranks)
+                found = scores_by_blocks(source, states, job.evaluation, job.ranks)
                 job.report.perplexity |= summary(joined(job.ranks.gather(found)))
         job.write_masks()
         if output is not None:

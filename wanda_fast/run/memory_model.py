@@ -52,6 +52,7 @@ class Footprint:
         forward: temporaries of a block's forward pass. On a CPU they are reused from block to block.
         widening: fp32 copies of one bf16 linear and its input, on a CPU that multiplies them in fp32.
         logits: of the tokens whose logits are looked at together, in fp32, COPIES times.
+        dense: the copy of a block's prunable weights from which a sweep restores them.
     """
 
     block: int
@@ -66,6 +67,7 @@ class Footprint:
     forward: int
     widening: int
     logits: int
+    dense: int = 0
 
     def peak(self, device: torch.device, kind: str) -> dict[str, int]:
         """Peak bytes on the host, and on the GPU if `device` is one, with activations kept in `kind`."""
@@ -75,6 +77,7 @@ class Footprint:
             kept = self.masks + (self.activations if kind != "disk" else 0)
             inside = (
                 self.block
+                + self.dense
                 + self.ahead
                 + self.forward
                 + self.widening
@@ -86,7 +89,8 @@ class Footprint:
             "host": self.masks
             + on_host
             + max(2 * self.ahead + (self.stored or self.block), 2 * self.surroundings),
-            str(device): on_device + max(self.block + max(gathered + self.forward, self.converted), ends),
+            str(device): on_device
+            + max(self.block + self.dense + max(gathered + self.forward, self.converted), ends),
         }
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from wanda_fast.run.in_memory import run_in_memory
 from wanda_fast.run.inputs import open_model, read_tokens
 from wanda_fast.run.job import Job, run_streamed
 from wanda_fast.run.live_model import device_of, plain_model
+from wanda_fast.run.memory_model import Footprint, footprint
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
 from wanda_fast.run.resources import choose_resources, default_device, own_device, usable_device
 from wanda_fast.run.validate import survey
@@ -50,9 +51,9 @@ def prune_model(
 ) -> Report:
     """Prune the model that `options` name, measure and save what they request."""
     with plain_model(options) as options:
-        method, pattern = _method_and_pattern(options)
+        method, pattern = method_and_pattern(options)
         recipe = options.recipe() | {"sparsity_ratio": pattern.ratio if method.prunes else 0.0}
-        job = _new_job(options, method, pattern, recipe, progress, Ranks(process_group))
+        job = new_job(options, method, pattern, recipe, progress, Ranks(process_group))
         with sole_writer(options, job.ranks):
             return _prune(options, tokenizer, job)
 
@@ -65,7 +66,9 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
         _require_one_rank(ranks)
         require_zero_shot()
     loaded = open_model(options, tokenizer, job)
-    blocks = _surveyed_blocks(options, loaded, job)
+    blocks = find_blocks(loaded.model, options.ignored)
+    survey_blocks(options, loaded, blocks, job)
+    find_room_for_hessians(options, loaded, blocks, job)
     if classifies_images(loaded.model):
         read_images(options, tokenizer, loaded, blocks, job)
         if options.statistics is None and job.sequential == "block":
@@ -76,8 +79,8 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
     if done:
         return ranks.from_first(lambda: _already_finished(options, finished))
-    _choose_resources(options, loaded, blocks, job)
-    with out_of_memory_explained(), _in_eval_mode(loaded.model):
+    choose_and_note_resources(options, loaded, blocks, job)
+    with out_of_memory_explained(), in_eval_mode(loaded.model):
         _run(options, loaded, blocks, job)
         if options.eval_zero_shot:
             with job.phase("zero-shot"):
@@ -95,7 +98,7 @@ def _require_one_rank(ranks: Ranks) -> None:
         )
 
 
-def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
+def method_and_pattern(options: Options) -> tuple[Method, Pattern]:
     require_method(options.prune_method)
     name = "dense" if options.sparsity_ratio == 0 else options.prune_method
     method = make_method(
@@ -122,7 +125,7 @@ def _method_and_pattern(options: Options) -> tuple[Method, Pattern]:
     return method, pattern
 
 
-def _new_job(
+def new_job(
     options: Options, method: Method, pattern: Pattern, recipe: dict, progress: Progress | None, ranks: Ranks
 ) -> Job:
     """The job before anything is read; its clock and its report begin here."""
@@ -147,19 +150,25 @@ def _new_job(
     )
 
 
-def _surveyed_blocks(options: Options, loaded: MetaModel | Checkpoint, job: Job) -> list[Block]:
-    """The model's blocks; method and pattern fit them, and there is memory for their Hessians."""
-    ignore = (options.ignore,) if isinstance(options.ignore, str) else tuple(options.ignore)
+def survey_blocks(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job) -> None:
+    """Check that method and pattern fit the blocks, and note how much of the model they can prune."""
+    warnings = survey(
+        loaded.model, blocks, job.method, job.pattern, options.ignored, options.use_variant, job.report
+    )
+    job.warn(warnings)
+
+
+def find_room_for_hessians(
+    options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
+) -> None:
+    """Choose where the method's Hessians are kept, if it has any."""
     use = job.method.hessians
-    blocks = find_blocks(loaded.model, ignore)
-    survey(loaded.model, blocks, job.method, job.pattern, ignore, options.use_variant, job.report)
     if use is not None:
         before = _chosen_before(options, "hessians_on_host")
         place_hessians(blocks, job.device, options.hessian_device, use, before, job.ranks)
         kept_in_memory = isinstance(options.model, nn.Module) and options.save_model is None
         weights = list({linear.parameter: None for block in blocks for linear in block.linears})
         use.rounded = {} if kept_in_memory else loaded.update_dtypes(weights)
-    return blocks
 
 
 def _already_finished(options: Options, finished: Report) -> Report:
@@ -169,17 +178,21 @@ def _already_finished(options: Options, finished: Report) -> Report:
     return write_logs(options, finished)
 
 
-def _choose_resources(
-    options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], job: Job
+def choose_and_note_resources(
+    options: Options,
+    loaded: MetaModel | Checkpoint,
+    blocks: list[Block],
+    job: Job,
+    terms: Callable[..., Footprint] = footprint,
 ) -> None:
-    """Set the job's batch size and where its hidden states are kept."""
+    """Set the job's batch size and where its hidden states are kept; `terms` as in `choose_resources`."""
     streamed = isinstance(loaded, MetaModel)
     stored, converted = (loaded.dtype, loaded.converted) if streamed else (None, frozenset())
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = _chosen_before(options, "batch_size")
     resources = choose_resources(
-        job, loaded.model, blocks, job.device, stored, batch_size, options.activations, converted
+        job, loaded.model, blocks, job.device, stored, batch_size, options.activations, converted, terms
     )
     job.batch_size, job.activations = resources.batch_size, resources.activations
     job.report.resources, job.report.predicted_memory = resources.chosen, resources.predicted
@@ -213,7 +226,7 @@ def _identity(job: Job, source: StreamedModel) -> dict:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

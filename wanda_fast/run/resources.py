@@ -1,6 +1,7 @@
 """What a run uses of the machine: device, sequences per forward pass, and where activations are kept."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -87,12 +88,14 @@ def choose_resources(
     batch_size: int | None = None,
     activations: str = "auto",
     converted: frozenset[str] = frozenset(),
+    terms: Callable[..., Footprint] = footprint,
 ) -> Resources:
     """The first placement of activations with room for a full batch; else the last, with the batch that fits.
 
     Args:
         stored, converted: as in `footprint`.
         batch_size, activations: used as they are, unless None and "auto".
+        terms: gives the memory model's terms, with the arguments of `footprint`.
     """
     free = {name: free_memory(torch.device("cpu" if name == "host" else name)) for name in _places(device)}
     # The ranks of a machine share its memory.
@@ -104,7 +107,7 @@ def choose_resources(
 
     @cache
     def parts_of(batch: int) -> Footprint:
-        return footprint(job, model, blocks, stored, batch, converted)
+        return terms(job, model, blocks, stored, batch, converted)
 
     def fits(kind: str, batch: int) -> bool:
         needed = parts_of(batch).peak(device, kind)

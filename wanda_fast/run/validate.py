@@ -24,27 +24,24 @@ def survey(
     ignore: tuple[str, ...],
     use_variant: bool,
     report: Report,
-) -> None:
-    """Note how many weights can be pruned. Warn if model or flags keep the method from what its name says.
+) -> list[str]:
+    """Note how many weights can be pruned.
 
+    Returns: warnings, if model or flags keep the method from what its name says.
     Raises: `PatternError` if the pattern does not fit a linear or the method; `DtypeError`.
     """
-
-    def warn(sentence: str) -> None:
-        logger.warning("%s", sentence)
-        report.warnings.append(sentence)
-
+    warnings: list[str] = []
     for ignored, names in ignored_linears(model, ignore).items():
         logger.info("--ignore %s matches %d linears: %s", ignored, len(names), ", ".join(names))
     report.reach = reach(model, blocks)
     outside = report.reach.blocks - report.reach.prunable
     if outside > 0.05 * report.reach.blocks and not ignore:
-        warn(
+        warnings.append(
             f"{outside:,} of the blocks' {report.reach.blocks:,} weights are in no prunable matrix "
             f"(e.g. {report.reach.largest_out_of_reach}) and stay dense"
         )
     if method.prunes and not any(block.linears for block in blocks):
-        warn("no linear is left to prune: --ignore matches all of them")
+        warnings.append("no linear is left to prune: --ignore matches all of them")
     if method.prunes:
         for block in blocks:
             for linear in block.linears:
@@ -52,10 +49,11 @@ def survey(
                 pattern.check(linear.name, linear.in_features)
     gated = any(linear.gated for block in blocks for linear in block.linears)
     if method.wants_gated_mlp and not gated:
-        warn(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
+        warnings.append(f"{type(model).__name__} has no gated MLP: {method.name} prunes it as wanda")
     method.check(pattern)
     if use_variant and not (pattern.is_variant and method.takes_variant and method.score is None):
-        warn(f"--use_variant has no effect on {method.name} with {pattern}")
+        warnings.append(f"--use_variant has no effect on {method.name} with {pattern}")
+    return warnings
 
 
 def _require_dtype(linear: Linear) -> None:

@@ -189,7 +189,7 @@ def test_resumed_and_streamed_as_in_one_go(tmp_path):
     recipe = dict(dataset=ids, prune_method="gated", sparsity_type="2:4", device="cpu")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wanda_fast.pruning.block_loop.prune_block", stopped_before_block(1))
+        patch.setattr("wanda_fast.pruning.orders.prune_block", stopped_before_block(1))
         with pytest.raises(KeyboardInterrupt):
             wanda_fast.prune(str(tmp_path / "dense"), save_model=tmp_path / "out", **recipe)
     wanda_fast.prune(str(tmp_path / "dense"), save_model=tmp_path / "out", resume=True, **recipe)

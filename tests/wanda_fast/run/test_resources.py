@@ -1,5 +1,6 @@
 """Batch size and placement by free memory: with figures of a machine that is not this one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import wanda_fast
 from tests.every_architecture import tiny_config
 from tests.tiny_models import FAMILIES, save_checkpoint, token_ids
 from wanda_fast import errors, memory
+from wanda_fast.data.evaluation import EvaluationSet
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.model.offload import Offload
 from wanda_fast.model.recorder import record_block_inputs
@@ -21,6 +23,7 @@ from wanda_fast.report.contents import Report
 from wanda_fast.run import resources
 from wanda_fast.run.job import Job
 from wanda_fast.run.memory_model import footprint
+from wanda_fast.run.sweep_memory import sweep_footprint
 from wanda_fast.timer import Clock
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -187,3 +190,32 @@ def test_a_resumed_run_keeps_its_batch_size(llama, tmp_path, monkeypatch):
 def stop(self, index, activations):
     self.writer.submit(self.activation_cache.begin(index, activations))
     raise errors.InterruptedRunError("stopped")
+
+
+@pytest.mark.parametrize("sequential, sets", [("dense", 1), ("block", 4)])
+def test_the_settings_of_a_sweep_add_up(sequential, sets):
+    """Two of wanda, two of sparsegpt, one of magnitude, which has no calibration."""
+    model = FAMILIES["llama2"]()
+    ids, blocks = token_ids(model, NSAMPLES, SEQLEN), find_blocks(model)
+    kinds = ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude")
+    jobs = [a_job(method, ids, sequential) for method in kinds]
+    windows = EvaluationSet(token_ids(model, 3, SEQLEN), "text")
+    shared = replace(jobs[0], evaluation=windows)
+    parts = sweep_footprint(jobs, shared, model, blocks, None, 2)
+    single = {method: footprint(a_job(method, ids, sequential), model, blocks, None, 2) for method in kinds}
+    window_bytes = 3 * SEQLEN * HIDDEN * 4
+    assert parts.activations == sets * ACTIVATIONS + (1 + 5) * window_bytes
+    # Wanda has statistics, sparsegpt has Hessians: what one has is what both have.
+    assert parts.statistics == single["wanda"].statistics > 0
+    assert parts.hessians == single["sparsegpt"].hessians > 0
+    assert parts.dense == sum(linear.weight.nbytes for linear in blocks[0].linears)
+    both = sweep_footprint(
+        [a_job("wanda", ids, sequential), a_job("connect", ids, sequential)], shared, model, blocks, None, 2
+    )
+    connect = footprint(a_job("connect", ids, sequential), model, blocks, None, 2).statistics
+    added = single["wanda"].statistics if sequential == "dense" else 0
+    assert both.statistics == connect + added
+    inside = replace(parts, logits=0)
+    assert (
+        inside.peak(CPU, "host")["host"] == parts.dense + replace(inside, dense=0).peak(CPU, "host")["host"]
+    )

@@ -10,7 +10,7 @@ from tests.tiny_models import CONFIGS, FAMILIES, save_checkpoint
 from tests.wanda_fast.output.resume.runs import NBLOCKS, QUICK, stop_in
 from wanda_fast import errors
 from wanda_fast.output import streamed as output
-from wanda_fast.pruning import block_loop
+from wanda_fast.pruning import orders
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,13 +57,13 @@ def unbroken(llama, tmp_path_factory):
 @pytest.fixture
 def pruned(monkeypatch):
     """Names of the blocks that were pruned, in order."""
-    names, prune_block = [], block_loop.prune_block
+    names, prune_block = [], orders.prune_block
 
     def note(block, *rest):
         names.append(block.name)
         return prune_block(block, *rest)
 
-    monkeypatch.setattr(block_loop, "prune_block", note)
+    monkeypatch.setattr(orders, "prune_block", note)
     return names
 
 

@@ -9,7 +9,7 @@ from tests.wanda_fast.output.resume.runs import stop_in
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import CheckpointError, InterruptedRunError, NonFiniteError, ResumeError
 from wanda_fast.output.streamed import StreamedOutput
-from wanda_fast.pruning import block_loop
+from wanda_fast.pruning import orders
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_a_shard_with_nan_is_repaired(job, tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match=r"model\.layers\.2.*up_proj"):
         prune(out)
     shard.write_bytes(whole)
-    pruned, prune_block = [], block_loop.prune_block
+    pruned, prune_block = [], orders.prune_block
     monkeypatch.setattr(
-        block_loop, "prune_block", lambda block, *rest: pruned.append(block.name) or prune_block(block, *rest)
+        orders, "prune_block", lambda block, *rest: pruned.append(block.name) or prune_block(block, *rest)
     )
     prune(out, resume=True)
     assert pruned == ["model.layers.2", "model.layers.3"]
