@@ -111,11 +111,11 @@ class Options:
         "auto",
         help="Whether every window of text begins with BOS, the token that begins a text. auto: if that "
         "lowers the dense perplexity of a window by more than a fifth; models of published tables (llama, "
-        "opt, bloom, gpt_neox, mistral) keep the published windows, without it.",
+        "opt, bloom, gpt_neox, mistral, mixtral) keep the published windows, without it.",
         panel=CALIBRATION,
         choices=("auto", "always", "never"),
         decides=BYTES,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     seed: int = option(0, help="Seed that selects the calibration windows.", panel=CALIBRATION, decides=BYTES)
     use_variant: bool = option(
@@ -318,7 +318,7 @@ class Options:
         panel=EVALUATION,
         choices=("wanda", "2048", "4096", "8192"),
         decides=RESULTS,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     eval_windows: int | None = option(
         None,

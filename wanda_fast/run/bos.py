@@ -30,10 +30,12 @@ from wanda_fast.timer import Clock
 logger = logging.getLogger(__name__)
 
 # Models of the published tables, whose windows have none: they are not tried.
-PUBLISHED_MODELS = ("llama", "opt", "bloom", "gpt_neox", "mistral")
+PUBLISHED_MODELS = ("llama", "opt", "bloom", "gpt_neox", "mistral", "mixtral")
 # "auto" begins windows with BOS if that lowers the perplexity of the trial by more than this share.
 WORTH = 0.2
 TRIAL_TOKENS = 256
+# Weights of the largest streamed model that is tried: it is read once more for that.
+LARGEST_TRIAL = 20 * 10**9
 
 
 def begin_with(token: int | None, windows: Tensor) -> Tensor:
@@ -72,6 +74,15 @@ def wanted_bos(
     # The first window of a text can begin with BOS already.
     window = next((each for windows in texts for each in windows if each[0] != token), None)
     if window is None:
+        return None
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(loaded, MetaModel) and weights > LARGEST_TRIAL:
+        job.warn(
+            [
+                f"whether windows should begin with BOS is not tried on a model of {weights / 1e9:.0f} "
+                f"billion weights, which would be read once more: pass bos always or never"
+            ]
+        )
         return None
     without, with_bos = trial(token, loaded, blocks, job, window[:TRIAL_TOKENS])
     better = with_bos < (1 - WORTH) * without
@@ -115,4 +126,4 @@ def _by_blocks(loaded: MetaModel, blocks: list[Block], windows: EvaluationSet, j
             with source.block(index), fused_modules(block.module), sorted_by_expert(block.experts):
                 activations.dense.advance_(index, block.module)
         with source.surroundings(head=True):
-            return scores_by_blocks(source, activations, windows, Ranks())["dense"].losses
+            return scores_by_blocks(source, {"dense": activations.dense}, windows, Ranks())["dense"].losses

@@ -83,6 +83,15 @@ def test_models_of_published_tables_and_token_ids_are_not_tried(folder, monkeypa
     wanda_fast.prune(gemma, dataset=ids, eval_dataset=ids, seqlen=16)
 
 
+def test_a_model_too_large_to_read_twice_is_not_tried(folder, monkeypatch):
+    monkeypatch.setattr(bos, "trial", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(bos, "LARGEST_TRIAL", 1000)
+    path = folder("gemma3")
+    report = wanda_fast.prune(path, **options(path))
+    assert report.calibration["bos"] is None
+    assert any("is not tried on a model of 0 billion weights" in sentence for sentence in report.warnings)
+
+
 def test_bos_that_cannot_be_is_refused(folder):
     path, ids = folder("gemma3"), torch.full((2, 16), 5)
     with pytest.raises(errors.CalibrationError, match="token ids are used as they are"):
