@@ -115,7 +115,7 @@ class Options:
         panel=CALIBRATION,
         choices=("auto", "always", "never"),
         decides=BYTES,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     seed: int = option(0, help="Seed that selects the calibration windows.", panel=CALIBRATION, decides=BYTES)
     use_variant: bool = option(
@@ -318,7 +318,7 @@ class Options:
         panel=EVALUATION,
         choices=("wanda", "2048", "4096", "8192"),
         decides=RESULTS,
-        commands=("prune", "eval"),
+        commands=("prune", "sweep", "eval"),
     )
     eval_windows: int | None = option(
         None,

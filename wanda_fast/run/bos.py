@@ -115,4 +115,4 @@ def _by_blocks(loaded: MetaModel, blocks: list[Block], windows: EvaluationSet, j
             with source.block(index), fused_modules(block.module), sorted_by_expert(block.experts):
                 activations.dense.advance_(index, block.module)
         with source.surroundings(head=True):
-            return scores_by_blocks(source, activations, windows, Ranks())["dense"].losses
+            return scores_by_blocks(source, {"dense": activations.dense}, windows, Ranks())["dense"].losses

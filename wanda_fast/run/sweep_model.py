@@ -105,7 +105,7 @@ def _sweep(options: Options, tokenizer: object, jobs: dict[str, Job]) -> Sweep:
         survey_blocks(options, loaded, blocks, job)
     for job in {job.method.name: job for job in every}.values():
         find_room_for_hessians(options, loaded, blocks, job)
-    read_tokens(options, tokenizer or loaded.tokenizer, loaded, shared)
+    read_tokens(options, tokenizer or loaded.tokenizer, loaded, blocks, shared)
     choose_and_note_resources(options, loaded, blocks, shared, partial(sweep_footprint, every))
     for job in every:
         _share(shared, job)
