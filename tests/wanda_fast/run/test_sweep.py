@@ -213,6 +213,17 @@ def test_what_is_done_once(folder, statistics, passes, monkeypatch):
     assert len(factors) == inputs * (1 if passes else 3)
 
 
+def test_every_setting_has_the_windows_that_begin_with_bos(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("Some text to calibrate with. " * 100)
+    options = dict(dataset=tmp_path / "text.txt", eval_dataset=tmp_path / "text.txt", nsamples=2, seqlen=16)
+    options |= dict(eval_windows=2, bos="always")
+    swept = wanda_fast.sweep(folder, prune_method=["magnitude", "wanda"], sparsity_ratio=[0.6], **options)
+    for report in swept.reports.values():
+        single = wanda_fast.prune(folder, **one(report), **options)
+        assert report.perplexity == single.perplexity and "BOS" in report.perplexity["protocol"]
+        assert report.calibration == single.calibration
+
+
 def test_the_report_as_a_file(folder, tmp_path):
     swept = wanda_fast.sweep(folder, sparsity_ratio=[0.5, 0.7], save=tmp_path / "out", **data("llama2"))
     text = (tmp_path / "out" / "wanda_fast_sweep.json").read_text()
