@@ -33,6 +33,10 @@ class SweepError(RefusedInputError):
     """A sweep over several settings cannot do what one run can."""
 
 
+class AllocationError(RefusedInputError):
+    """Ratios by name do not fit the model or the pattern, or cannot be found."""
+
+
 class ScoreError(RefusedInputError):
     """A method's score of the wrong shape, or with NaN."""
 

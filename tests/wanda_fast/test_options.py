@@ -40,7 +40,7 @@ def test_help_describes_every_option():
 
 def test_a_sweep_takes_lists_and_the_options_of_all_settings():
     taken = set(inspect.signature(wanda_fast.sweep).parameters)
-    assert set(NAMES) - taken == {"checkpoint", "eval_zero_shot", "save_log", "save_mask"}
+    assert set(NAMES) - taken == {"allocation", "checkpoint", "eval_zero_shot", "save_log", "save_mask"}
     assert taken - set(NAMES) == {"tokenizer", "progress"}
     assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)
     flags = {flag.name: flag for flag in typer.main.get_command(cli.app).commands["sweep"].params}
@@ -113,7 +113,7 @@ def test_the_recipe_is_the_options_in_their_order():
 def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
     identity += " ignore dtype sequential update refine polish dampening measure_error"
-    identity += " bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
+    identity += " allocation bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
     finished += " save_mask protocol"

@@ -18,6 +18,7 @@ CONTENTS = {
     "model": "the model differs",
     "calibration": "calibration tokens differ",
     "evaluation": "evaluation tokens differ",
+    "allocation": "ratios by name differ",
 }
 
 

@@ -97,7 +97,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
 def ignored_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, list[str]]:
     """For each `ignore` pattern, the names of the linears that it matches."""
     names = [linear.name for block in _whole_blocks(model) for linear in block.linears]
-    return {pattern: _matches(pattern, names) for pattern in ignore}
+    return {pattern: matching(pattern, names) for pattern in ignore}
 
 
 def all_linears(model: nn.Module) -> dict[str, Linear]:
@@ -159,7 +159,7 @@ def _router_names(model: nn.Module) -> set[str]:
 def _ignored_names(names: list[str], ignore: tuple[str, ...]) -> set[str]:
     ignored = set()
     for pattern in ignore:
-        matched = _matches(pattern, names)
+        matched = matching(pattern, names)
         if not matched:
             raise IgnorePatternError(
                 f"ignore pattern {pattern!r} matches none of the {len(names)} linears, e.g. {names[0]}"
@@ -168,14 +168,18 @@ def _ignored_names(names: list[str], ignore: tuple[str, ...]) -> set[str]:
     return ignored
 
 
-def _matches(pattern: str, names: list[str]) -> list[str]:
-    """The names that an --ignore pattern matches; see `find_blocks`. Expressions match as in `re.match`."""
+def matching(pattern: str, names: list[str], what: str = "ignore pattern") -> list[str]:
+    """The names that a pattern matches; see `find_blocks`. Expressions match as in `re.match`.
+
+    Args:
+        what: the pattern's name in the message of an `IgnorePatternError`.
+    """
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise IgnorePatternError(
-                f"ignore pattern {pattern!r} is not a valid regular expression: {error}"
+                f"{what} {pattern!r} is not a valid regular expression: {error}"
             ) from error
         return [name for name in names if expression.match(name)]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")]

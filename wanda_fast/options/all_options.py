@@ -6,7 +6,7 @@ it where it takes effect.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -30,7 +30,7 @@ from wanda_fast.options.option import (
 
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
-PATHS += ("save", "save_model", "save_log", "save_mask")
+PATHS += ("allocation", "save", "save_model", "save_log", "save_mask")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,6 +71,16 @@ class Options:
         decides=BYTES,
         aliases=("sparsity",),
         commands=("prune",),
+    )
+    allocation: str | Path | Mapping = option(
+        "uniform",
+        help="How the sparsity is spread: uniform, owl (less in blocks with more outliers, the mean is kept; "
+        "one more pass over the dense model), or a JSON file of name patterns, as for ignore, and ratios.",
+        python_help="Or a dict of these.",
+        panel=WHAT,
+        commands=("prune",),
+        decides=BYTES,
+        flag_type=str,
     )
     dataset: str | Path | Iterable = option(
         "wikitext2",

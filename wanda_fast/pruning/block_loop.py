@@ -74,7 +74,7 @@ def prune_blocks(
     source.release_memory()
     for index in range(first, len(source.blocks)):
         shared = _turn(source, index, None, clock, progress)
-        with _read(source, index):
+        with read_block(source, index):
             _evaluate(shared, lanes[0].activations.dense)
             dense_again = nullcontext if in_place else DenseWeights(shared.block).again
             for lane, order in zip(lanes, orders, strict=True):
@@ -100,7 +100,7 @@ def _turn(
 
 
 @contextmanager
-def _read(source: BlockSource, index: int) -> Iterator[None]:
+def read_block(source: BlockSource, index: int) -> Iterator[None]:
     """Context in which the block is on the device, and runs by the faster forwards."""
     block = source.blocks[index]
     with source.block(index), fused_modules(block.module), sorted_by_expert(block.experts):

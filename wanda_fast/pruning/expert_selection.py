@@ -1,6 +1,6 @@
 """Selection for all experts of a projection at once: one call instead of one for each matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +9,7 @@ import wanda_kernels
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import ExpertLinear, Projection
+from wanda_fast.model.linears import Linear
 from wanda_fast.pruning.expert_sums import ExpertSums
 from wanda_fast.pruning.gathering import BlockStatistics
 from wanda_fast.pruning.linear_reports import Outcome
@@ -44,7 +45,7 @@ class Stack:
 def prune_stacks_(
     block: Block,
     method: Method,
-    pattern: Pattern,
+    pattern_of: Callable[[Linear], Pattern],
     statistics: BlockStatistics | None,
     alone: set[str],
     masks: dict[str, Tensor] | None,
@@ -53,14 +54,17 @@ def prune_stacks_(
     """Prune the experts of the block that can be pruned together, of several ranks' those of this one.
 
     Args:
+        pattern_of: a linear's pattern; experts with different ones are not pruned together.
         alone: names of linears that are pruned in another way than `method`'s.
     Returns: what became of their linears.
     """
     outcomes: dict[str, Outcome] = {}
-    if method.hessians is not None or not prunes_by_rows(method, pattern):
+    if method.hessians is not None:
         return outcomes
     for stack in _stacks(block, method, statistics):
-        if alone.isdisjoint(linear.name for linear in stack.linears):
+        pattern, *others = {pattern_of(linear) for linear in stack.linears}
+        together = not others and prunes_by_rows(method, pattern)
+        if together and alone.isdisjoint(linear.name for linear in stack.linears):
             outcomes |= _prune_stack_(stack, method, pattern, masks, ranks.share(stack.projection.count))
     return outcomes
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class Pattern:
 
     def __str__(self) -> str:
         return self.name
+
+    def with_ratio(self, ratio: float) -> "Pattern":
+        """The same pattern with another ratio."""
+        changed = copy(self)
+        changed.ratio = ratio
+        return changed
 
     def check(self, linear: str, in_features: int) -> None:
         """Raise `PatternError` if a linear of that width cannot have the pattern."""

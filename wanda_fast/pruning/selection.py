@@ -39,6 +39,7 @@ class Selection:
     """How a run prunes.
 
     Attributes:
+        pattern: of all linears but those in `patterns`, by name.
         masks: packed masks by linear name, filled block by block; None: none wanted.
         ranks: that prune the model together.
         before: sequences and tokens of the calibration that other ranks have before this one's.
@@ -50,6 +51,10 @@ class Selection:
     expert_options: ExpertOptions = ExpertOptions()
     ranks: Ranks = field(default_factory=Ranks)
     before: tuple[int, int] = (0, 0)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+
+    def pattern_of(self, linear: Linear) -> Pattern:
+        return self.patterns.get(linear.name, self.pattern)
 
     def statistics(self, block: Block, clock: Clock, before_call: bool = False) -> BlockStatistics:
         """Empty statistics for the block's linears; `before_call` as in `BlockStatistics`."""
@@ -101,7 +106,7 @@ def _prune_block(
     else:
         shares = selection.row_shares(block, blind)
     masks = None if selection.masks is None else {x.name: empty_mask(x.weight.data) for x in block.linears}
-    outcomes = prune_stacks_(block, method, selection.pattern, statistics, blind, masks, ranks)
+    outcomes = prune_stacks_(block, method, selection.pattern_of, statistics, blind, masks, ranks)
     for linear in block.linears:
         rows = shares[linear.name].rows[ranks.rank]
         if linear.name not in outcomes and rows.stop > rows.start:
@@ -186,7 +191,7 @@ def _prune_part(
 
 def _prune_(weight: Tensor, part: _Part, selection: Selection, by: Method, others: Ranks | None) -> Outcome:
     """Prune `weight` by the method `by`, by means of its Hessian if the run does that and it is not zero."""
-    method, pattern, use = selection.method, selection.pattern, selection.method.hessians
+    method, use, pattern = selection.method, selection.method.hessians, selection.pattern_of(part.linear)
     scale, hessian, mask = part.own_scale, part.hessian, part.mask
     changes = use is not None and use.changes
     if changes and (hessian is None or hessian.blind):

@@ -53,7 +53,7 @@ def read_images(
             job.labelled = _evaluation(options, processor, loaded.model, warn)
             job.report.accuracy["protocol"] = job.labelled.protocol
     if not isinstance(options.model, nn.Module):
-        job.report.digests = input_digests(loaded, job.token_ids, None)
+        job.report.digests |= input_digests(loaded, job.token_ids, None)
 
 
 def _calibration(

@@ -23,6 +23,7 @@ from wanda_fast.model.block_source import LiveModel
 from wanda_fast.model.head import body, fast_forwards, last_hidden
 from wanda_fast.model.offload import Offload, Offloaded
 from wanda_fast.model.recorder import record_block_inputs
+from wanda_fast.run.allocation import allocate_by_outliers
 from wanda_fast.run.job import Job
 
 # Tokens of the trial that finds out whether a model's blocks run one by one.
@@ -34,6 +35,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     with closing(Offload(job.activations, source.device)) as offload:
         dense = _measure_dense(job, source, offload)
         if job.method.prunes:
+            allocate_by_outliers(job, source, offload)
             with job.phase("block inputs"):
                 activations = record_activations(
                     source, offload, job.token_ids, job.batch_size, ranks=job.ranks

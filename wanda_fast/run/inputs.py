@@ -101,7 +101,7 @@ def read_tokens(
     _note(job, bos if "calibration" in texts else None)
     if not isinstance(options.model, nn.Module):
         digests = ranks.from_first(lambda: input_digests(loaded, job.token_ids, job.evaluation))
-        job.report.digests = digests
+        job.report.digests |= digests
 
 
 def _note(job: Job, bos: int | None) -> None:

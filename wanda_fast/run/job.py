@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.data.accuracy import LabelledImages
 from wanda_fast.data.evaluation import EvaluationSet
-from wanda_fast.data.scores import joined, summary
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.hidden_states import Activations, record_activations, scores_by_blocks
+from wanda_fast.hidden_states import Activations
 from wanda_fast.memory import peak_memory
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.image_shapes import ImageShapes
-from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.pruning.block_loop import Lane, prune_blocks
@@ -29,7 +26,7 @@ from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.selection import Selection
 from wanda_fast.pruning.store import BlockStore, KeepNothing
 from wanda_fast.report.contents import LinearReport, RankReport, Report
-from wanda_fast.report.warnings import pruning_warnings, ranks_warnings, version_warnings
+from wanda_fast.report.warnings import pruning_warnings
 from wanda_fast.timer import Clock, Progress
 
 logger = logging.getLogger(__name__)
@@ -49,6 +46,8 @@ class Job:
         masks: receives the packed masks by linear; None: they are not kept.
         activations: where the hidden states are kept, a kind of `Offload`.
         ranks: that do the job together. All of them have all tokens and windows, and run their shares.
+        patterns: of linears that have another one than `pattern`, by name.
+        by_outliers: whether `patterns` are to be set by OWL.
         image_shapes: of the hidden states of an image, if the calibration is images.
         labelled: images to measure accuracy on; None: not measured.
         said: warnings that the log has already.
@@ -67,6 +66,8 @@ class Job:
     expert_options: ExpertOptions = ExpertOptions()
     activations: str = "device"
     ranks: Ranks = field(default_factory=Ranks)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    by_outliers: bool = False
     image_shapes: ImageShapes | None = None
     labelled: LabelledImages | None = None
     said: set[str] = field(default_factory=set)
@@ -110,7 +111,9 @@ class Job:
         """The job's way through the block loop."""
         inputs = activations.calibration
         before = (0, 0) if inputs is None else (inputs.before, inputs.before * inputs.hidden.shape[1])
-        selection = Selection(self.method, self.pattern, self.masks, self.expert_options, self.ranks, before)
+        selection = Selection(
+            self.method, self.pattern, self.masks, self.expert_options, self.ranks, before, self.patterns
+        )
         return Lane(selection, activations, self.clock, store or KeepNothing())
 
     def prune(
@@ -147,29 +150,3 @@ class Job:
             file = Path(self.report.recipe["save_mask"])
             with saving.writing(file):
                 write_masks(self.masks, file, self.report.recipe)
-
-
-def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
-    """Prune a streamed model in one sweep over its blocks. The evaluation windows' hidden states, dense and
-    pruned, advance block by block with those of the calibration."""
-    offload = Offload(job.activations, source.device, output and output.partial)
-    with closing(source), output or nullcontext(), closing(offload):
-        if output is not None:
-            notes = output.finished.values()
-            job.warn(version_warnings(notes) + ranks_warnings(notes, job.ranks.size))
-        with job.phase("block inputs"):
-            pruned = job.method.prunes
-            activations = record_activations(
-                source, offload, job.token_ids, job.batch_size, job.evaluation, pruned, job.ranks
-            )
-        job.prune(source, activations, output)
-        if job.evaluation is not None:
-            states = {"dense": activations.dense, "pruned": activations.pruned}
-            with job.phase("evaluation"), source.surroundings(head=True):
-                found = scores_by_blocks(source, states, job.evaluation, job.ranks)
-                job.report.perplexity |= summary(joined(job.ranks.gather(found)))
-        job.write_masks()
-        if output is not None:
-            job.finish_report()
-            with job.phase("write", "writing", str(output.folder)):
-                output.finish(job.report)

@@ -28,15 +28,17 @@ from wanda_fast.pruning.expert_statistics import ExpertOptions
 from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report.contents import Report
+from wanda_fast.run.allocation import allocate
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.image_inputs import read_images
 from wanda_fast.run.in_memory import run_in_memory
 from wanda_fast.run.inputs import open_model, read_tokens
-from wanda_fast.run.job import Job, run_streamed
+from wanda_fast.run.job import Job
 from wanda_fast.run.live_model import device_of, plain_model
 from wanda_fast.run.memory_model import Footprint, footprint
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
 from wanda_fast.run.resources import choose_resources, default_device, own_device, usable_device
+from wanda_fast.run.streamed import run_streamed
 from wanda_fast.run.validate import survey
 from wanda_fast.timer import Clock, Progress
 
@@ -69,6 +71,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     blocks = find_blocks(loaded.model, options.ignored)
     survey_blocks(options, loaded, blocks, job)
     find_room_for_hessians(options, loaded, blocks, job)
+    allocate(options.allocation, blocks, job)
     if classifies_images(loaded.model):
         read_images(options, tokenizer, loaded, blocks, job)
         if options.statistics is None and job.sequential == "block":

@@ -18,7 +18,7 @@ from wanda_fast import errors
 from wanda_fast.checkpoint import atomic_write, block_loader, save, shards
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.output import streamed as output
-from wanda_fast.run import inputs, job
+from wanda_fast.run import inputs, streamed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 
@@ -291,6 +291,6 @@ def test_a_checksum_sees_every_byte(pieces, tmp_path, monkeypatch):
 
 def test_no_weights_are_left_in_the_meta_model(folder_of, monkeypatch):
     held = []
-    monkeypatch.setattr(job, "scores_by_blocks", lambda source, *_: held.append(source.model) or {})
+    monkeypatch.setattr(streamed, "scores_by_blocks", lambda source, *_: held.append(source.model) or {})
     wanda_fast.prune(str(folder_of("llama2")), dataset="pydoc", eval_dataset="pydoc", **QUICK)
     assert all(parameter.is_meta for parameter in held[0].parameters())

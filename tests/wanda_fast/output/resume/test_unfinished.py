@@ -29,7 +29,7 @@ from wanda_fast.checkpoint import shards
 from wanda_fast.cli import main as cli
 from wanda_fast.output import activation_cache
 from wanda_fast.output import streamed as output
-from wanda_fast.run import job
+from wanda_fast.run import streamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +100,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_copy(llama, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shards.TensorFiles, "pieces", many)
-    monkeypatch.setattr(job, "record_activations", interrupted)
+    monkeypatch.setattr(streamed, "record_activations", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wanda_fast.prune(str(llama), save_model=tmp_path / "out", **QUICK)
     assert len(copied) < ENDLESS and list(tmp_path.iterdir()) == []
