@@ -121,9 +121,9 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["hypothesis", "pillow", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "lm-eval>=0.4.13", "pillow", "pytest", "pytest-xdist", "ruff"],
         "bench": ["matplotlib"],
-        "eval": ["lm-eval>=0.4.5"],
+        "eval": ["lm-eval>=0.4.13"],
         "vision": ["pillow", "timm"],
     },
     entry_points={"console_scripts": ["wanda-fast = wanda_fast.cli.main:main"]},

@@ -106,5 +106,5 @@ def test_what_decides_whether_a_run_is_resumed():
     identity += " expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
-    finished += " save_mask"
+    finished += " save_mask tasks tasks_path tasks_limit"
     assert set(names_deciding(RESULTS)) == set(finished.split())

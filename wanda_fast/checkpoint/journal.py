@@ -18,6 +18,7 @@ CONTENTS = {
     "model": "the model differs",
     "calibration": "calibration tokens differ",
     "evaluation": "evaluation tokens differ",
+    "tasks": "items of the tasks differ",
 }
 
 

@@ -4,6 +4,7 @@ from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
 from wanda_fast.report.contents import RankReport, Report
+from wanda_fast.report.task_results import beside
 
 
 def summary_tables(report: Report) -> list[Table]:
@@ -39,7 +40,7 @@ def summary_tables(report: Report) -> list[Table]:
         every = sum(x["experts"] for x in counts)
         summary.add_row("tokens of an expert", f"{fewest:,} or more; {starved} of {every} saw few")
     for task, results in report.zero_shot.items():
-        summary.add_row(task, str(results))
+        summary.add_row(task, beside(results))
     if report.backends:
         summary.add_row(
             "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())

@@ -1,6 +1,5 @@
-"""Perplexity as the published code computes it, and zero-shot accuracy through lm-evaluation-harness."""
+"""Perplexity as the published code computes it."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from wanda_fast.data.calibration import log_warning, require_tokenizer, tokenize
 from wanda_fast.data.given import given_text, ids_or_rows, require_ids
 from wanda_fast.data.text import evaluation_text
-from wanda_fast.errors import CalibrationError, MissingDependencyError
+from wanda_fast.errors import CalibrationError
 from wanda_fast.model.block_forward import faster_forward
 from wanda_fast.model.fused_modules import fused_modules
 from wanda_kernels.forward import reused_memory
 
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # Logits are [tokens, vocabulary]: with a vocabulary of 128 k, 4096 tokens take 2 GiB in fp32.
 TOKENS_PER_FORWARD = 4096
 
@@ -150,24 +148,3 @@ def window_losses(model: nn.Module, windows: Tensor) -> list[float]:
     return [
         F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, windows, strict=True)
     ]
-
-
-def require_zero_shot() -> None:
-    """Raise `MissingDependencyError` if lm-evaluation-harness is not installed. Called before the pruning."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError(
-            "--eval_zero_shot needs lm-evaluation-harness, which is not installed: "
-            "pip install 'wanda_fast[eval]'"
-        )
-
-
-def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = ZERO_SHOT_TASKS) -> dict[str, dict]:
-    """Zero-shot results by task name, from lm-evaluation-harness.
-
-    Raises: `MissingDependencyError` if it is not installed (it comes with the `eval` extra).
-    """
-    require_zero_shot()
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    return simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))["results"]

@@ -15,10 +15,11 @@ from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.data.accuracy import LabelledImages, accuracy
 from wanda_fast.data.evaluation import EvaluationSet, losses, mean_perplexity
+from wanda_fast.data.tasks import Tasks
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.hidden_states import Activations, perplexities, record_activations
 from wanda_fast.memory import peak_memory
-from wanda_fast.model.block_source import BlockSource, LiveModel
+from wanda_fast.model.block_source import BlockSource, LiveModel, on_device
 from wanda_fast.model.image_shapes import ImageShapes
 from wanda_fast.model.offload import Offload
 from wanda_fast.output.masks import write_masks
@@ -50,6 +51,7 @@ class Job:
         ranks: that do the job together. All of them have all tokens and windows, and run their shares.
         image_shapes: of the hidden states of an image, if the calibration is images.
         labelled: images to measure accuracy on; None: not measured.
+        tasks: to measure accuracy on; None: not measured.
     """
 
     method: Method
@@ -67,6 +69,7 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     image_shapes: ImageShapes | None = None
     labelled: LabelledImages | None = None
+    tasks: Tasks | None = None
 
     @property
     def calibration_shape(self) -> tuple[int, int]:
@@ -147,6 +150,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     """Prune a model in memory. It is saved before it is evaluated, since the evaluation may fail."""
     prunes = job.method.prunes
     _measure(job, source.model, "dense")
+    _measure_tasks(job, source.model, "dense")
     if prunes:
         with closing(Offload(job.activations, source.device)) as offload:
             with job.phase("block inputs"):
@@ -160,6 +164,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     job.write_masks()
     if prunes:
         _measure(job, source.model, "pruned")
+        _measure_tasks(job, source.model, "pruned")
 
 
 def run_streamed(job: Job, source: StreamedModel, output: StreamedOutput | None) -> None:
@@ -212,3 +217,18 @@ def _measure_accuracy(job: Job, model: nn.Module, which: str) -> None:
     tell(0)
     with job.clock.phase("evaluation"):
         job.report.accuracy[which] = accuracy(model, job.labelled, progress=tell)
+
+
+def _measure_tasks(job: Job, model: nn.Module, which: str) -> None:
+    if job.tasks is None:
+        return
+
+    def tell(done: int, total: int) -> None:
+        if job.progress:
+            job.progress.step(f"tasks, {which}", done, total)
+
+    tell(0, 1)
+    with job.clock.phase("tasks"), on_device(model, job.device):
+        found = job.tasks.measure(model, tell)
+    for task, metrics in found.items():
+        job.report.zero_shot.setdefault(task, {})[which] = metrics
