@@ -121,7 +121,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["hypothesis", "lm-eval>=0.4.13", "pillow", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "lm-eval>=0.4.13", "peft", "pillow", "pytest", "pytest-xdist", "ruff"],
         "bench": ["matplotlib"],
         "eval": ["lm-eval>=0.4.13"],
         "vision": ["pillow", "timm"],

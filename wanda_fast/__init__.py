@@ -3,6 +3,7 @@
 from wanda_fast import errors
 from wanda_fast.api import evaluate, prune
 from wanda_fast.data.evaluation import perplexity
+from wanda_fast.output.kept_zeros import keep_zeros
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern
@@ -16,6 +17,7 @@ __all__ = [
     "Statistic",
     "errors",
     "evaluate",
+    "keep_zeros",
     "perplexity",
     "prune",
     "register_method",
