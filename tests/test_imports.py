@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "cli": FOUNDATION
     | {"options", "distributed", "model", "data", "checkpoint", "pruning", "output", "run", "api"},
     "__main__": {"cli"},
-    "__init__": {"api", "errors", "pruning", "report", "data", "model"},
+    "__init__": {"api", "errors", "output", "pruning", "report", "data", "model"},
 }
 # The same for the operation library.
 LIBRARY_MAY_IMPORT = {

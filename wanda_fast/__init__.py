@@ -3,6 +3,7 @@
 from wanda_fast import errors
 from wanda_fast.api import evaluate, prune, sweep
 from wanda_fast.data.perplexity import perplexity
+from wanda_fast.output.kept_zeros import keep_zeros
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern
@@ -18,6 +19,7 @@ __all__ = [
     "Sweep",
     "errors",
     "evaluate",
+    "keep_zeros",
     "perplexity",
     "prune",
     "register_method",

@@ -40,7 +40,11 @@ def test_help_describes_every_option():
 
 def test_a_sweep_takes_lists_and_the_options_of_all_settings():
     taken = set(inspect.signature(wanda_fast.sweep).parameters)
-    assert set(NAMES) - taken == {"allocation", "checkpoint", "eval_zero_shot", "save_log", "save_mask"}
+    assert set(NAMES) - taken == set("allocation checkpoint eval_zero_shot save_log save_mask".split()) | {
+        "tasks",
+        "tasks_path",
+        "tasks_limit",
+    }
     assert taken - set(NAMES) == {"tokenizer", "progress"}
     assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)
     flags = {flag.name: flag for flag in typer.main.get_command(cli.app).commands["sweep"].params}
@@ -116,5 +120,5 @@ def test_what_decides_whether_a_run_is_resumed():
     identity += " allocation bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
-    finished += " save_mask protocol"
+    finished += " save_mask protocol tasks tasks_path tasks_limit"
     assert set(names_deciding(RESULTS)) == set(finished.split())

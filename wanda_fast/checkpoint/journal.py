@@ -19,6 +19,7 @@ CONTENTS = {
     "calibration": "calibration tokens differ",
     "evaluation": "evaluation tokens differ",
     "allocation": "ratios by name differ",
+    "tasks": "items of the tasks differ",
 }
 
 

@@ -36,6 +36,7 @@ from wanda_fast.output import masks
 from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.pruning.patterns import parse_pattern
 from wanda_fast.pruning.registry import load_plugin
+from wanda_fast.report.task_results import in_words
 from wanda_kernels import BackendError, diagnose
 
 app = typer.Typer(
@@ -121,13 +122,13 @@ def evaluate(
     ] = "wikitext2",
     **options,
 ) -> None:
-    """Measure a model's perplexity, and print it with the protocol."""
+    """Measure a model's perplexity and its accuracy on tasks, and print them with the protocol."""
     with process_group() as group, terminal_progress(console) as progress:
         options |= {"progress": progress, "process_group": group}
         report = api.evaluate(model, dataset=_eval_dataset(dataset, "wikitext2"), **options)
     say(measured_line(report))
     for task, results in report.zero_shot.items():
-        say(f"{task}: {results}")
+        say(f"{task} {in_words(results['dense'])}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from rich.table import Table
 from wanda_fast.cli.inspection import Inspection
 from wanda_fast.report.contents import RankReport, Report
 from wanda_fast.report.sweep import Sweep
+from wanda_fast.report.task_results import beside
 
 # What a sweep's table has of `Report.perplexity`, with the headings.
 MEASURED = {"pruned": "perplexity", "ratio": "of dense", "kl": "KL", "flips": "flips"}
@@ -51,7 +52,7 @@ def summary_tables(report: Report) -> list[Table]:
         every = sum(x["experts"] for x in counts)
         summary.add_row("tokens of an expert", f"{fewest:,} or more; {starved} of {every} saw few")
     for task, results in report.zero_shot.items():
-        summary.add_row(task, str(results))
+        summary.add_row(task, beside(results))
     if report.backends:
         summary.add_row(
             "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())

@@ -1,18 +1,16 @@
-"""The windows that perplexity is measured on, and zero-shot accuracy through lm-evaluation-harness."""
+"""The windows that perplexity is measured on."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanda_fast.data.calibration import log_warning, require_tokenizer, tokenize
 from wanda_fast.data.given import given_text, ids_or_rows, require_ids
 from wanda_fast.data.text import evaluation_text
-from wanda_fast.errors import CalibrationError, MissingDependencyError
+from wanda_fast.errors import CalibrationError
 
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TOKENS_PER_FORWARD = 4096
 
 
@@ -94,24 +92,3 @@ def evaluation_set(
         )
     measured = min(nwindows, max_windows or nwindows)
     return EvaluationSet(ids[: measured * seqlen].view(measured, seqlen), label, measured < nwindows)
-
-
-def require_zero_shot() -> None:
-    """Raise `MissingDependencyError` if lm-evaluation-harness is not installed. Called before the pruning."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError(
-            "--eval_zero_shot needs lm-evaluation-harness, which is not installed: "
-            "pip install 'wanda_fast[eval]'"
-        )
-
-
-def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = ZERO_SHOT_TASKS) -> dict[str, dict]:
-    """Zero-shot results by task name, from lm-evaluation-harness.
-
-    Raises: `MissingDependencyError` if it is not installed (it comes with the `eval` extra).
-    """
-    require_zero_shot()
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    return simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))["results"]

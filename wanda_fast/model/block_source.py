@@ -57,3 +57,17 @@ class LiveModel:
 
     def release_memory(self) -> None:
         """Does nothing: the whole model is in memory, and the process may use its heap for other things."""
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in which the whole model is on `device`. At the end it is where its first parameter was."""
+    home = next(model.parameters()).device
+    moves = home.type != device.type
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(home)

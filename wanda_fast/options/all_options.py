@@ -30,7 +30,7 @@ from wanda_fast.options.option import (
 
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
-PATHS += ("allocation", "save", "save_model", "save_log", "save_mask")
+PATHS += ("allocation", "save", "save_model", "save_log", "save_mask", "tasks_path")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -340,8 +340,34 @@ class Options:
     )
     eval_zero_shot: bool = option(
         False,
-        help="Measure zero-shot accuracy with lm-evaluation-harness (needs the eval extra).",
+        help="Measure accuracy on the published tasks: boolq, rte, hellaswag, winogrande, arc_easy, "
+        "arc_challenge and openbookqa. As --tasks.",
         panel=EVALUATION,
+        decides=RESULTS,
+        commands=("prune", "eval"),
+    )
+    tasks: str | Iterable[str] | None = option(
+        None,
+        help="Measure accuracy on these tasks of lm-evaluation-harness (the eval extra), e.g. "
+        "arc_easy,piqa, before and after pruning. The whole model must fit in memory.",
+        panel=EVALUATION,
+        decides=RESULTS,
+        commands=("prune", "eval"),
+        flag_type=str | None,
+    )
+    tasks_path: str | Path | None = option(
+        None,
+        help="Folder with the tasks' data, NAME.jsonl or NAME_openai.jsonl, in place of the harness's own.",
+        panel=EVALUATION,
+        decides=RESULTS,
+        commands=("prune", "eval"),
+        flag_type=Path | None,
+    )
+    tasks_limit: int | None = option(
+        None,
+        help="Measure each task on at most this many of its items, the first ones.",
+        panel=EVALUATION,
+        minimum=1,
         decides=RESULTS,
         commands=("prune", "eval"),
     )

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 
+from wanda_fast.report.task_results import in_words
 from wanda_fast.report.versions import versions
 
 # An expert is starved if it saw fewer calibration tokens.
@@ -95,7 +96,7 @@ class Report:
             KL(dense || pruned) of the next token's distributions, in nats), flips (share of first choices
             that changed).
         accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
-        zero_shot: results by task.
+        zero_shot: by task, results of "dense" and "pruned": metrics, their standard errors, number of items.
         seconds: by phase.
         resources: batch size, where activations are kept, and why.
         predicted_memory: bytes above Python and torch, by device.
@@ -204,7 +205,8 @@ class Report:
             f"method\tactual_sparsity\t{measure}",
             f"{self.recipe['prune_method']}\t{self.sparsity:.4f}\t{value}",
         ]
-        lines += [f"{task}\t{results}" for task, results in self.zero_shot.items()]
+        for task, results in self.zero_shot.items():
+            lines.append(f"{task}\t{in_words(results.get('pruned') or results['dense'])}")
         return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ from wanda_fast.data.perplexity import whole_scores
 from wanda_fast.data.scores import Scores, joined, scores_of_hidden, summary
 from wanda_fast.errors import HiddenStatesError
 from wanda_fast.hidden_states import record_activations
-from wanda_fast.model.block_source import LiveModel
+from wanda_fast.model.block_source import LiveModel, on_device
 from wanda_fast.model.head import body, fast_forwards, last_hidden
 from wanda_fast.model.offload import Offload, Offloaded
 from wanda_fast.model.recorder import record_block_inputs
@@ -34,6 +34,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
     """Prune a model in memory. It is saved before it is evaluated, since the evaluation may fail."""
     with closing(Offload(job.activations, source.device)) as offload:
         dense = _measure_dense(job, source, offload)
+        _measure_tasks(job, source, "dense")
         if job.method.prunes:
             allocate_by_outliers(job, source, offload)
             with job.phase("block inputs"):
@@ -47,6 +48,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
         job.write_masks()
         if job.method.prunes:
             _measure_pruned(job, source, dense)
+            _measure_tasks(job, source, "pruned")
 
 
 def _measure_dense(job: Job, source: LiveModel, offload: Offload) -> Tensor | Offloaded | None:
@@ -122,6 +124,21 @@ def runs_by_blocks(source: LiveModel, windows: Tensor, offload: Offload) -> bool
     except HiddenStatesError:
         return False
     return True
+
+
+def _measure_tasks(job: Job, source: LiveModel, which: str) -> None:
+    if job.tasks is None:
+        return
+
+    def tell(done: int, total: int) -> None:
+        if job.progress:
+            job.progress.step(f"tasks, {which}", done, total)
+
+    tell(0, 1)
+    with job.clock.phase("tasks"), on_device(source.model, job.device):
+        found = job.tasks.measure(source.model, tell)
+    for task, metrics in found.items():
+        job.report.zero_shot.setdefault(task, {})[which] = metrics
 
 
 def _note(job: Job, own: dict[str, Scores]) -> None:

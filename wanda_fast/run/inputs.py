@@ -25,6 +25,7 @@ from wanda_fast.output.resume import input_digests
 from wanda_fast.run.bos import begin_with, wanted_bos
 from wanda_fast.run.job import Job
 from wanda_fast.run.live_model import dtype_of
+from wanda_fast.run.task_inputs import require_room
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
 def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
     """The checkpoint without its weights; loaded as a whole if its format or the evaluation needs that."""
     arguments = (path, options.dtype, options.cache_dir, device, options.dequantize)
-    if options.eval_zero_shot:
+    if options.eval_zero_shot or options.tasks is not None:
+        require_room(*arguments)
         return checkpoints.load(*arguments)
     try:
         opened = open_meta_model(*arguments)

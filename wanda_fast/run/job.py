@@ -12,6 +12,7 @@ from torch import Tensor
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.data.accuracy import LabelledImages
 from wanda_fast.data.evaluation import EvaluationSet
+from wanda_fast.data.tasks import Tasks
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.hidden_states import Activations
 from wanda_fast.memory import peak_memory
@@ -51,6 +52,7 @@ class Job:
         image_shapes: of the hidden states of an image, if the calibration is images.
         labelled: images to measure accuracy on; None: not measured.
         said: warnings that the log has already.
+        tasks: to measure accuracy on; None: not measured.
     """
 
     method: Method
@@ -71,6 +73,7 @@ class Job:
     image_shapes: ImageShapes | None = None
     labelled: LabelledImages | None = None
     said: set[str] = field(default_factory=set)
+    tasks: Tasks | None = None
 
     @property
     def calibration_shape(self) -> tuple[int, int]:

@@ -14,9 +14,8 @@ from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import chosen_before, partial_of
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
-from wanda_fast.data.evaluation import require_zero_shot, zero_shot
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.errors import OptionError, RanksError
+from wanda_fast.errors import OptionError
 from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_lists import classifies_images
@@ -39,6 +38,7 @@ from wanda_fast.run.memory_model import Footprint, footprint
 from wanda_fast.run.outputs import path_of, require_outputs, sole_writer, write_logs, write_report
 from wanda_fast.run.resources import choose_resources, default_device, own_device, usable_device
 from wanda_fast.run.streamed import run_streamed
+from wanda_fast.run.task_inputs import read_tasks, require_measurable
 from wanda_fast.run.validate import survey
 from wanda_fast.timer import Clock, Progress
 
@@ -64,9 +64,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     """The run, once its output folder is its own."""
     ranks = job.ranks
     finished = ranks.from_first(lambda: require_outputs(options, job.report.recipe))
-    if options.eval_zero_shot:
-        _require_one_rank(ranks)
-        require_zero_shot()
+    job.tasks = read_tasks(options, ranks)
     loaded = open_model(options, tokenizer, job)
     blocks = find_blocks(loaded.model, options.ignored)
     survey_blocks(options, loaded, blocks, job)
@@ -79,26 +77,19 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     else:
         tokenizer = tokenizer or loaded.tokenizer
         read_tokens(options, tokenizer, loaded, blocks, job)
+    if job.tasks is not None:
+        require_measurable(loaded.model, tokenizer)
+        job.tasks.tokenizer = tokenizer
+        job.report.digests |= {"tasks": job.tasks.digest} if job.report.digests else {}
     done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
     if done:
         return ranks.from_first(lambda: _already_finished(options, finished))
     choose_and_note_resources(options, loaded, blocks, job)
     with out_of_memory_explained(), in_eval_mode(loaded.model):
         _run(options, loaded, blocks, job)
-        if options.eval_zero_shot:
-            with job.phase("zero-shot"):
-                job.report.zero_shot = zero_shot(loaded.model, tokenizer)
     if not job.report.complete:
         job.finish_report()
     return ranks.from_first(lambda: write_report(options, loaded, job.report))
-
-
-def _require_one_rank(ranks: Ranks) -> None:
-    if ranks.size > 1:
-        raise RanksError(
-            f"--eval_zero_shot runs in one process, not in {ranks.size} ranks: save the model, and evaluate "
-            f"it with wanda-fast eval"
-        )
 
 
 def method_and_pattern(options: Options) -> tuple[Method, Pattern]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from wanda_fast.run import in_memory, job, prune_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_pydoc")
 
+TASKS = dict(eval_zero_shot=True, tokenizer=SimpleNamespace(save_pretrained=lambda *_: None))
 EVALUATION = dict(eval_dataset=torch.arange(64), seqlen=32)
 
 
@@ -68,6 +70,11 @@ def prune(out, **options):
     return wanda_fast.prune(model, dataset=token_ids(model, 2, 32), save_model=out, **options)
 
 
+def measuring(monkeypatch, measure):
+    """Tasks are measured by this function, without lm-evaluation-harness."""
+    monkeypatch.setattr(prune_model, "read_tasks", lambda *_: SimpleNamespace(digest=None, measure=measure))
+
+
 def fail(*_args, **_options):
     raise RuntimeError("the test says so")
 
@@ -77,23 +84,29 @@ def test_a_failure_after_the_save_keeps_the_model(what, tmp_path, monkeypatch):
     """All of these steps come after the model is saved."""
     if what == "perplexity":
         monkeypatch.setattr(in_memory, "scores_of_hidden", fail)
-    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
-    monkeypatch.setattr(prune_model, "zero_shot", fail)
+    found = [fail, lambda *_: {}]
+    measuring(monkeypatch, lambda *args: found.pop()(*args))
     if what == "masks":
         monkeypatch.setattr(job, "write_masks", fail)
     with pytest.raises(RuntimeError, match="the test says so"):
-        prune(tmp_path / "out", save_mask=tmp_path / "masks", eval_zero_shot=True, **EVALUATION)
+        prune(
+            tmp_path / "out",
+            save_mask=tmp_path / "masks",
+            **TASKS,
+            **EVALUATION,
+        )
     pruned = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert (pruned.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_saved_report_has_what_was_measured_after_the_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
-    monkeypatch.setattr(prune_model, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
-    report = prune(tmp_path / "out", eval_zero_shot=True, **EVALUATION)
+    found = [{"boolq": {"acc": 0.5}}, {"boolq": {"acc": 0.75}}]
+    measuring(monkeypatch, lambda *_: found.pop())
+    report = prune(tmp_path / "out", **TASKS, **EVALUATION)
     written = json.loads((tmp_path / "out" / "wanda_fast.json").read_text())
-    assert written["zero_shot"] == {"boolq": {"acc": 0.5}} and written["peak_memory"]
+    assert written["zero_shot"] == {"boolq": {"dense": {"acc": 0.75}, "pruned": {"acc": 0.5}}}
+    assert written["peak_memory"]
     assert written["perplexity"] == report.perplexity and "pruned" in report.perplexity
 
 

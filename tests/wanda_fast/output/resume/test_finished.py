@@ -1,5 +1,7 @@
 """`--resume` on a finished run: recognized by its input and its options."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,6 +25,14 @@ def held(request, monkeypatch):
         monkeypatch.setattr(inputs, "open_meta_model", refuse)
 
 
+def measuring(monkeypatch, measure):
+    """Tasks are measured by this function, without lm-evaluation-harness."""
+    tasks = SimpleNamespace(digest=None, measure=measure)
+    monkeypatch.setattr(
+        prune_model, "read_tasks", lambda options, _: tasks if options.eval_zero_shot else None
+    )
+
+
 IDS = torch.arange(48).reshape(2, 24) + 3
 FINISHED = dict(dataset=IDS, eval_dataset=IDS)
 
@@ -42,7 +52,7 @@ def test_a_finished_run_is_recognized_by_its_input(held, llama, tmp_path, pruned
             resume(model, out, **FINISHED | change)
     with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
         resume(model, out, **FINISHED, measure_error=True)
-    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
+    measuring(monkeypatch, lambda *_: 1 / 0)
     with pytest.raises(errors.OutputError, match="not empty .* and holds no finished run of this recipe"):
         resume(model, out, **FINISHED, eval_zero_shot=True)
     fine_tune(model)
@@ -72,11 +82,11 @@ def test_a_run_whose_files_are_gone_or_torn_is_not_finished(held, llama, tmp_pat
 def test_a_run_that_failed_after_its_save_is_done_again(llama, tmp_path, pruned, monkeypatch):
     """In memory the model is saved before it is evaluated. Without the evaluation the run is not finished."""
     out = tmp_path / "out"
-    monkeypatch.setattr(prune_model, "require_zero_shot", lambda: None)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(prune_model, "zero_shot", lambda *_: 1 / 0)
+    dense = [{"boolq": {"acc": 0.75}}]
+    measuring(monkeypatch, lambda *_: dense.pop())
+    with pytest.raises(IndexError):
         resume(llama, out, eval_zero_shot=True)
-    monkeypatch.setattr(prune_model, "zero_shot", lambda *_: {"boolq": {"acc": 0.5}})
+    measuring(monkeypatch, lambda *_: {"boolq": {"acc": 0.5}})
     report = resume(llama, out, eval_zero_shot=True)
     assert report.zero_shot and len(pruned) == 2 * NBLOCKS
     assert resume(llama, out, eval_zero_shot=True).zero_shot == report.zero_shot
