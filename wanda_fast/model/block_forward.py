@@ -18,6 +18,8 @@ from wanda_kernels import forward
 
 # Tokens per product when bf16 is multiplied in fp32, so that the fp32 copies stay small.
 WIDENED_TOKENS = 512
+# Weights widened at a time, 256 MiB: a head can have far more.
+WIDENED_WEIGHTS = 2**26
 
 
 def faster_forward(device: torch.device):
@@ -104,9 +106,12 @@ def _torchs_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     output = forward.empty(len(rows), len(weight), dtype=x.dtype)
-    weight, bias = _widened(weight), None if bias is None else bias.float()
-    for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
-        target.copy_(_torchs_linear(_widened(part), weight, bias))
+    step = max(1, WIDENED_WEIGHTS // weight.shape[1])
+    for begin in range(0, len(weight), step):
+        band = slice(begin, begin + step)
+        wide, wide_bias = _widened(weight[band]), None if bias is None else bias[band].float()
+        for part, target in zip(rows.split(WIDENED_TOKENS), output.split(WIDENED_TOKENS), strict=True):
+            target[:, band] = _torchs_linear(_widened(part), wide, wide_bias)
     return output.view(*x.shape[:-1], len(weight))
 
 

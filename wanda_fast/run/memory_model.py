@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanda_fast.data.scores import COPIES, tokens_at_once
 from wanda_fast.model.architecture import Block
-from wanda_fast.model.block_forward import WIDENED_TOKENS, multiplies_bf16
+from wanda_fast.model.block_forward import WIDENED_TOKENS, WIDENED_WEIGHTS, multiplies_bf16
 from wanda_fast.model.block_lists import is_of_transformers
 from wanda_fast.model.linears import Linear
 from wanda_fast.model.offload import MAX_PENDING_COPIES
@@ -51,7 +51,8 @@ class Footprint:
         surroundings: all weights outside the blocks: embeddings, final norm, head.
         forward: temporaries of a block's forward pass. On a CPU they are reused from block to block.
         widening: fp32 copies of one bf16 linear and its input, on a CPU that multiplies them in fp32.
-        logits: of the tokens whose logits are looked at together, in fp32, COPIES times.
+        logits: of the tokens whose logits are looked at together, in fp32, COPIES times; and the head's fp32
+            copy, on a CPU that multiplies bf16 in fp32.
         dense: the copy of a block's prunable weights from which a sweep restores them.
     """
 
@@ -149,12 +150,15 @@ def footprint(
         widening=max(
             (_widening(linear) for block in blocks for linear in block.linears if in_fp32), default=0
         ),
-        logits=0 if windows is None else _logits(evaluated, config.vocab_size, job.device),
+        logits=0 if windows is None else _logits(evaluated, config, job.device, in_fp32),
     )
 
 
-def _logits(evaluated: int, vocabulary: int, device: torch.device) -> int:
-    return COPIES * FP32 * min(evaluated, tokens_at_once(vocabulary, device)) * vocabulary
+def _logits(evaluated: int, config, device: torch.device, in_fp32: bool) -> int:
+    """Bytes of the logits of some tokens, and of the head's weights if they are widened."""
+    tokens = min(evaluated, tokens_at_once(config.vocab_size, device))
+    widened = min(config.vocab_size * config.hidden_size, WIDENED_WEIGHTS) if in_fp32 else 0
+    return FP32 * (COPIES * tokens * config.vocab_size + widened)
 
 
 def _forward_per_token(blocks: list[Block], hidden_size: int, size: int) -> int:
@@ -178,7 +182,7 @@ def _experts_per_token(blocks: list[Block], config, size: int) -> int:
 
 def _widening(linear: Linear) -> int:
     weight = linear.weight
-    return FP32 * (weight.numel() + WIDENED_TOKENS * sum(weight.shape))
+    return FP32 * (min(weight.numel(), WIDENED_WEIGHTS) + WIDENED_TOKENS * sum(weight.shape))
 
 
 def _statistics(block: Block, method: Method) -> int:

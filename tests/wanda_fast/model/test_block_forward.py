@@ -60,6 +60,8 @@ def test_bf16_without_instructions_for_it(monkeypatch, bias):
     monkeypatch.setattr(block_forward, "multiplies_bf16", lambda: False)
     # x has 18 tokens.
     monkeypatch.setattr(block_forward, "WIDENED_TOKENS", 5)
+    # Two rows of the weight at a time.
+    monkeypatch.setattr(block_forward, "WIDENED_WEIGHTS", 15)
     assert block_forward._linear(x[:0], weight, bias) is None
     found = block_forward._linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
