@@ -30,7 +30,7 @@ from wanda_fast.options.option import (
 
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
-PATHS += ("save", "save_model", "save_log", "save_mask")
+PATHS += ("save", "save_model", "save_log", "save_mask", "report")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -337,11 +337,20 @@ class Options:
         decides=RESULTS,
         flag_type=Path | None,
     )
+    report: str | Path | None = option(
+        None,
+        help="HTML file for a page on the run, with charts, a heat map and a table of every weight. It needs "
+        "no network.",
+        panel=OUTPUT,
+        commands=("prune", "eval"),
+        flag_type=Path | None,
+        decides=None,
+    )
     overwrite: bool = option(
         False,
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
-        commands=("prune", "apply-mask"),
+        commands=("prune", "eval", "apply-mask"),
         decides=None,
     )
     resume: bool = option(
@@ -366,6 +375,11 @@ class Options:
             if choices and value not in choices and not (value is None and each.default is None):
                 listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise each.metadata["refused_with"](f"{each.name} must be {listed}, got {value!r}")
+
+    def objects(self) -> list[str]:
+        """The options whose values are objects of Python: a model in memory, data."""
+        named = ("model", "dataset", "eval_dataset")
+        return [name for name in named if not isinstance(getattr(self, name), str | Path | None)]
 
     def recipe(self) -> dict:
         """The options by name, as a report keeps them."""
