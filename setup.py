@@ -105,6 +105,7 @@ setup(
         *find_packages("kernels", include=["wanda_kernels", "wanda_kernels.*"]),
     ],
     package_dir={"wanda_fast": "wanda_fast", "wanda_kernels": "kernels/wanda_kernels"},
+    package_data={"wanda_fast.report": ["assets/*"]},
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     install_requires=[
@@ -116,6 +117,7 @@ setup(
         "psutil>=5.9",
         "accelerate>=1.1",
         "gguf>=0.10",
+        "jinja2>=3",
         "ninja",
         "rich>=13",
         "typer>=0.15",
@@ -130,6 +132,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-learn",
+            "selenium",
         ],
         "bench": ["matplotlib"],
         "eval": ["lm-eval>=0.4.13"],

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "options": {"errors"},
     "memory": {"errors"},
     "timer": set(),
-    "report": set(),
+    "report": {"errors", "options"},
     "distributed": {"errors"},
     "model": FOUNDATION,
     "data": FOUNDATION | {"model"},

@@ -84,8 +84,12 @@ def test_the_wheel_holds_every_module_and_the_cpu_library(wheel):
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         description = archive.read(metadata).decode()
+    assets = {f.relative_to(ROOT).as_posix() for f in (ROOT / "wanda_fast" / "report" / "assets").iterdir()}
+    assert {"page.html", "page.css", "page.js", "chart.umd.min.js", "chart.LICENSE.md"} == {
+        Path(name).name for name in assets
+    }
     modules = python_files(ROOT, "wanda_fast") | python_files(ROOT / "kernels", "wanda_kernels")
-    assert held - {"wanda_kernels/native/libwanda_cuda.so"} == modules | {CPU_LIBRARY}
+    assert held - {"wanda_kernels/native/libwanda_cuda.so"} == modules | assets | {CPU_LIBRARY}
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in description
 
 

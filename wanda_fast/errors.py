@@ -124,6 +124,10 @@ class MaskError(RefusedInputError):
     """A file is not a mask file, or does not fit the model."""
 
 
+class ReportError(RefusedInputError):
+    """A folder or file holds no report of a finished run."""
+
+
 class OutOfMemoryError(WandaFastError, MemoryError):
     """Memory ran out. The message says which options lower the need."""
 

@@ -76,6 +76,12 @@ SENTENCES = {
         ["--save_mask", "{short}/mask"],
         ["short.txt/mask", "short.txt is not a writable folder"],
     ),
+    "page exists": (["--report", "{short}"], ["short.txt exists", "--overwrite"]),
+    "page without a folder": (
+        ["--report", "{short}.d/page.html"],
+        ["short.txt.d does not exist"],
+    ),
+    "page is a folder": (["--report", "{folder}", "--overwrite"], ["is not a regular file"]),
     "output is a file": (["--save_model", "{short}"], ["short.txt", "is not a folder"]),
 }
 

@@ -44,6 +44,7 @@ def test_a_sweep_takes_lists_and_the_options_of_all_settings():
         "tasks",
         "tasks_path",
         "tasks_limit",
+        "report",
     }
     assert taken - set(NAMES) == {"tokenizer", "progress"}
     assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)

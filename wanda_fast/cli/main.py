@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from wanda_fast import api
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.cli import flags, inspection
+from wanda_fast.cli import flags, inspection, pages
 from wanda_fast.cli.progress import terminal_progress
 from wanda_fast.cli.tables import (
     doctor_tables,
@@ -129,6 +129,8 @@ def evaluate(
     say(measured_line(report))
     for task, results in report.zero_shot.items():
         say(f"{task} {in_words(results['dense'])}")
+    if options["report"]:
+        say(f"written: {options['report']}")
 
 
 @app.command()
@@ -185,8 +187,12 @@ def doctor() -> None:
         console.print(table)
 
 
+app.command()(pages.report)
+app.command()(pages.compare)
+
+
 def _say_what_is_written(options: dict) -> None:
-    for option in ("save_model", "save", "save_log", "save_mask"):
+    for option in ("save_model", "save", "save_log", "save_mask", "report"):
         if options[option]:
             say(f"written: {options[option]}")
     if options["save_model"] is None and options["save_mask"] is None:

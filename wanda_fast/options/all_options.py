@@ -30,7 +30,7 @@ from wanda_fast.options.option import (
 
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
-PATHS += ("allocation", "save", "save_model", "save_log", "save_mask", "tasks_path")
+PATHS += ("allocation", "save", "save_model", "save_log", "save_mask", "tasks_path", "report")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -403,11 +403,20 @@ class Options:
         flag_type=Path | None,
         commands=("prune",),
     )
+    report: str | Path | None = option(
+        None,
+        help="HTML file for a page on the run, with charts, a heat map and a table of every weight. It needs "
+        "no network.",
+        panel=OUTPUT,
+        commands=("prune", "eval"),
+        flag_type=Path | None,
+        decides=None,
+    )
     overwrite: bool = option(
         False,
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
-        commands=("prune", "sweep", "apply-mask"),
+        commands=("prune", "sweep", "eval", "apply-mask"),
         decides=None,
     )
     resume: bool = option(
@@ -437,6 +446,11 @@ class Options:
     def ignored(self) -> tuple[str, ...]:
         """The patterns of `ignore`, of which Python users may pass one as a string."""
         return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+
+    def objects(self) -> list[str]:
+        """The options whose values are objects of Python: a model in memory, data."""
+        named = ("model", "dataset", "eval_dataset")
+        return [name for name in named if not isinstance(getattr(self, name), str | Path | None)]
 
     def recipe(self) -> dict:
         """The options by name, as a report keeps them."""

@@ -107,6 +107,7 @@ class Report:
             copied to the output unchanged.
         complete: all that was requested is measured and written.
         ranks: of a run by several processes, by rank.
+        objects: names of the options that were given as objects of Python, which no command line repeats.
     """
 
     recipe: dict
@@ -125,6 +126,7 @@ class Report:
     copied: dict[str, list[str]] = field(default_factory=dict)
     complete: bool = False
     ranks: list[RankReport] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:

@@ -1,5 +1,6 @@
 """What a run writes: refused before the work if it could not be written or would replace something."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import ResumeError
 from wanda_fast.options.all_options import Options
 from wanda_fast.output.lock import locked, require_one_process
+from wanda_fast.output.pages import require_page, write_page
 from wanda_fast.output.resume import finished_run
 from wanda_fast.output.streamed import StreamedOutput
 from wanda_fast.report.contents import Report
@@ -24,7 +26,7 @@ def sole_writer(options: Options, ranks: Ranks) -> Iterator[None]:
     Raises: `OutputInUseError` if one does; `RanksError` if torchrun started several processes that do not
         work together, unless each prunes a model of its own in memory and writes nothing.
     """
-    names = (options.save_model, options.save, options.save_log, options.save_mask)
+    names = (options.save_model, options.save, options.save_log, options.save_mask, options.report)
     outputs = {Path(name).resolve(): Path(name) for name in names if name}
     if ranks.size == 1 and (outputs or not isinstance(options.model, nn.Module)):
         require_one_process()
@@ -36,6 +38,9 @@ def sole_writer(options: Options, ranks: Ranks) -> Iterator[None]:
 def _lock(options: Options, outputs: dict[Path, Path], locks: ExitStack) -> None:
     for file in filter(None, (options.save_log, options.save_mask)):
         saving.require_free(Path(file), overwrite=True)
+    if options.report is not None:
+        made = [Path(name) for name in (options.save_model, options.save) if name]
+        require_page(Path(options.report), overwrite=True, made=made)
     folder, mask = path_of(options.save_model), path_of(options.save_mask)
     if folder and mask:
         saving.require_outside(mask, folder)
@@ -62,14 +67,14 @@ def require_outputs(options: Options, recipe: dict) -> Report | None:
 
 
 def _require_writable(options: Options, may_replace: bool) -> None:
-    folder, mask = path_of(options.save_model), path_of(options.save_mask)
+    folder = path_of(options.save_model)
     if folder:
         saving.require_empty(folder, may_replace, options.resume)
     # The files may be those of the unfinished run that is resumed.
     may_replace = may_replace or (options.resume and StreamedOutput.is_under_way(folder))
     if options.save:
         saving.require_empty(Path(options.save).resolve(), may_replace, options.resume)
-    for file in filter(None, (path_of(options.save_log), mask)):
+    for file in map(path_of, filter(None, (options.save_log, options.save_mask, options.report))):
         saving.require_free(file, may_replace)
 
 
@@ -82,7 +87,10 @@ def write_report(options: Options, loaded: object, report: Report) -> Report:
 
 
 def write_logs(options: Options, report: Report) -> Report:
+    """The logs, and the page."""
     saving.save_logs(report, path_of(options.save), path_of(options.save_log))
+    if options.report is not None:
+        write_page({"": json.loads(report.to_json())}, Path(options.report))
     return report
 
 

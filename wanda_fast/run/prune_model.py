@@ -133,7 +133,7 @@ def new_job(
         token_ids=None,
         evaluation=None,
         clock=clock,
-        report=Report(recipe, seconds=clock.seconds),
+        report=Report(recipe, seconds=clock.seconds, objects=options.objects()),
         progress=progress,
         masks=None if options.save_mask is None else {},
         sequential="dense" if options.statistics == "dense" else options.sequential,
