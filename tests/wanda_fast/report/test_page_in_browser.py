@@ -50,6 +50,11 @@ def errors_of(linears):
     return [f"{float(format(linear['relative_error'], '.5g')):.5f}" for linear in linears]
 
 
+def rounded(value):
+    """A page holds five digits."""
+    return float(f"{value:.5g}")
+
+
 @pytest.fixture(scope="module")
 def tab():
     with browser() as opened:
