@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -69,6 +70,15 @@ class Activations:
             for name, inputs in self.present().items():
                 if name in sequences:
                     inputs.restore_(opened.get_slice(name), *sequences[name])
+
+    def distance(self) -> tuple[float, float]:
+        """The squared distance of pruned from dense hidden states, and the dense ones' squared length."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.dense.slices():
+            dense, pruned = self.dense.hidden[batch].float(), self.pruned.hidden[batch].float()
+            parts = (pruned - dense).square().sum(), dense.square().sum()
+            sums += torch.stack(parts).double().cpu()
+        return tuple(sums.tolist())
 
     def present(self) -> dict[str, BlockInputs]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -24,7 +24,9 @@ def report(
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="FOLDER...")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs, or of sweeps.", metavar="FOLDER...")
+    ],
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:

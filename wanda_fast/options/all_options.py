@@ -449,7 +449,7 @@ class Options:
 
     def objects(self) -> list[str]:
         """The options whose values are objects of Python: a model in memory, data."""
-        named = ("model", "dataset", "eval_dataset")
+        named = ("model", "allocation", "dataset", "eval_dataset")
         return [name for name in named if not isinstance(getattr(self, name), str | Path | None)]
 
     def recipe(self) -> dict:

@@ -15,16 +15,32 @@ from wanda_fast.report.page import page
 def named_reports(folders: list[Path]) -> dict[str, dict]:
     """The reports of several runs by short names: their folders' own, or the paths if two have the same.
 
+    The folder of a sweep stands for its settings, by their names.
+
     Raises: `ReportError` if a folder has no report of a finished run, or is named twice.
     """
     if twice := [folder for at, folder in enumerate(folders) if folder in folders[:at]]:
         raise ReportError(f"{twice[0]} is named twice: a run is compared with other runs")
     names = [folder.resolve().name for folder in folders]
     same = len(set(names)) < len(names)
-    return {
-        str(folder) if same else name: read_report(folder)
-        for name, folder in zip(names, folders, strict=True)
-    }
+    found = {}
+    for name, folder in zip(names, folders, strict=True):
+        if (folder / saving.SWEEP).is_file():
+            prefix = f"{name}: " if len(folders) > 1 else ""
+            found |= {prefix + setting: report for setting, report in _read_sweep(folder).items()}
+        else:
+            found[str(folder) if same else name] = read_report(folder)
+    return found
+
+
+def _read_sweep(folder: Path) -> dict[str, dict]:
+    """The reports of a sweep's settings, as their JSON holds them."""
+    file = folder / saving.SWEEP
+    try:
+        reports = json.loads(file.read_text(encoding="utf-8"))["reports"]
+        return {name: _whole(json.dumps(report)) for name, report in reports.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ReportError(f"{file} is not a report of a sweep by wanda_fast") from error
 
 
 def read_report(folder: Path) -> dict:

@@ -37,6 +37,8 @@ class Lane:
         clock: of its own steps.
         store: keeps each pruned block, and has those of the run that this one resumes.
         reports: of the linears that it has pruned.
+        distances: by block, the squared distance of the pruned blocks' output from the dense blocks', and the
+            squared length of the dense one; over the evaluation windows of this rank.
     """
 
     selection: Selection
@@ -44,6 +46,7 @@ class Lane:
     clock: Clock
     store: BlockStore = field(default_factory=KeepNothing)
     reports: dict[str, LinearReport] = field(default_factory=dict)
+    distances: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -116,6 +119,8 @@ def _prune(turn: Turn, lane: Lane, order: Order, source: BlockSource) -> None:
     require_same_weights(block.name, block.module, lane.selection.ranks)
     order.pruned_pass(turn)
     _evaluate(turn, lane.activations.pruned)
+    if lane.activations.pruned is not None:
+        lane.distances[block.name] = lane.activations.distance()
     # The passes' memory is returned before the block is written, which takes memory too.
     source.release_memory()
     lane.store.write_block(turn.index, turn.reports, masks)

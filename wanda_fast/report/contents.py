@@ -95,6 +95,8 @@ class Report:
             model against the dense one, over the same predictions: ratio of the perplexities, kl (mean
             KL(dense || pruned) of the next token's distributions, in nats), flips (share of first choices
             that changed).
+        block_output_error: by block, ||h' - h||^2 / ||h||^2 of the pruned and the dense model's hidden states
+            behind it, over the evaluation windows. Of a streamed model, for blocks that this run pruned.
         accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
         zero_shot: by task, results of "dense" and "pruned": metrics, their standard errors, number of items.
         seconds: by phase.
@@ -115,6 +117,7 @@ class Report:
     reach: Reach | None = None
     calibration: dict = field(default_factory=dict)
     perplexity: dict = field(default_factory=dict)
+    block_output_error: dict[str, float] = field(default_factory=dict)
     accuracy: dict = field(default_factory=dict)
     zero_shot: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.selection import Selection
 from wanda_fast.pruning.store import BlockStore, KeepNothing
-from wanda_fast.report.contents import LinearReport, RankReport, Report
+from wanda_fast.report.contents import RankReport, Report
 from wanda_fast.report.warnings import pruning_warnings
 from wanda_fast.timer import Clock, Progress
 
@@ -124,11 +124,15 @@ class Job:
     ) -> None:
         lane = self.lane(activations, output)
         prune_blocks(source, [lane], clock=self.clock, progress=self.progress, sequential=self.sequential)
-        self.note(lane.reports)
+        self.note(lane)
 
-    def note(self, linears: dict[str, LinearReport]) -> None:
-        """Keep the reports of the linears, and warn of what differs from the request."""
-        self.report.linears = linears
+    def note(self, lane: Lane) -> None:
+        """Keep what the lane reports, and warn of what differs from the request."""
+        self.report.linears = linears = lane.reports
+        shares = self.ranks.gather(lane.distances)
+        for block in lane.distances:
+            apart, length = (sum(share[block][part] for share in shares) for part in (0, 1))
+            self.report.block_output_error[block] = apart / length if length else 0.0
         hessians = self.method.hessians
         self.warn(pruning_warnings(linears, hessians and hessians.dampening))
 

@@ -36,7 +36,7 @@ def run_settings(shared: Job, jobs: list[Job], source: BlockSource, outputs: lis
         )
         _measure(shared, jobs, lanes, source)
     for job, lane in zip(jobs, lanes, strict=True):
-        job.note(lane.reports)
+        job.note(lane)
         job.finish_report()
     for job, output in zip(jobs, outputs, strict=False):
         with shared.phase("write", "writing", str(output.folder)):

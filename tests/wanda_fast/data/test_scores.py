@@ -88,3 +88,20 @@ def test_a_run_reports_the_distance_to_its_dense_model(family, streamed, tmp_pat
         pruned = type(model).from_pretrained(tmp_path / "pruned")(windows).logits
     found = {key: value for key, value in found.items() if not isinstance(value, str)}
     assert found == pytest.approx(direct(dense, pruned, windows), rel=1e-4, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_error_of_each_block_is_that_of_its_output(tmp_path):
+    model = tiny_models.build("llama2")
+    model.save_pretrained(tmp_path / "dense")
+    ids, windows = tiny_models.token_ids(model, 2, 16), tiny_models.token_ids(model, 5, 16, seed=1)
+    report = wanda_fast.prune(
+        tmp_path / "dense", dataset=ids, eval_dataset=windows, seqlen=16, save_model=tmp_path / "pruned"
+    )
+    pruned = type(model).from_pretrained(tmp_path / "pruned")
+    # The last hidden states that transformers returns are behind the final norm.
+    dense, other = (each(windows, output_hidden_states=True).hidden_states[1] for each in (model, pruned))
+    expected = ((other - dense).square().sum() / dense.square().sum()).item()
+    assert list(report.block_output_error) == ["model.layers.0", "model.layers.1"]
+    assert report.block_output_error["model.layers.0"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert report.block_output_error["model.layers.1"] > 0

@@ -55,7 +55,7 @@ def pruned(name, group=None):
     report = wanda_fast.prune(model, process_group=group, dataset=data, batch_size=1, **options)
     errors = {name: linear.relative_error or 0.0 for name, linear in report.linears.items()}
     weights = {name: weight.data for name, weight in model.named_parameters()}
-    return weights, [value for key, value in report.perplexity.items() if key != "protocol"], errors
+    return weights, [value for value in report.perplexity.values() if not isinstance(value, str)], errors
 
 
 def prune_all(group, names):

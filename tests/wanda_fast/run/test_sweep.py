@@ -15,7 +15,9 @@ from wanda_fast import errors
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.cli import main as cli
 from wanda_fast.model.block_inputs import BlockInputs
+from wanda_fast.output.pages import named_reports
 from wanda_fast.pruning import block_loop, hessian
+from wanda_fast.report.page import page
 from wanda_fast.report.sweep import Sweep
 from wanda_fast.run.settings import settings_of
 
@@ -329,3 +331,13 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys, short_pydoc):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 2 and "wanda-fast: " in capsys.readouterr().err
+
+
+def test_a_sweep_is_compared_on_a_page(folder, tmp_path):
+    swept = wanda_fast.sweep(folder, sparsity_ratio=[0.3, 0.6], save=tmp_path / "sweep", **data("llama2"))
+    runs = named_reports([tmp_path / "sweep"])
+    assert list(runs) == list(swept.reports)
+    assert "Perplexity by sparsity" in page(runs)
+    (tmp_path / "sweep" / "wanda_fast_sweep.json").write_text("{}")
+    with pytest.raises(errors.ReportError, match="is not a report of a sweep"):
+        named_reports([tmp_path / "sweep"])
