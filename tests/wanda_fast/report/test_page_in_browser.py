@@ -100,6 +100,8 @@ def test_it_is_drawn_at_every_width_and_in_both_schemes(name, opened):
             tab.look(width, scheme)
             tab.next_frame()
             assert tab.js("return document.documentElement.scrollWidth") == width
+            labels = "return [...document.querySelectorAll('#map b')].filter((b) => b.textContent).length"
+            assert tab.js(labels) <= 1 + (16 if width == 400 else 32)
             ink = tab.js(INK)
             assert len(ink) >= 3 and min(ink) > 1e-4, (width, scheme, ink)
             backgrounds[scheme] = tab.js("return getComputedStyle(document.body).backgroundColor")
