@@ -105,6 +105,8 @@ def test_it_is_drawn_at_every_width_and_in_both_schemes(name, opened):
             tab.look(width, scheme)
             tab.next_frame()
             assert tab.js("return document.documentElement.scrollWidth") == width
+            labels = "return [...document.querySelectorAll('#map b')].filter((b) => b.textContent).length"
+            assert tab.js(labels) <= 1 + (16 if width == 400 else 32)
             ink = tab.js(INK)
             assert len(ink) >= 3 and min(ink) > 1e-4, (width, scheme, ink)
             backgrounds[scheme] = tab.js("return getComputedStyle(document.body).backgroundColor")
@@ -121,9 +123,7 @@ def test_the_table_is_sorted_by_any_column(opened):
     for expected in (by_error[::-1], by_error):
         tab.js(CLICK_COLUMN, "relative error")
         assert tab.js(READ_COLUMN, "weight") == expected
-    assert tab.js(READ_COLUMN, "relative error") == [
-        f"{rounded(linears[n]['relative_error']):.5f}" for n in by_error
-    ]
+    assert tab.js(READ_COLUMN, "relative error") == errors_of(map(linears.get, by_error))
     assert tab.js("return document.querySelector('th[aria-sort]').ariaSort") == "ascending"
     # Weights without tokens are last, in both directions.
     known = {n: x["tokens"] for n, x in linears.items() if x["tokens"] is not None}
@@ -196,9 +196,7 @@ def test_a_run_is_chosen_for_map_and_table(opened):
     other = full(blocks=24, seed=2)["linears"]
     tab.js(CHOOSE, "#heat select.run", "run 2")
     assert tab.js("return document.querySelector('#table select.run').selectedOptions[0].text") == "run 2"
-    assert tab.js(READ_COLUMN, "relative error") == [
-        f"{rounded(x['relative_error']):.5f}" for x in other.values()
-    ]
+    assert tab.js(READ_COLUMN, "relative error") == errors_of(other.values())
 
 
 def test_charts_have_the_runs_figures(opened):

@@ -254,6 +254,8 @@ function start() {
     select.replaceChildren(...DATA.runs.map((run, at) => element("option", run.label, { value: at })));
     select.addEventListener("change", () => showRun(Number(select.value)));
   });
+  // The axis has as many labels as fit.
+  addEventListener("resize", drawMap);
   $("#measure").addEventListener("change", drawMap);
   $("#rows").addEventListener("change", drawMap);
   $("#search").addEventListener("input", search);
