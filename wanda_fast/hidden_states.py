@@ -2,7 +2,7 @@
 
 A streamed model is read once, so the evaluation runs along with the pruning: each block is applied to one set
 of hidden states of the windows while it is dense, and to a second set after it is pruned. A model in memory
-is evaluated by whole forwards instead, and has calibration samples here alone.
+that is pruned in place is evaluated by forwards of its own, and has calibration samples here alone.
 """
 
 from collections.abc import Callable

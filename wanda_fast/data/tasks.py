@@ -57,6 +57,9 @@ class Tasks:
 
         from wanda_fast.data.harness import LanguageModel, quiet
 
+        # Dense and pruned models get the same examples in their prompts.
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with quiet():
             harness_model = LanguageModel(model, self.tokenizer, progress)
             return evaluate(
@@ -91,7 +94,6 @@ def open_tasks(names: list[str], folder: Path | None = None, limit: int | None =
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return Tasks(loaded, limit, items and _digest(items))
 
 

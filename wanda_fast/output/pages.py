@@ -25,11 +25,12 @@ def named_reports(folders: list[Path]) -> dict[str, dict]:
     same = len(set(names)) < len(names)
     found = {}
     for name, folder in zip(names, folders, strict=True):
+        label = str(folder) if same else name
         if (folder / saving.SWEEP).is_file():
-            prefix = f"{name}: " if len(folders) > 1 else ""
+            prefix = f"{label}: " if len(folders) > 1 else ""
             found |= {prefix + setting: report for setting, report in _read_sweep(folder).items()}
         else:
-            found[str(folder) if same else name] = read_report(folder)
+            found[label] = read_report(folder)
     return found
 
 

@@ -49,6 +49,11 @@ def ratios_by_outliers(shares: dict[str, float], weights: dict[str, int], mean: 
         mean: of the ratios, weighted by `weights`.
     Raises: `AllocationError` if a ratio is beyond [0, 1).
     """
+    # A block whose linears are all ignored has none.
+    weights = {name: count for name, count in weights.items() if count}
+    shares = {name: shares[name] for name in weights}
+    if not weights:
+        return {}
     low, high = min(shares.values()), max(shares.values())
     apart = {name: (share - low) / (high - low) if high > low else 0.0 for name, share in shares.items()}
     total = sum(weights.values())
@@ -67,7 +72,9 @@ def patterns_with(ratios: dict[str, float], pattern: Pattern, weights: dict[str,
         weights: numbers of weights, by the same names.
     """
     if not isinstance(pattern, NM):
-        return {name: pattern.with_ratio(ratio) for name, ratio in ratios.items()}
+        # One object for each ratio: experts that share it are pruned together.
+        made = {ratio: pattern.with_ratio(ratio) for ratio in ratios.values()}
+        return {name: made[ratio] for name, ratio in ratios.items()}
     kept = {name: pattern.m * (1 - ratio) for name, ratio in ratios.items()}
     n = {name: min(max(int(each), 1), pattern.m - 1) for name, each in kept.items()}
     missing = sum((kept[name] - n[name]) * weights[name] for name in kept)
@@ -75,7 +82,8 @@ def patterns_with(ratios: dict[str, float], pattern: Pattern, weights: dict[str,
         if missing >= weights[name] / 2 and n[name] < pattern.m - 1:
             n[name] += 1
             missing -= weights[name]
-    return {name: NM(each, pattern.m) for name, each in n.items()}
+    made = {each: NM(each, pattern.m) for each in n.values()}
+    return {name: made[each] for name, each in n.items()}
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ def allocate_by_outliers(job: Job, source: BlockSource, offload: Offload) -> Non
     shares = outlier_shares(source, selection, recorded, job.clock, job.progress)
     weights = {block.name: sum(x.weight.numel() for x in block.linears) for block in source.blocks}
     patterns = patterns_with(ratios_by_outliers(shares, weights, job.pattern.ratio), job.pattern, weights)
-    job.patterns = {x.name: patterns[block.name] for block in source.blocks for x in block.linears}
+    pruned = [block for block in source.blocks if block.name in patterns]
+    job.patterns = {linear.name: patterns[block.name] for block in pruned for linear in block.linears}
 
 
 def _ratios(wanted: object) -> dict[str, float]:

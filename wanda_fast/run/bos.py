@@ -14,6 +14,7 @@ from torch import Tensor
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.load import Checkpoint
 from wanda_fast.checkpoint.meta_model import MetaModel
+from wanda_fast.checkpoint.model_class import predicts_tokens
 from wanda_fast.data.evaluation import EvaluationSet
 from wanda_fast.data.perplexity import whole_scores
 from wanda_fast.data.scores import exponential
@@ -70,6 +71,8 @@ def wanted_bos(
     if wanted == "always":
         return token
     if wanted == "never" or token is None or model.config.model_type in PUBLISHED_MODELS:
+        return None
+    if not predicts_tokens(model):
         return None
     # The first window of a text can begin with BOS already.
     window = next((each for windows in texts for each in windows if each[0] != token), None)

@@ -184,7 +184,7 @@ def require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
     if token_ids.shape[1] > context:
         raise CalibrationError(
             f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
-            f"lower --seqlen"
+            f"lower --seqlen or --protocol"
         )
     lowest, highest = token_ids.min().item(), token_ids.max().item()
     if lowest < 0 or highest >= vocabulary:

@@ -163,3 +163,12 @@ def test_bad_files_are_refused(content, tmp_path):
     (tmp_path / "ratios.json").write_text(content)
     with pytest.raises(errors.AllocationError, match="allocation file .*ratios.json"):
         wanda_fast.prune(model, dataset=token_ids(model, 2, 16), allocation=str(tmp_path / "ratios.json"))
+
+
+def test_blocks_without_weights_have_no_ratio_and_equal_ratios_share_a_pattern():
+    shares, weights = {"a": 0.01, "b": 0.0, "c": 0.02}, {"a": 64, "b": 0, "c": 64}
+    assert ratios_by_outliers(shares, weights, 0.6) == pytest.approx({"a": 0.68, "c": 0.52})
+    assert ratios_by_outliers({"b": 0.0}, {"b": 0}, 0.6) == {}
+    for pattern in (Unstructured(0.5), NM(4, 8)):
+        found = patterns_with({"a": 0.25, "b": 0.25, "c": 0.5}, pattern, dict.fromkeys("abc", 64))
+        assert found["a"] is found["b"] is not found["c"]
