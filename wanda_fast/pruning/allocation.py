@@ -14,8 +14,8 @@ from wanda_fast.pruning.summing import complete
 from wanda_fast.timer import Clock, Phases, Progress
 from wanda_kernels.forward import reused_memory
 
-# OWL's own values: a score is an outlier if it is this many times its block's mean, and a block's ratio
-# differs from the mean by SPREAD at most, before the mean is restored.
+# The values of OWL's examples: a score is an outlier if it is this many times its block's mean, and a
+# block's ratio differs from the mean by SPREAD at most, before the mean is restored.
 OUTLIER, SPREAD = 5.0, 0.08
 
 

@@ -97,10 +97,15 @@ def spread(values: list[float | None]) -> float:
 def _output_error(runs: list[dict]) -> dict:
     """The error of what a block hands to the next one, in runs that measured it."""
     errors = {run["label"]: run["content"].get("block_output_error") or {} for run in runs}
-    series = [{"label": name, "values": list(map(_number, of.values()))} for name, of in errors.items() if of]
-    labels = list(map(str, range(max(map(len, errors.values())))))
+    whole = max((run["weights"] for run in runs), key=lambda weights: len(weights["blocks"]))
+    # A resumed run has those of its last blocks alone.
+    series = [
+        {"label": name, "values": [_number(of.get(block)) for block in whole["blocks"]]}
+        for name, of in errors.items()
+        if of
+    ]
     unit = "relative error of the hidden states"
-    return _chart("output_error", "Error after each block", "lines", "block", unit, series, labels)
+    return _chart("output_error", "Error after each block", "lines", "block", unit, series, whole["labels"])
 
 
 def _tasks(runs: list[dict]) -> dict:

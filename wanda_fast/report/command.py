@@ -34,6 +34,8 @@ def _flag(each: Field, recipe: dict) -> Iterator[list[str]]:
     if each.name == "model" or value != default:
         if isinstance(value, bool):
             yield [name if value else "--no-" + each.name]
+        elif each.name == "tasks" and not isinstance(value, str):
+            yield _with_value(name, ",".join(value))
         elif isinstance(value, list | tuple):
             yield from (_with_value(name, item) for item in value)
         elif value is not None:

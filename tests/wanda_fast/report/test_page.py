@@ -352,3 +352,17 @@ def test_a_run_that_is_named_twice_is_refused(tmp_path, monkeypatch, capsys):
     folder = written(tmp_path / "one", full())
     code, _, said = run(monkeypatch, capsys, "compare", folder, folder)
     assert code == 2 and "one is named twice" in said
+
+
+def test_errors_of_a_resumed_run_stand_at_their_own_blocks():
+    content = full(blocks=4)
+    blocks = columns(content["linears"])["blocks"]
+    content["block_output_error"] = {blocks[2]: 0.25, blocks[3]: 0.5}
+    run = {"label": "", "content": content, "weights": columns(content["linears"])}
+    [chart] = [each for each in charts([run]) if each["id"] == "output_error"]
+    assert chart["series"][0]["values"] == [None, None, 0.25, 0.5] and chart["labels"] == list("0123")
+
+
+def test_tasks_of_a_list_are_one_flag():
+    recipe = full()["recipe"] | {"tasks": ["arc_easy", "piqa"]}
+    assert "--tasks arc_easy,piqa" in repeat_command(full() | {"recipe": recipe})
