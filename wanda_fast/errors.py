@@ -37,6 +37,10 @@ class AllocationError(RefusedInputError):
     """Ratios by name do not fit the model or the pattern, or cannot be found."""
 
 
+class ExpectedError(RefusedInputError):
+    """A file of published figures is broken, or has no row that fits the run."""
+
+
 class ScoreError(RefusedInputError):
     """A method's score of the wrong shape, or with NaN."""
 

@@ -45,6 +45,7 @@ def test_a_sweep_takes_lists_and_the_options_of_all_settings():
         "tasks_path",
         "tasks_limit",
         "report",
+        "expect",
     }
     assert taken - set(NAMES) == {"tokenizer", "progress"}
     assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)

@@ -30,7 +30,7 @@ from wanda_fast.options.option import (
 
 # Options that can be paths: "~" in them is the home folder, which a shell expands in some places only.
 PATHS = ("model", "dataset", "eval_dataset", "checkpoint", "cache_dir")
-PATHS += ("allocation", "save", "save_model", "save_log", "save_mask", "tasks_path", "report")
+PATHS += ("allocation", "save", "save_model", "save_log", "save_mask", "tasks_path", "report", "expect")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -337,6 +337,15 @@ class Options:
         minimum=1,
         decides=RESULTS,
         commands=("prune", "sweep", "eval"),
+    )
+    expect: str | Path | None = option(
+        None,
+        help="JSON file of published figures that the perplexities are held against, such as those in "
+        "docs/published; FILE:MODEL if it names the model differently.",
+        panel=EVALUATION,
+        decides=None,
+        commands=("prune",),
+        flag_type=str | None,
     )
     eval_zero_shot: bool = option(
         False,

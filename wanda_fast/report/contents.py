@@ -98,6 +98,9 @@ class Report:
         block_output_error: by block, ||h' - h||^2 / ||h||^2 of the pruned and the dense model's hidden states
             behind it, over the evaluation windows. Of a streamed model, for blocks that this run pruned.
         accuracy: of an image classifier: protocol; dense and pruned, each as {"top1": ..., "top5": ...}.
+        expected: published perplexities that the run is held against: source, row; "dense" and "pruned", each
+            with what is published, measured, and apart in percent; differences of the protocol in words;
+            not_stated: what the source does not say of its own.
         zero_shot: by task, results of "dense" and "pruned": metrics, their standard errors, number of items.
         seconds: by phase.
         resources: batch size, where activations are kept, and why.
@@ -119,6 +122,7 @@ class Report:
     perplexity: dict = field(default_factory=dict)
     block_output_error: dict[str, float] = field(default_factory=dict)
     accuracy: dict = field(default_factory=dict)
+    expected: dict = field(default_factory=dict)
     zero_shot: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     resources: dict = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """One job on a model, in memory or streamed: activations, the block loop, perplexities, masks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Job:
         labelled: images to measure accuracy on; None: not measured.
         said: warnings that the log has already.
         tasks: to measure accuracy on; None: not measured.
+        against: from perplexities makes what the report says of published ones; None: there are none.
     """
 
     method: Method
@@ -74,6 +75,7 @@ class Job:
     labelled: LabelledImages | None = None
     said: set[str] = field(default_factory=set)
     tasks: Tasks | None = None
+    against: Callable[[dict], dict] | None = None
 
     @property
     def calibration_shape(self) -> tuple[int, int]:
@@ -147,6 +149,8 @@ class Job:
     def finish_report(self) -> None:
         """Note what the run took, on all ranks."""
         self.report.peak_memory, self.report.complete = peak_memory(), True
+        if self.against is not None:
+            self.report.expected = self.against(self.report.perplexity)
         if self.ranks.size > 1:
             host = self.ranks.hosts[self.ranks.rank].split()[0]
             own = RankReport(host, self.clock.seconds, self.report.peak_memory, self.ranks.moved)

@@ -28,6 +28,7 @@ from wanda_fast.pruning.methods import Method, make_method, require_method
 from wanda_fast.pruning.patterns import Pattern, parse_pattern
 from wanda_fast.report.contents import Report
 from wanda_fast.run.allocation import allocate
+from wanda_fast.run.expectation import comparison, expected_row
 from wanda_fast.run.hessian_memory import place_hessians
 from wanda_fast.run.image_inputs import read_images
 from wanda_fast.run.in_memory import run_in_memory
@@ -64,6 +65,8 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
     """The run, once its output folder is its own."""
     ranks = job.ranks
     finished = ranks.from_first(lambda: require_outputs(options, job.report.recipe))
+    row = ranks.from_first(lambda: expected_row(options, job))
+    job.against = row and partial(comparison, row, job)
     job.tasks = read_tasks(options, ranks)
     loaded = open_model(options, tokenizer, job)
     blocks = find_blocks(loaded.model, options.ignored)
@@ -83,7 +86,7 @@ def _prune(options: Options, tokenizer: object, job: Job) -> Report:
         job.report.digests |= {"tasks": job.tasks.digest} if job.report.digests else {}
     done = finished is not None and ranks.from_first(lambda: nothing_to_do(finished, job.report))
     if done:
-        return ranks.from_first(lambda: _already_finished(options, finished))
+        return ranks.from_first(lambda: _already_finished(options, finished, job))
     choose_and_note_resources(options, loaded, blocks, job)
     with out_of_memory_explained(), in_eval_mode(loaded.model):
         _run(options, loaded, blocks, job)
@@ -165,10 +168,11 @@ def find_room_for_hessians(
         use.rounded = {} if kept_in_memory else loaded.update_dtypes(weights)
 
 
-def _already_finished(options: Options, finished: Report) -> Report:
+def _already_finished(options: Options, finished: Report, job: Job) -> Report:
     # A run that was killed after its last rename has left its working folder.
     shutil.rmtree(partial_of(Path(options.save_model)), ignore_errors=True)
     logger.info("%s is complete: nothing to resume", options.save_model)
+    finished.expected = job.against(finished.perplexity) if job.against else {}
     return write_logs(options, finished)
 
 
