@@ -11,7 +11,7 @@ from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require
 from wanda_kernels.doctor import diagnose
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.host_hessian import add_hessian_on_host_, host_hessian_bytes
-from wanda_kernels.mask_bits import pack_bits, unpack_bits
+from wanda_kernels.mask_bits import PackedRows, pack_bits, pack_rows, unpack_bits, unpack_rows
 from wanda_kernels.operations.admm import POLISH_STEPS, RUNGS, Ladder, admm_, damped_hessian
 from wanda_kernels.operations.selection import prune_matrix_, prune_nm_, prune_rows_, prune_variant_
 from wanda_kernels.operations.solver import admm_step_, polish_, refine_mask_
@@ -31,6 +31,7 @@ __all__ = [
     "Factor",
     "Ladder",
     "NotPositiveDefiniteError",
+    "PackedRows",
     "add_coactivation_",
     "add_gated_coactivation_",
     "add_hessian_",
@@ -46,6 +47,7 @@ __all__ = [
     "first_not_finite",
     "host_hessian_bytes",
     "pack_bits",
+    "pack_rows",
     "polish_",
     "prune_matrix_",
     "prune_nm_",
@@ -55,4 +57,5 @@ __all__ = [
     "require_finite",
     "sparsegpt_",
     "unpack_bits",
+    "unpack_rows",
 ]

@@ -1,6 +1,8 @@
-"""Packed masks: one bit for each weight, as numpy's packbits(bitorder="little") packs each row."""
+"""Packed masks: one bit for each weight, as numpy's packbits(bitorder="little") packs each row; packed rows:
+such bits, and the kept weights alone."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,58 @@ def unpack_bits(mask: Tensor, in_features: int) -> Tensor:
     Returns: bool `[out, in]`, or `[experts, out, in]`, True where the weight is kept, on the same device.
     """
     return (mask.unsqueeze(-1) & _powers_of_two(mask.device)).ne(0).flatten(-2)[..., :in_features]
+
+
+class PackedRows(NamedTuple):
+    """A weight without most of its zeros.
+
+    Attributes:
+        bits: uint8 `[out, ceil(in / 8)]`, or `[experts, out, ceil(in / 8)]`: which weights have a value.
+        values: `[out, kept]`, or `[experts, out, kept]`, in the order of columns; `[values]` of all rows one
+            after another if there are offsets.
+        offsets: int64 `[out + 1]`, or `[experts * out + 1]`: where the values of each row begin and end; None
+            if all rows have the same number.
+    """
+
+    bits: Tensor
+    values: Tensor
+    offsets: Tensor | None
+
+
+def pack_rows(weight: Tensor) -> PackedRows:
+    """Pack a weight, losslessly: all that is not +0.0 has a value.
+
+    Rows with fewer values than the longest get some zeros as values if that takes no more bytes than offsets.
+
+    Args:
+        weight: `[out, in]` or `[experts, out, in]`, of any dtype and strides.
+    """
+    weight = weight.contiguous()
+    kept = _as_integers(weight).ne(0)
+    counts = kept.sum(-1)
+    longest = int(counts.max()) if counts.numel() else 0
+    total = int(counts.sum())
+    offsets = None
+    if (longest * counts.numel() - total) * weight.element_size() > 8 * (counts.numel() + 1):
+        offsets = F.pad(counts.flatten().cumsum(0), (1, 0))
+    elif longest * counts.numel() > total:
+        zeros = ~kept
+        kept |= zeros & (zeros.cumsum(-1, dtype=torch.int32) <= (longest - counts).unsqueeze(-1))
+    values = _as_integers(weight)[kept].view(weight.dtype)
+    shape = (-1,) if offsets is not None else (*counts.shape, longest)
+    return PackedRows(pack_bits(kept), values.view(shape), offsets)
+
+
+def unpack_rows(packed: PackedRows, in_features: int) -> Tensor:
+    """The weight that `pack_rows` packed, `[out, in]` or `[experts, out, in]`, with the same bytes."""
+    kept = unpack_bits(packed.bits, in_features)
+    weight = torch.zeros(kept.shape, dtype=packed.values.dtype, device=kept.device)
+    _as_integers(weight).masked_scatter_(kept, _as_integers(packed.values))
+    return weight
+
+
+def _as_integers(weight: Tensor) -> Tensor:
+    return weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
 
 
 def _powers_of_two(device: torch.device) -> Tensor:
