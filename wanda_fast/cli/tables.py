@@ -6,7 +6,7 @@ from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
 from wanda_fast.report.contents import RankReport, Report
-from wanda_fast.report.expected import MEASURES, figures_in_words, protocol_in_words
+from wanda_fast.report.expected import expected_rows
 from wanda_fast.report.sweep import Sweep
 from wanda_fast.report.task_results import beside
 
@@ -48,11 +48,8 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row("measured on", measured["protocol"])
     if "comparable" in report.perplexity:
         summary.add_row("comparable with", report.perplexity["comparable"])
-    if expected := report.expected:
-        for which in MEASURES:
-            summary.add_row(f"held against, {which}", figures_in_words(expected[which]))
-        summary.add_row("held against", f"{expected['row']} ({expected['source']})")
-        summary.add_row("its protocol", f"this run's {protocol_in_words(expected)}")
+    for name, words in expected_rows(report.expected):
+        summary.add_row(name, words)
     if counts := report.expert_tokens().values():
         fewest, starved = min(x["smallest"] for x in counts), sum(x["starved"] for x in counts)
         every = sum(x["experts"] for x in counts)

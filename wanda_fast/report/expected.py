@@ -169,6 +169,18 @@ def _said(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+def expected_rows(expected: dict) -> list[tuple[str, str]]:
+    """A report's `expected` as rows of a table, each a name and words; none if nothing is expected."""
+    if not expected:
+        return []
+    figures = [(f"held against, {which}", figures_in_words(expected[which])) for which in MEASURES]
+    return [
+        *figures,
+        ("held against", f"{expected['row']} ({expected['source']})"),
+        ("its protocol", f"this run's {protocol_in_words(expected)}"),
+    ]
+
+
 def figures_in_words(figures: dict) -> str:
     """For example `published 12.10, here 12.0712, -0.24% apart`."""
     published, measured, apart = figures["published"], figures["measured"], figures["apart"]

@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 from wanda_fast.options.all_options import Options
 from wanda_fast.report.charts import method_and_pattern, spread
+from wanda_fast.report.expected import expected_rows
 from wanda_fast.report.measures import phase_seconds
 from wanda_fast.report.weights import by_block
 
@@ -110,6 +111,7 @@ def settings(content: dict) -> list[tuple[str, str]]:
         kind = f"{shape[0]:,} × {shape[1]:,} tokens" if len(shape) == 2 else " × ".join(map(str, shape))
         rows.append(("calibration", f"{recipe['dataset']}, {kind}"))
     rows += [("measured on", found["protocol"]) for found in _protocols(content)]
+    rows += expected_rows(content.get("expected", {}))
     told = {"model", "prune_method", "sparsity_type", "sparsity_ratio", "dataset", "nsamples", "seqlen"}
     told |= {"eval_dataset", "eval_windows"}
     others = [name for name, value in recipe.items() if name not in told and _is_set(name, value)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from wanda_fast.checkpoint import load as checkpoints
@@ -45,7 +46,7 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
     if gguf:
         logger.info("converting %s: this can take minutes", gguf)
     with job.phase("load", "converting" if gguf else "loading", gguf or path):
-        loaded = _open(path, options, job.device.type)
+        loaded = _open(path, options, job.device)
     if unused := loaded.unused:
         logger.info(
             "%d tensors that %s does not take are copied unchanged (e.g. %s)",
@@ -56,11 +57,11 @@ def open_model(options: Options, tokenizer: object, job: Job) -> MetaModel | Che
     return loaded
 
 
-def _open(path: str, options: Options, device: str) -> MetaModel | Checkpoint:
+def _open(path: str, options: Options, device: torch.device) -> MetaModel | Checkpoint:
     """The checkpoint without its weights; loaded as a whole if its format or the evaluation needs that."""
-    arguments = (path, options.dtype, options.cache_dir, device, options.dequantize)
+    arguments = (path, options.dtype, options.cache_dir, device.type, options.dequantize)
     if options.eval_zero_shot or options.tasks is not None:
-        require_room(*arguments)
+        require_room(*arguments, device)
         return checkpoints.load(*arguments)
     try:
         opened = open_meta_model(*arguments)
@@ -137,6 +138,7 @@ def _calibration(
     """Calibration tokens, and whether they are windows of a text."""
     dataset = _rows(options.dataset, options.text_column)
     nsamples, seqlen = options.nsamples or DEFAULT_NSAMPLES, _seqlen(options, model)
+    _require_context(model, seqlen, "calibration", "seqlen")
     token_ids = calibration_tokens(
         dataset, tokenizer, nsamples, seqlen, options.seed, options.cache_dir, options.text_column, warn
     )
@@ -149,9 +151,10 @@ def _evaluation(
 ) -> tuple[EvaluationSet, bool]:
     """Evaluation windows, and whether they are of a text."""
     dataset = _rows(options.eval_dataset, options.text_column)
-    seqlen = _seqlen(options, model)
+    seqlen, option = _seqlen(options, model), "seqlen"
     if options.protocol is not None:
-        seqlen = window_of(options.protocol, context_of(model))
+        seqlen, option = window_of(options.protocol, context_of(model)), "protocol"
+    _require_context(model, seqlen, "evaluation", option)
     found = evaluation_set(
         dataset, tokenizer, seqlen, options.eval_windows, options.cache_dir, options.text_column, warn
     )
@@ -178,14 +181,17 @@ def context_of(model: nn.Module) -> int:
     )
 
 
+def _require_context(model: nn.Module, seqlen: int, what: str, option: str) -> None:
+    if seqlen > (context := context_of(model)):
+        raise CalibrationError(
+            f"{what} windows of {seqlen} tokens exceed the model's context of {context}: lower --{option}"
+        )
+
+
 def require_fit(model: nn.Module, token_ids: Tensor, what: str) -> None:
     """Raise `CalibrationError` if token ids would index past the model's positions or vocabulary."""
-    context, vocabulary = context_of(model), model.config.get_text_config().vocab_size
-    if token_ids.shape[1] > context:
-        raise CalibrationError(
-            f"{what} windows of {token_ids.shape[1]} tokens exceed the model's context of {context}: "
-            f"lower --seqlen or --protocol"
-        )
+    _require_context(model, token_ids.shape[1], what, "seqlen")
+    vocabulary = model.config.get_text_config().vocab_size
     lowest, highest = token_ids.min().item(), token_ids.max().item()
     if lowest < 0 or highest >= vocabulary:
         wrong = lowest if lowest < 0 else highest

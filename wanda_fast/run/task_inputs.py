@@ -63,20 +63,25 @@ def require_measurable(model: nn.Module, tokenizer) -> None:
         raise CalibrationError("tasks are text, and there is no tokenizer: pass a tokenizer")
 
 
-def require_room(path: str, dtype: str, cache_dir: str | None, device: str, dequantize: bool) -> None:
+def require_room(
+    path: str, dtype: str, cache_dir: str | None, kind: str, dequantize: bool, device: torch.device
+) -> None:
     """Raise `OutOfMemoryError` if the checkpoint is larger than the free memory; say how large it is.
 
+    Args:
+        path, dtype, cache_dir, kind, dequantize: as `open_meta_model` takes them.
+        device: where the model will run.
     Raises: `CalibrationError` if the model predicts no tokens.
     """
     try:
-        opened = open_meta_model(path, dtype, cache_dir, device, dequantize)
+        opened = open_meta_model(path, dtype, cache_dir, kind, dequantize)
     except NotStreamableError:
         return
     if classifies_images(opened.model) or not predicts_tokens(opened.model):
         raise CalibrationError(f"{type(opened.model).__name__} predicts no tokens: no task can be measured")
     needed = sum(parameter.numel() * parameter.itemsize for parameter in opened.model.parameters())
-    for place in {"cpu", device}:
-        free = free_memory(torch.device(place))
+    for place in {torch.device("cpu"), device}:
+        free = free_memory(place)
         sizes = f"{needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free on {place}"
         if needed > free:
             raise OutOfMemoryError(

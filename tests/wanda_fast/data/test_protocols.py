@@ -38,5 +38,8 @@ def test_the_evaluation_has_a_window_of_its_own():
     )
     assert found.calibration["shape"] == [2, 16]
     assert "2 windows of 256" in found.perplexity["protocol"]
-    with pytest.raises(errors.CalibrationError, match="evaluation windows of 2048 tokens exceed"):
+    with pytest.raises(errors.CalibrationError, match="of 2048 tokens exceed .* 256: lower --protocol"):
         wanda_fast.prune(model, dataset=ids, eval_dataset=ids.repeat(200, 1), seqlen=16, protocol="2048")
+    # Said before any text is looked for.
+    with pytest.raises(errors.CalibrationError, match="windows of 300 tokens exceed .* 256: lower --seqlen"):
+        wanda_fast.prune(model, dataset="no/such.txt", seqlen=300, tokenizer=object())

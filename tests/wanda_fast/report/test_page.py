@@ -17,6 +17,7 @@ from wanda_fast.options.all_options import Options
 from wanda_fast.report.charts import charts
 from wanda_fast.report.command import repeat_command
 from wanda_fast.report.contents import Report
+from wanda_fast.report.expected import Row, held_against
 from wanda_fast.report.page import page
 from wanda_fast.report.weights import by_block, columns
 
@@ -78,6 +79,15 @@ def test_a_page_says_what_the_report_has():
     assert "1, node1 4.0 1.0 1,024 0" in read.text
     shown = [chart["id"] for chart in read.data["charts"]]
     assert shown == ["relative_error", "output_error", "sparsity", "tasks", "seconds", "memory"]
+
+
+def test_a_page_has_the_published_figures():
+    row = Row("m", "wanda", "2:4", 0.5, 12.0, "a paper", protocol={"nsamples": 128})
+    content = full() | {"expected": held_against(row, {"pruned": 9.0}, {"nsamples": 16}, [])}
+    text = Read(page({"": content})).text
+    assert "held against, pruned published 12.00, here 9.0000, -25.00% apart" in text
+    assert "held against m, wanda 2:4 0.5 (a paper)" in text
+    assert "differs from the published one: calibration samples 16 in place of 128" in text
 
 
 def test_fields_that_are_missing_leave_no_holes():
