@@ -40,7 +40,9 @@ def test_help_describes_every_option():
 
 def test_a_sweep_takes_lists_and_the_options_of_all_settings():
     taken = set(inspect.signature(wanda_fast.sweep).parameters)
-    assert set(NAMES) - taken == set("allocation checkpoint eval_zero_shot save_log save_mask".split()) | {
+    assert set(NAMES) - taken == set(
+        "allocation checkpoint image_transform eval_zero_shot save_log save_mask".split()
+    ) | {
         "tasks",
         "tasks_path",
         "tasks_limit",
@@ -120,6 +122,7 @@ def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
     identity += " ignore dtype sequential update refine polish dampening measure_error"
     identity += " allocation bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
+    identity += " image_transform"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
     finished += " save_mask protocol tasks tasks_path tasks_limit"

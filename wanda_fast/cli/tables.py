@@ -33,6 +33,7 @@ def summary_tables(report: Report) -> list[Table]:
         what = f"{nsamples} x {sizes[0]} tokens"
         if len(sizes) > 1:
             what = f"{nsamples} images of {'x'.join(map(str, sizes))}"
+            what += ", transform train" if report.calibration.get("transform") == "train" else ""
         if report.calibration.get("bos") is not None:
             what += ", each window beginning with BOS"
         digest = report.calibration["sha256"][:12]

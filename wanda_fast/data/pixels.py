@@ -26,10 +26,14 @@ class PixelReader:
     Args:
         processor: an image processor of transformers: `processor(images=[...], return_tensors="pt")`.
         warn: receives one sentence for each image that is skipped.
+        threads: that decode and process images; 1 for a processor that draws random numbers.
     """
 
-    def __init__(self, images: Images, processor: Callable, warn: Callable[[str], None]):
+    def __init__(
+        self, images: Images, processor: Callable, warn: Callable[[str], None], threads: int | None = None
+    ):
         self.images, self.processor, self.warn = images, processor, warn
+        self.threads = threads or os.cpu_count() or 1
         self.skipped = 0
 
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
@@ -39,9 +43,8 @@ class PixelReader:
         """
         indices, shape, self.skipped = list(indices), None, 0
         bound = max(UNREADABLE, int(UNREADABLE_SHARE * len(indices)))
-        workers = os.cpu_count() or 1
-        with ThreadPoolExecutor(workers, thread_name_prefix="wanda-fast-image") as pool:
-            for index, pending in _ahead(pool, self._pixels, indices, workers * AHEAD):
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="wanda-fast-image") as pool:
+            for index, pending in _ahead(pool, self._pixels, indices, self.threads * AHEAD):
                 try:
                     pixels = pending.result()
                 except BROKEN as error:

@@ -109,6 +109,15 @@ class Options:
         minimum=1,
         decides=BYTES,
     )
+    image_transform: str = option(
+        "eval",
+        help="Calibration images of a classifier. eval: by the model's own image processor; train: by timm's "
+        "random transform for training, with its size, mean and std, as in the published code (needs timm).",
+        panel=CALIBRATION,
+        choices=("eval", "train"),
+        decides=BYTES,
+        commands=("prune",),
+    )
     seqlen: int | None = option(
         None,
         help="Tokens in a window. Default: 2048, or the model's context length if that is shorter.",

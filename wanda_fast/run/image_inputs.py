@@ -14,6 +14,7 @@ from wanda_fast.data.calibration import digest
 from wanda_fast.data.images import as_indices, find_images
 from wanda_fast.data.pixels import PixelReader, read_all
 from wanda_fast.data.text import NAMES
+from wanda_fast.data.training_transform import TrainingTransform, drawn_from
 from wanda_fast.errors import CalibrationError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.image_shapes import image_shapes
@@ -47,7 +48,11 @@ def read_images(
     with job.phase("calibration images"):
         if job.method.calibrates:
             job.token_ids = _calibration(options, processor, loaded.model, job, warn)
-            job.report.calibration = {"shape": list(job.token_ids.shape), "sha256": digest(job.token_ids)}
+            job.report.calibration = {
+                "shape": list(job.token_ids.shape),
+                "sha256": digest(job.token_ids),
+                "transform": options.image_transform,
+            }
             job.image_shapes = image_shapes(loaded.model, blocks, job.token_ids.shape[1:])
         if options.eval_dataset is not None:
             job.labelled = _evaluation(options, processor, loaded.model, warn)
@@ -62,12 +67,18 @@ def _calibration(
     _refuse_text(options.dataset, model)
     images = find_images(options.dataset, "calibration", options.cache_dir)
     if isinstance(images, Tensor):
+        if options.image_transform != "eval":
+            raise CalibrationError("image_transform train is for images: pixel values are used as they are")
         return images
     wanted = options.nsamples or DEFAULT_NSAMPLES
     if images.count < wanted and options.nsamples is not None:
         warn(f"{images.label} has {images.count} images, fewer than nsamples {wanted}: all are used")
-    reader = PixelReader(images, _processor(options, processor, model), warn)
-    return read_all(reader, as_indices(images, wanted, options.seed), partial(job.count_images, "images"))
+    processor, indices = _processor(options, processor, model), as_indices(images, wanted, options.seed)
+    tell = partial(job.count_images, "images")
+    if options.image_transform == "eval":
+        return read_all(PixelReader(images, processor, warn), indices, tell)
+    with drawn_from(options.seed):
+        return read_all(PixelReader(images, TrainingTransform(processor), warn, threads=1), indices, tell)
 
 
 def _evaluation(

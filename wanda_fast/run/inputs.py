@@ -83,6 +83,11 @@ def read_tokens(
     The first rank reads them for all.
     """
     model, ranks, texts = loaded.model, job.ranks, {}
+    if options.image_transform != "eval":
+        raise CalibrationError(
+            f"image_transform {options.image_transform} is for image classifiers, and {type(model).__name__} "
+            f"takes tokens"
+        )
 
     def warn(sentence: str) -> None:
         if sentence not in job.report.warnings:  # calibration and evaluation may read the same files
