@@ -47,7 +47,11 @@ def record_block_inputs(
     for start in range(0, len(samples), batch_size):
         batch = slice(start, min(start + batch_size, len(samples)))
         with _recorders(blocks) as recorders:
-            forward(samples[batch])
+            try:
+                forward(samples[batch])
+            except (TypeError, ValueError) as error:
+                what = "token ids" if samples.dim() == 2 else "images"
+                raise HiddenStatesError(f"the model's forward fails on {what} alone: {error}") from error
         if hidden is None:
             _require_one_after_the_other(recorders, blocks)
         first = recorders[0].hidden

@@ -29,6 +29,31 @@ def refused(model, error, *words, **options):
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
+def test_an_encoder_of_text_is_pruned():
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+    config = transformers.BertConfig(**sizes, intermediate_size=64)
+    model = transformers.BertForMaskedLM(config).eval()
+    ids = token_ids(FAMILIES["llama2"](), 2, 16)
+    query = model.bert.encoder.layer[0].attention.self.query
+    scores = query.weight.abs() * model.bert.embeddings(ids).flatten(0, 1).norm(dim=0)
+    report = prune(model)
+    assert len(report.linears) == 12 and all(x.sparsity == 0.5 for x in report.linears.values())
+    expected = scores.view(32, 8, 4).argsort(dim=-1).argsort(dim=-1) < 2
+    assert torch.equal(query.weight == 0, expected.view(32, 32))
+
+
+def test_encoders_whose_blocks_cannot_run_one_by_one_are_refused():
+    import transformers
+
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=320)
+    words = "takes more of an earlier block's output"
+    refused(transformers.T5EncoderModel(config).eval(), errors.HiddenStatesError, words)
+    words = "the model's forward fails on token ids alone: You must specify exactly one"
+    refused(transformers.T5ForConditionalGeneration(config).eval(), errors.HiddenStatesError, words)
+
+
 class Adapted(nn.Module):
     """A linear with a low-rank adapter, under PEFT's names."""
 
