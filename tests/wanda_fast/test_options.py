@@ -122,7 +122,7 @@ def test_what_decides_whether_a_run_is_resumed():
     identity = "prune_method sparsity_type sparsity_ratio nsamples seqlen seed use_variant connect_gate"
     identity += " ignore dtype sequential update refine polish dampening measure_error"
     identity += " allocation bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
-    identity += " image_transform"
+    identity += " image_transform forward_dtype"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
     finished += " save_mask protocol tasks tasks_path tasks_limit"

@@ -240,6 +240,15 @@ class Options:
         minimum=1,
         decides=RESULTS,
     )
+    forward_dtype: str | None = option(
+        None,
+        help="fp8 or int8: calibration forwards multiply in 8 bits, with a scale for each token and output, "
+        "while statistics, saved weights and evaluation are not rounded. For GPUs; a CPU computes such "
+        "products in fp32, slower. Default: the model's dtype.",
+        panel=RESOURCES,
+        choices=("fp8", "int8"),
+        decides=BYTES,
+    )
     prune_granularity: str | None = option(
         None,
         help="Which weights of a linear compete: those of a row, or all of them (layer). Default: layer for "

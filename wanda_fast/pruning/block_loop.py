@@ -16,6 +16,7 @@ from wanda_fast.model.block_inputs import BlockInputs
 from wanda_fast.model.block_source import BlockSource
 from wanda_fast.model.experts import sorted_by_expert
 from wanda_fast.model.fused_modules import fused_modules
+from wanda_fast.model.rounded_products import rounded_products
 from wanda_fast.pruning.dense_weights import DenseWeights
 from wanda_fast.pruning.orders import Order, orders_of, restored
 from wanda_fast.pruning.selection import Selection
@@ -58,6 +59,7 @@ def prune_blocks(
     clock: Clock,
     progress: Progress | None = None,
     sequential: str = "block",
+    forward_dtype: str | None = None,
     in_place: bool = True,
 ) -> None:
     """Prune every linear of the source's blocks, block by block, by the setting of each lane.
@@ -67,6 +69,7 @@ def prune_blocks(
         clock: of what the lanes share.
         sequential: "block": the statistics of a dense block, then all of its linears; "linear": one linear
             after the other; "dense": as "block", but the next block gets what the dense block gives.
+        forward_dtype: of the products in calibration passes, "fp8" or "int8"; None: as in any forward.
         in_place: the blocks stay pruned, by the one lane; if not, they are dense again after each lane.
     Raises: `RanksDifferError`; `NonFiniteError`, which names block and linear. Blocks before it stay pruned;
         so do, with `sequential="linear"` or after an update of weights, linears of the block itself.
@@ -83,7 +86,7 @@ def prune_blocks(
             for lane, order in zip(lanes, orders, strict=True):
                 turn = _turn(source, index, lane.activations.calibration, lane.clock, progress)
                 with dense_again():
-                    _prune(turn, lane, order, source)
+                    _prune(turn, lane, order, source, forward_dtype)
         _pass_on(shared, lanes, source)
 
 
@@ -110,14 +113,15 @@ def read_block(source: BlockSource, index: int) -> Iterator[None]:
         yield
 
 
-def _prune(turn: Turn, lane: Lane, order: Order, source: BlockSource) -> None:
+def _prune(turn: Turn, lane: Lane, order: Order, source: BlockSource, forward_dtype: str | None) -> None:
     """Prune the block, take the lane's evaluation windows through it, and keep it."""
     block, masks = turn.block, lane.selection.masks
     if lane.store.holds(turn.index):
         order = restored(order, lane.store, masks)
-    turn.reports = order.prune(turn, order.dense_pass(turn))
-    require_same_weights(block.name, block.module, lane.selection.ranks)
-    order.pruned_pass(turn)
+    with rounded_products(block.linears, forward_dtype):
+        turn.reports = order.prune(turn, order.dense_pass(turn))
+        require_same_weights(block.name, block.module, lane.selection.ranks)
+        order.pruned_pass(turn)
     _evaluate(turn, lane.activations.pruned)
     if lane.activations.pruned is not None:
         lane.distances[block.name] = lane.activations.distance()

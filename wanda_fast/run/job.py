@@ -125,7 +125,14 @@ class Job:
         self, source: BlockSource, activations: Activations, output: StreamedOutput | None = None
     ) -> None:
         lane = self.lane(activations, output)
-        prune_blocks(source, [lane], clock=self.clock, progress=self.progress, sequential=self.sequential)
+        prune_blocks(
+            source,
+            [lane],
+            clock=self.clock,
+            progress=self.progress,
+            sequential=self.sequential,
+            forward_dtype=self.report.recipe["forward_dtype"],
+        )
         self.note(lane)
 
     def note(self, lane: Lane) -> None:

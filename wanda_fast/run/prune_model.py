@@ -20,6 +20,7 @@ from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import LiveModel
+from wanda_fast.model.rounded_products import require_multiplies
 from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import nothing_to_do, outside_digest, run_identity
 from wanda_fast.output.streamed import StreamedOutput
@@ -129,6 +130,7 @@ def new_job(
     live = isinstance(options.model, nn.Module)
     wanted = options.device or (device_of(options.model) if live else default_device())
     clock = Clock(own_device(usable_device(wanted), ranks))
+    require_multiplies(options.forward_dtype, clock.device)
     ranks.timed = partial(clock.phase, "collectives")
     return Job(
         method,
