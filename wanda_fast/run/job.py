@@ -66,6 +66,7 @@ class Job:
     masks: dict[str, Tensor] | None
     batch_size: int = 1
     sequential: str = "block"
+    forward_dtype: str | None = None
     expert_options: ExpertOptions = ExpertOptions()
     activations: str = "device"
     ranks: Ranks = field(default_factory=Ranks)
@@ -131,7 +132,7 @@ class Job:
             clock=self.clock,
             progress=self.progress,
             sequential=self.sequential,
-            forward_dtype=self.report.recipe["forward_dtype"],
+            forward_dtype=self.forward_dtype,
         )
         self.note(lane)
 

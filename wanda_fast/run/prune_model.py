@@ -142,6 +142,7 @@ def new_job(
         progress=progress,
         masks=None if options.save_mask is None else {},
         sequential="dense" if options.statistics == "dense" else options.sequential,
+        forward_dtype=options.forward_dtype,
         expert_options=ExpertOptions(
             options.expert_shrinkage, options.expert_tokens, options.expert_weighting
         ),

@@ -32,7 +32,7 @@ def run_settings(shared: Job, jobs: list[Job], source: BlockSource, outputs: lis
             clock=shared.clock,
             progress=shared.progress,
             sequential=shared.sequential,
-            forward_dtype=shared.report.recipe["forward_dtype"],
+            forward_dtype=shared.forward_dtype,
             in_place=False,
         )
         _measure(shared, jobs, lanes, source)
