@@ -15,10 +15,16 @@ SHAPES = {  # words, hidden, intermediate, heads, key-value heads, blocks
     "smollm2-135m": (49_152, 576, 1536, 9, 3, 30),
     "tiny": (256, 64, 160, 4, 2, 3),
     # Of Qwen3-30B-A3B's proportions: 128 experts, 8 of them a token.
+    "qwen3-30b-a3b-sixth": (32_000, 2048, 768, 32, 4, 8),  # 8 of 48 layers
     "qwen3-moe-half": (32_000, 1024, 384, 16, 2, 4),
     "qwen3-moe-tiny": (256, 64, 32, 4, 2, 2),
 }
-EXPERTS = {"qwen3-moe-half": (128, 8), "qwen3-moe-tiny": (8, 2)}  # experts, experts of a token
+# Experts, experts of a token, features of a head.
+EXPERTS = {
+    "qwen3-30b-a3b-sixth": (128, 8, 128),
+    "qwen3-moe-half": (128, 8, 64),
+    "qwen3-moe-tiny": (8, 2, 64),
+}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("num_hidden_layers",)
 REPEATS = 9
@@ -98,9 +104,9 @@ def config_of(model: str | None, shape: str | None):
     sizes = dict(zip(SIZES, SHAPES[shape], strict=True)) | {"max_position_embeddings": 4096}
     if shape not in EXPERTS:
         return LlamaConfig(**sizes)
-    experts, chosen = EXPERTS[shape]
+    experts, chosen, head_dim = EXPERTS[shape]
     sizes |= {"moe_intermediate_size": sizes["intermediate_size"], "num_experts": experts}
-    return Qwen3MoeConfig(**sizes, num_experts_per_tok=chosen, head_dim=64)
+    return Qwen3MoeConfig(**sizes, num_experts_per_tok=chosen, head_dim=head_dim)
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> nn.Module:

@@ -32,6 +32,8 @@ JOBS = (
     ("llama2-7b", "2:4", "sparsegpt"),
     ("llama2-7b", "unstructured", "wanda"),
     ("llama3-8b", "2:4", "wanda"),
+    ("llama2-7b", "2:4", "admm"),
+    ("qwen3-30b-a3b-sixth", "2:4", "wanda"),
 )
 
 
@@ -148,8 +150,9 @@ def tests(run: GpuRun) -> list[str]:
 
 
 def operation_tests() -> list[Path]:
-    """Those that run on every backend that serves their OPERATION, on the GPU if there is one."""
-    return [path for path in sorted(KERNEL_TESTS.glob("test_*.py")) if "\nOPERATION = " in path.read_text()]
+    """Those that run on every backend that serves an operation, on the GPU if there is one."""
+    every = {path: path.read_text() for path in sorted(KERNEL_TESTS.glob("test_*.py"))}
+    return [path for path, text in every.items() if "\nOPERATION = " in text or "device_of" in text]
 
 
 def _pytest(*arguments: object) -> list[object]:
