@@ -16,7 +16,7 @@ from wanda_fast.checkpoint.load import (
     load_tokenizer,
     locate,
     require_dtype,
-    safetensors_of,
+    tensor_files,
 )
 from wanda_fast.checkpoint.model_class import new_model
 from wanda_fast.checkpoint.own_dtypes import update_dtype
@@ -104,7 +104,7 @@ def open_meta_model(
     quantized = refuse_folder(path, folder, gguf, cache_dir, dequantize)
     if gguf:
         raise NotStreamableError("GGUF files are read whole")
-    files = TensorFiles.of(safetensors_of(folder, cache_dir))
+    files = tensor_files(folder, cache_dir)
     try:
         config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
         quantizer = dequantizing(path, config) if quantized else None

@@ -86,7 +86,19 @@ def require_outside(mask: Path, folder: Path) -> None:
 
 
 def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
-    """Write model, tokenizer and report to DIR.partial, then rename it to `folder`.
+    """Write model, tokenizer and report to `folder`. Raises: `OutputError` as `save_folder`."""
+
+    def fill(model: Path) -> None:
+        copied = _save_model(checkpoint, model)
+        if report is not None:
+            report.copied = copied
+            save_report(report, model)
+
+    save_folder(folder, fill)
+
+
+def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write DIR.partial/model, then rename it to `folder`.
 
     Raises: `OutputError` if it cannot be written. If only the rename failed, the model is kept.
     """
@@ -97,10 +109,7 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.mkdir(parents=True)
-            copied = _save_model(checkpoint, model)
-            if report is not None:
-                report.copied = copied
-                save_report(report, model)
+            fill(model)
             sync_folder(model, files=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

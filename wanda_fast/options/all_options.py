@@ -306,7 +306,7 @@ class Options:
         None,
         help="Folder for hub downloads. Default: Hugging Face's own cache.",
         panel=MODEL,
-        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify"),
+        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify", "pack", "unpack"),
         decides=None,
     )
     eval_dataset: str | Path | Iterable | None = option(
@@ -425,7 +425,7 @@ class Options:
         False,
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
-        commands=("prune", "sweep", "eval", "apply-mask"),
+        commands=("prune", "sweep", "eval", "apply-mask", "pack", "unpack"),
         decides=None,
     )
     resume: bool = option(
