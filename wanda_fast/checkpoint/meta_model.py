@@ -89,8 +89,10 @@ def open_meta_model(
     cache_dir: str | None = None,
     device: str = "cpu",
     dequantize: bool = False,
+    with_tokenizer: bool = True,
 ) -> MetaModel:
-    """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same.
+    """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same, but for
+    `with_tokenizer`: whether it is needed.
 
     Raises: `NotStreamableError` with the reason why the checkpoint must be loaded as a whole;
         `CheckpointError` if it is not a model; `QuantizedModelError`.
@@ -127,7 +129,7 @@ def open_meta_model(
     _require_inverses(opened)
     if computed_in_float32(stored, dtype, device):
         model.float()
-    if not classifies_images(model):
+    if with_tokenizer and not classifies_images(model):
         opened.tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
     return opened
 

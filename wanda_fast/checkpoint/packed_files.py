@@ -13,7 +13,10 @@ from wanda_fast.checkpoint.header import NAMES, read_header
 from wanda_fast.checkpoint.packed_format import SOURCE_FILE, PackedWeight
 from wanda_fast.checkpoint.shards import ALIGNMENT, TensorFiles, converted, mapped_memory
 from wanda_fast.errors import CheckpointError
-from wanda_kernels import PackedRows, unpack_bits, unpack_rows
+from wanda_kernels import PackedRows, unpack_rows
+
+# Ones in each byte.
+ONES = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
 
 
 class PackedFiles(TensorFiles):
@@ -132,10 +135,9 @@ def _require(name: str, headers: dict[str, dict], wanted: dict, stored: TensorFi
 def _fault(rows: PackedRows, in_features: int) -> str | None:
     """What contradicts each other in a packed weight; None: nothing."""
     bits, values, offsets = rows
-    ones = unpack_bits(bits, 8 * bits.shape[-1])
-    if ones[..., in_features:].any():
+    if in_features % 8 and (bits[..., -1] >> in_features % 8).any():
         return f"its bits have ones after column {in_features}"
-    found = ones.sum(-1).flatten()
+    found = ONES[bits.int()].sum(-1).flatten()
     wanted = torch.full_like(found, values.shape[-1]) if offsets is None else offsets.diff()
     if offsets is not None and (offsets[0] != 0 or offsets[-1] != len(values)):
         return f"its offsets run from {offsets[0]} to {offsets[-1]}, it has {len(values)} values"

@@ -19,7 +19,7 @@ from wanda_fast.checkpoint.packed_format import (
 )
 from wanda_fast.checkpoint.shards import TensorFiles, bytes_of
 from wanda_fast.errors import CheckpointError
-from wanda_kernels import PackedRows, pack_rows
+from wanda_kernels import PackedRows, count_zeros, pack_rows
 
 
 class TensorWriter:
@@ -114,7 +114,7 @@ def _packed(weight: Tensor) -> PackedRows | None:
     if weight.dim() not in (2, 3) or weight.dtype not in PACKABLE.values() or not weight.numel():
         return None
     # Most weights that do not get smaller have no zeros to speak of.
-    if weight.numel() / 8 + int(weight.count_nonzero()) * weight.element_size() >= weight.nbytes:
+    if weight.numel() / 8 >= int(count_zeros(weight.flatten(0, -2))) * weight.element_size():
         return None
     packed = pack_rows(weight)
     return packed if sum(part.nbytes for part in packed if part is not None) < weight.nbytes else None

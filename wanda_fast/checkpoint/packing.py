@@ -26,6 +26,8 @@ from wanda_fast.report.packed_sizes import PackedSizes
 from wanda_fast.timer import Progress
 
 INDEX = f"{WEIGHTS}.index.json"
+# Times that a progress display is told how many tensors are done.
+STEPS = 20
 
 
 def prunable_names(opened: MetaModel) -> set[str]:
@@ -99,9 +101,15 @@ def _copy_report(source: Path, folder: Path) -> None:
 
 
 def _teller(progress: Progress | None, phase: str, total: int) -> Callable[[str], None]:
-    """A function that counts the tensors that it is called with."""
+    """A function that is called with each tensor's name, and shows about STEPS of them."""
     done = itertools.count()
-    return lambda name: progress.step(phase, next(done), total, name) if progress else None
+
+    def tell(name: str) -> None:
+        index = next(done)
+        if progress and index % max(1, total // STEPS) == 0:
+            progress.step(phase, index, total, name)
+
+    return tell
 
 
 def _sizes(

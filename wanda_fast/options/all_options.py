@@ -396,6 +396,14 @@ class Options:
         flag_type=Path | None,
         decides=None,
     )
+    save_packed: bool = option(
+        False,
+        help="Write the folder of save_model packed: of each pruned weight, a bit for every element and the "
+        "kept ones. unpack makes it dense again.",
+        panel=OUTPUT,
+        decides=RESULTS,
+        commands=("prune",),
+    )
     save_log: str | Path | None = option(
         None,
         help="File for the log line and the report.",

@@ -78,7 +78,7 @@ def _written(folder: str | Path, out: str | Path, overwrite: bool) -> Iterator[t
 def _open_dense(path: str, cache_dir: str | None) -> MetaModel:
     """Raises: `PackError`; `CheckpointError`; `QuantizedModelError`."""
     try:
-        opened = open_meta_model(path, cache_dir=cache_dir, device="any")
+        opened = open_meta_model(path, cache_dir=cache_dir, device="any", with_tokenizer=False)
     except NotStreamableError as error:
         raise PackError(f"model {path} cannot be packed: {error}") from error
     if isinstance(opened.files, PackedFiles):
