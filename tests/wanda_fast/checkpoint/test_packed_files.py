@@ -489,3 +489,11 @@ def test_the_meta_model_of_a_packed_folder_has_dense_shapes(even):
     files = open_meta_model(str(even)).files
     assert files.on_meta([UP])[UP].shape == (57, 44) and files.dtypes()[UP] == "BF16"
     assert not any(name.endswith((".bits", ".values")) for name in files.location)
+
+
+def test_other_weights_in_the_folder_are_named(tmp_path, caplog):
+    source = saved(pruned("smollm", torch.bfloat16, "rows"), tmp_path / "dense")
+    shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
+    wanda_fast.pack(source, tmp_path / "packed")
+    assert "consolidated.safetensors is not copied to the output" in caplog.text
+    assert not (tmp_path / "packed" / "consolidated.safetensors").exists()
