@@ -179,8 +179,13 @@ def refuse_to_stream(*_):
     raise errors.NotStreamableError("the test says so")
 
 
-def test_a_packed_model_loads_whole_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_packed_model_loads_whole_with_the_same_bits(named, tmp_path):
+    """Whether config.json names a class of transformers, or the class follows from model_type."""
     source = saved(pruned("qwen3_moe", torch.float16, "rows"), tmp_path / "dense")
+    if not named:
+        config = json.loads((source / "config.json").read_text()) | {"architectures": ["OwnForCausalLM"]}
+        (source / "config.json").write_text(json.dumps(config))
     wanda_fast.pack(source, tmp_path / "packed")
     one, other = (load(str(folder), device="any").model for folder in (source, tmp_path / "packed"))
     assert "quantization_config" not in other.config.to_dict()
