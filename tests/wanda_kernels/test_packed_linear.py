@@ -5,12 +5,18 @@ import torch
 
 import wanda_kernels
 from tests.wanda_kernels.cases import DTYPES, bits
-from tests.wanda_kernels.test_unpack_rows import weight_of
+from tests.wanda_kernels.packed_cases import on, settings, weight_of
 from wanda_kernels import PackedRows
 
-OPERATION = "packed_linear"
 # The rounding of a result.
 HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=settings("packed_linear"))
+def backend(request, monkeypatch):
+    name, isa = request.param
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", isa)
+    return name
 
 
 def finite_weight(shape, dtype, kept_of_row=None, seed=0):
@@ -22,9 +28,8 @@ def random_x(n_rows, n_cols, dtype, seed=1):
 
 
 def product(x, packed, bias, backend, device):
-    packed = PackedRows(*(None if each is None else each.to(device) for each in packed))
     bias = None if bias is None else bias.to(device)
-    return wanda_kernels.packed_linear(x.to(device), packed, bias, backend=backend).cpu()
+    return wanda_kernels.packed_linear(x.to(device), on(device, packed), bias, backend=backend).cpu()
 
 
 def assert_right(got, x, weight, bias=None):

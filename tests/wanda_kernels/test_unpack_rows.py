@@ -5,29 +5,22 @@ import torch
 
 import wanda_kernels
 from tests.wanda_kernels.cases import bits
+from tests.wanda_kernels.packed_cases import on, settings, weight_of
 from wanda_kernels import PackedRows
 
-OPERATION = "unpack_rows"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn)
 WIDTHS = (1, 7, 8, 9, 63, 64, 65, 200)
 
 
-def weight_of(shape, dtype, kept_of_row=None, seed=0):
-    """Half of each row kept, or that many; -0.0, NaN and infinities among them."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    special = torch.tensor([-0.0, torch.nan, torch.inf, -torch.inf])
-    weight = torch.where(
-        torch.rand(shape, generator=generator) < 0.1, special[torch.arange(shape[-1]) % 4], weight
-    )
-    order = torch.rand(shape, generator=generator).argsort(-1)
-    kept = shape[-1] // 2 if kept_of_row is None else torch.tensor(kept_of_row)[:, None]
-    return torch.where(order < kept, weight, 0.0).to(dtype)
+@pytest.fixture(params=settings("unpack_rows"))
+def backend(request, monkeypatch):
+    name, isa = request.param
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", isa)
+    return name
 
 
 def unpacked(packed, n_cols, backend, device, out=None):
-    packed = PackedRows(*(None if each is None else each.to(device) for each in packed))
-    return wanda_kernels.unpack_rows(packed, n_cols, out=out, backend=backend)
+    return wanda_kernels.unpack_rows(on(device, packed), n_cols, out=out, backend=backend)
 
 
 def raw(tensor):

@@ -161,9 +161,11 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "torch": reference.admm_step_,
     },
     "packed_linear": {
+        "cpu": native.packed_linear,
         "torch": reference.packed_linear,
     },
     "unpack_rows": {
+        "cpu": native.unpack_rows,
         "torch": reference.unpack_rows,
     },
 }
