@@ -1,5 +1,7 @@
 // Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
 // solvers, products over tokens, checks and counts, a block's forward, and packed rows.
+#include <vector>
+
 #include "operands.h"
 
 namespace {
@@ -319,22 +321,24 @@ wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const Opti
   };
 }
 
-void native_packed_linear_(Tensor out, Tensor x, Tensor bits, Tensor values, OptionalTensor offsets,
-                           OptionalTensor bias) {
-  const wanda::Matrix rows = matrix_of(x, "x"), target = matrix_of(out, "out");
+Tensor native_packed_linear(Tensor x, Tensor bits, Tensor values, OptionalTensor offsets, OptionalTensor bias) {
+  require(x.dim() >= 1 && x.is_contiguous() && x.numel() > 0 && bits.dim() == 2, "x must be contiguous, bits a matrix");
+  const int64_t n_cols = x.size(x.dim() - 1), n_x = x.numel() / n_cols, n_rows = bits.size(0);
+  require(n_x <= wanda::kPackedLinearRows, "x must have at most ", wanda::kPackedLinearRows, " rows");
+  require(dtype_of(values) == dtype_of(x) && (!bias || dtype_of(*bias) == dtype_of(x)),
+          "x, values and bias must have one dtype");
+  require(!bias || (bias->is_contiguous() && bias->numel() == n_rows), "bias must have ", n_rows, " elements in a row");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n_rows;
+  Tensor out = torch::stable::new_empty(x, shape);
   const wanda::PackedLinear s = {
-      .x = rows,
-      .out = target,
-      .weight = packed_of(bits, values, offsets, target.n_cols, rows.n_cols),
+      .x = {data_of(x, "x"), dtype_of(x), n_x, n_cols, n_cols},
+      .out = {data_of(out, "out"), dtype_of(x), n_x, n_rows, n_rows},
+      .weight = packed_of(bits, values, offsets, n_rows, n_cols),
       .bias = bias ? data_of(*bias, "bias") : nullptr,
   };
-  require(rows.n_rows == target.n_rows && 1 <= rows.n_rows && rows.n_rows <= wanda::kPackedLinearRows,
-          "x and out must have the same 1 to ", wanda::kPackedLinearRows, " rows");
-  require(!bias || (bias->is_contiguous() && bias->numel() == target.n_cols), "bias must be contiguous with ",
-          target.n_cols, " elements");
-  require(dtype_of(values) == rows.dtype && target.dtype == rows.dtype && (!bias || dtype_of(*bias) == rows.dtype),
-          "x, values, bias and out must have one dtype");
   wanda::packed_linear(CallContext(x).context(), s);
+  return out;
 }
 
 void native_unpack_rows_(Tensor out, Tensor bits, Tensor values, OptionalTensor offsets) {
@@ -370,6 +374,6 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
   library.impl("native_multiplies", TORCH_BOX(&native_multiplies));
   library.impl("native_linear_", TORCH_BOX(&native_linear_));
-  library.impl("native_packed_linear_", TORCH_BOX(&native_packed_linear_));
+  library.impl("native_packed_linear", TORCH_BOX(&native_packed_linear));
   library.impl("native_unpack_rows_", TORCH_BOX(&native_unpack_rows_));
 }

@@ -40,14 +40,30 @@ inline __m256 kept_lanes(uint32_t mask, __m256 v) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lanes)));
 }
 
+// Where an entry of 32 bytes begins: the byte's shuffle, and its number of bits in one register less.
+inline uint64_t place_of(uint32_t mask) {
+  uint64_t place = uint64_t{mask} << 5;
+  // Without this, GCC counts the bits of `mask` and copies it first.
+  asm("" : "+r"(place));
+  return place;
+}
+
+template <typename Vector, typename Table>
+const Vector* entry_at(const Table& table, uint64_t place) {
+  return reinterpret_cast<const Vector*>(reinterpret_cast<const char*>(table.data()) + place);
+}
+
 inline __m128i expand_words(const void* values, uint32_t mask) {
   return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), *(const __m128i*)kWords[mask].data());
 }
 
-inline __m256 expand_lanes(const void* values, uint32_t mask) {
-  const __m256i lanes = *(const __m256i*)kLanes[mask].data();
+inline __m256 expand_lanes(const void* values, uint64_t place) {
+  const __m256i lanes = *entry_at<__m256i>(kLanes, place);
   const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)values), lanes);
-  return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+  __m256 zero = _mm256_setzero_ps();
+  // Without this, GCC replaces the blend by a comparison and a logical operation.
+  asm("" : "+x"(zero));
+  return _mm256_blendv_ps(moved, zero, _mm256_castsi256_ps(lanes));
 }
 
 template <typename T>
@@ -59,33 +75,42 @@ struct OneVector {
 };
 
 struct OfFloat : OneVector<float> {
-  static void expand(const float* values, uint32_t mask, __m256* parts) { parts[0] = expand_lanes(values, mask); }
+  static int expand(const float* values, uint32_t mask, __m256* parts) {
+    const uint64_t place = place_of(mask);
+    parts[0] = expand_lanes(values, place);
+    return __builtin_popcountll(place);
+  }
 };
 
 struct OfHalf : OneVector<Half> {
-  static void expand(const Half* values, uint32_t mask, __m256* parts) {
+  static int expand(const Half* values, uint32_t mask, __m256* parts) {
     parts[0] = _mm256_cvtph_ps(expand_words(values, mask));
+    return __builtin_popcount(mask);
   }
 };
 
 struct OfBFloat : OneVector<BFloat> {
-  static void expand(const BFloat* values, uint32_t mask, __m256* parts) {
+  static int expand(const BFloat* values, uint32_t mask, __m256* parts) {
+    const uint64_t place = place_of(mask);
     const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
-    parts[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *(const __m256i*)kHighWords[mask].data()));
+    parts[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *entry_at<__m256i>(kHighWords, place)));
+    return __builtin_popcountll(place);
   }
 };
 
 struct Two {
   using Element = uint16_t;
-  static void expand(const uint16_t* values, uint32_t mask, uint16_t* out) {
+  static int expand(const uint16_t* values, uint32_t mask, uint16_t* out) {
     _mm_storeu_si128((__m128i*)out, expand_words(values, mask));
+    return __builtin_popcount(mask);
   }
 };
 
 struct Four {
   using Element = uint32_t;
-  static void expand(const uint32_t* values, uint32_t mask, uint32_t* out) {
-    _mm256_storeu_ps((float*)out, expand_lanes(values, mask));
+  static int expand(const uint32_t* values, uint32_t mask, uint32_t* out) {
+    _mm256_storeu_ps((float*)out, expand_lanes(values, place_of(mask)));
+    return __builtin_popcount(mask);
   }
 };
 

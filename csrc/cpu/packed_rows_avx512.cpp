@@ -18,15 +18,17 @@ struct OneVector {
 };
 
 struct OfFloat : OneVector<float> {
-  static void expand(const float* values, uint32_t mask, __m512* parts) {
+  static int expand(const float* values, uint32_t mask, __m512* parts) {
     parts[0] = _mm512_maskz_expand_ps((__mmask16)mask, _mm512_loadu_ps(values));
+    return __builtin_popcount(mask);
   }
 };
 
 struct OfHalf : OneVector<Half> {
-  static void expand(const Half* values, uint32_t mask, __m512* parts) {
+  static int expand(const Half* values, uint32_t mask, __m512* parts) {
     const __m256i next = _mm256_loadu_si256((const __m256i*)values);
     parts[0] = _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)mask, next));
+    return __builtin_popcount(mask);
   }
 };
 
@@ -35,10 +37,11 @@ struct OfBFloat {
   using Element = BFloat;
   static constexpr int kStep = 32, kParts = 2;
   static constexpr int64_t slot(int64_t column) { return column % 2 * 16 + column / 2; }
-  static void expand(const BFloat* values, uint32_t mask, __m512* parts) {
+  static int expand(const BFloat* values, uint32_t mask, __m512* parts) {
     const __m512i words = _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(values));
     parts[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     parts[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    return __builtin_popcount(mask);
   }
   static __m512 keep(uint32_t mask, int part, __m512 x) {
     const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -49,17 +52,19 @@ struct OfBFloat {
 
 struct Two {
   using Element = uint16_t;
-  static void expand(const uint16_t* values, uint32_t mask, uint16_t* out) {
+  static int expand(const uint16_t* values, uint32_t mask, uint16_t* out) {
     const __m128i next = _mm_loadu_si128((const __m128i*)values);
     _mm_storeu_si128((__m128i*)out, _mm_maskz_expand_epi16((__mmask8)mask, next));
+    return __builtin_popcount(mask);
   }
 };
 
 struct Four {
   using Element = uint32_t;
-  static void expand(const uint32_t* values, uint32_t mask, uint32_t* out) {
+  static int expand(const uint32_t* values, uint32_t mask, uint32_t* out) {
     const __m256i next = _mm256_loadu_si256((const __m256i*)values);
     _mm256_storeu_si256((__m256i*)out, _mm256_maskz_expand_epi32((__mmask8)mask, next));
+    return __builtin_popcount(mask);
   }
 };
 

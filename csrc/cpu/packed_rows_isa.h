@@ -6,7 +6,7 @@
 //
 // Needs Simd, and for each element type a struct: Element, kStep (columns), kParts (vectors of a step), slot(column of
 // a step) = its place in them, and
-//   expand(values, mask, parts): reads kStep values, of which the first popcount(mask) are used;
+//   expand(values, mask, parts) = popcount(mask): reads kStep values, of which it uses so many;
 //   keep(mask, part, x): x, or +0.0 in lanes without a value.
 #pragma once
 
@@ -22,6 +22,7 @@ using wanda::PackedLinear;
 using wanda::PackedRows;
 
 constexpr int64_t kRowBlock = 4;  // rows of the weight that share loads of x
+constexpr int kPrefetchBytes = 8;  // of bits: half of 64 weights are one or two cache lines
 constexpr int kMostX = 4;         // rows of x that are multiplied with a block at once
 
 inline int64_t bytes_of(int64_t n_cols) { return (n_cols + 7) / 8; }
@@ -135,26 +136,28 @@ uint32_t mask_of(const uint8_t* bits, int64_t n_bytes) {
   return mask;
 }
 
-// sums[kRows][kX] = rows times the rows of x in a group.
+// sums[kRows][kX] = rows times the rows of x in a group. The values `ahead` of those in use are prefetched.
 template <typename T, int kRows, int kX, bool kFinite>
-void multiply_tile(const Row<typename T::Element>* rows, int64_t n_bytes, const float* x, float* sums) {
+void multiply_tile(const Row<typename T::Element>* rows, int64_t n_bytes, const float* x, int64_t ahead, float* sums) {
+  using Element = typename T::Element;
   constexpr int kMaskBytes = T::kStep / 8;
   Simd::Float acc[kRows][kX];
-  const typename T::Element* values[kRows];
+  const Element* values[kRows];
   const uint8_t* bits[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     values[r] = rows[r].values;
     bits[r] = rows[r].bits;
+#pragma GCC unroll 4
     for (int i = 0; i < kX; ++i) acc[r][i] = Simd::broadcast(0.0f);
   }
-  const auto add_step = [&](int64_t byte, int64_t mask_bytes) {
-#pragma GCC unroll 8
+  const auto add_step = [&](int64_t byte, int64_t mask_bytes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const uint32_t mask = mask_of<T>(bits[r] + byte, mask_bytes);
       Simd::Float weights[T::kParts];
-      T::expand(values[r], mask, weights);
-      values[r] += __builtin_popcount(mask);
-#pragma GCC unroll 8
+      values[r] += T::expand(values[r], mask, weights);
+#pragma GCC unroll 4
       for (int i = 0; i < kX; ++i) {
 #pragma GCC unroll 2
         for (int part = 0; part < T::kParts; ++part) {
@@ -167,9 +170,22 @@ void multiply_tile(const Row<typename T::Element>* rows, int64_t n_bytes, const 
     x += kX * T::kStep;
   };
   int64_t byte = 0;
+  for (; byte + kPrefetchBytes <= n_bytes; byte += kPrefetchBytes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      for (size_t line = 0; line < sizeof(Element) / 2; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values[r] + ahead) + 64 * line, 0, 2);
+      }
+    }
+#pragma GCC unroll 1
+    for (int step = 0; step < kPrefetchBytes; step += kMaskBytes) add_step(byte + step, kMaskBytes);
+  }
+#pragma GCC unroll 1
   for (; byte + kMaskBytes <= n_bytes; byte += kMaskBytes) add_step(byte, kMaskBytes);
   if (byte < n_bytes) add_step(byte, n_bytes - byte);
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
     for (int i = 0; i < kX; ++i) sums[r * kX + i] = sum_of_pairs(acc[r][i]);
   }
 }
@@ -182,9 +198,11 @@ void multiply_block(const PackedLinear& s, const Row<typename T::Element>* rows,
   constexpr int kTile = kX <= 2 ? 4 : 2;  // as many as leave room in the registers
   float sums[kRowBlock * kX];
   const int64_t n_bytes = bytes_of(s.weight.n_cols);
+  // The next block's values lie behind those of this one.
+  const int64_t ahead = n > 1 ? (rows[n - 1].values - rows[0].values) / (n - 1) * n : 0;
   int64_t r = 0;
-  for (; r + kTile <= n; r += kTile) multiply_tile<T, kTile, kX, kFinite>(rows + r, n_bytes, x, sums + r * kX);
-  for (; r < n; ++r) multiply_tile<T, 1, kX, kFinite>(rows + r, n_bytes, x, sums + r * kX);
+  for (; r + kTile <= n; r += kTile) multiply_tile<T, kTile, kX, kFinite>(rows + r, n_bytes, x, ahead, sums + r * kX);
+  for (; r < n; ++r) multiply_tile<T, 1, kX, kFinite>(rows + r, n_bytes, x, ahead, sums + r * kX);
   for (int i = 0; i < kX; ++i) {
     Element* const out = static_cast<Element*>(s.out.data) + (first + i) * s.out.stride + row;
     for (r = 0; r < n; ++r) {
@@ -236,8 +254,7 @@ void unpack_elements(const PackedRows& s, void* out, int64_t begin, int64_t end)
     int64_t col = 0;
     for (; col + 8 <= s.n_cols; col += 8) {
       const uint32_t mask = from.bits[col / 8];
-      T::expand(values, mask, to + col);
-      values += __builtin_popcount(mask);
+      values += T::expand(values, mask, to + col);
     }
     if (col < s.n_cols) {
       Element last[8];
@@ -251,12 +268,14 @@ void unpack_elements(const PackedRows& s, void* out, int64_t begin, int64_t end)
 template <typename T>
 struct EachElement {
   using Element = T;
-  static void expand(const T* values, uint32_t mask, T* out) {
+  static int expand(const T* values, uint32_t mask, T* out) {
+    int count = 0;
     for (int i = 0; i < 8; ++i) {
       const T has_value = mask >> i & 1;
-      out[i] = *values & static_cast<T>(0 - has_value);
-      values += has_value;
+      out[i] = values[count] & static_cast<T>(0 - has_value);
+      count += static_cast<int>(has_value);
     }
+    return count;
   }
 };
 

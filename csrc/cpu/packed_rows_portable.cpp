@@ -9,14 +9,16 @@ struct EachLane {
   using Element = T;
   static constexpr int kStep = 8, kParts = 1;
   static constexpr int64_t slot(int64_t column) { return column; }
-  static void expand(const T* values, uint32_t mask, Simd::Float* parts) {
+  static int expand(const T* values, uint32_t mask, Simd::Float* parts) {
     float lanes[8];
+    int count = 0;
     for (int i = 0; i < 8; ++i) {
-      const int32_t has_value = static_cast<int32_t>(mask >> i & 1);
-      lanes[i] = float_of(bits_of(to_float(*values)) & -has_value);
-      values += has_value;
+      const int has_value = static_cast<int>(mask >> i & 1);
+      lanes[i] = float_of(bits_of(to_float(values[count])) & -has_value);
+      count += has_value;
     }
     parts[0] = Simd::load(lanes);
+    return count;
   }
   static Simd::Float keep(uint32_t mask, int, Simd::Float x) {
     float lanes[8];

@@ -5,6 +5,8 @@ import torch
 
 import wanda_kernels
 from tests.wanda_kernels.cases import bits
+from tests.wanda_kernels.native_cases import DTYPES as NATIVE_DTYPES
+from tests.wanda_kernels.native_cases import ISAS, needs_cpu
 from tests.wanda_kernels.packed_cases import on, settings, weight_of
 from wanda_kernels import PackedRows
 
@@ -102,3 +104,22 @@ def test_bad_operands():
     refused("out is on meta, the first operand on cpu", packed, out=torch.zeros(3, 16, device="meta"))
     away = packed._replace(values=packed.values.to("meta"))
     refused("values is on meta, the first operand on cpu", away)
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contents_that_do_not_fit_stay_inside_the_operands(monkeypatch, isa, dtype):
+    """Rows get values, or zeros for lack of them. The sanitizers see any read outside of the operands."""
+    monkeypatch.setenv("WANDA_KERNELS_CPU_ISA", isa)
+    packed = wanda_kernels.pack_rows(torch.ones(5, 70).to(dtype))
+    x = torch.ones(8, 70, dtype=dtype)
+    few = [PackedRows(packed.bits, torch.full((5, kept), 2.0).to(dtype), None) for kept in (0, 3, 69)]
+    values = torch.full((90,), 2.0).to(dtype)
+    for offsets in ([-7, 1 << 62, -(1 << 62), 89, 90, 0], [90] * 6):
+        few.append(PackedRows(packed.bits, values, torch.tensor(offsets)))
+    for each in few:
+        got = wanda_kernels.unpack_rows(each, 70, backend="cpu").double()
+        assert ((got == 2.0) | (got == 0.0)).all()
+        if dtype in NATIVE_DTYPES:
+            assert wanda_kernels.packed_linear(x, each, backend="cpu").isfinite().all()

@@ -214,10 +214,8 @@ def admm_step_(primal: Tensor, *rest) -> Tensor:
 def packed_linear(
     x: Tensor, bits: Tensor, values: Tensor, offsets: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    out = torch.empty(*x.shape[:-1], bits.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    native_op("native_packed_linear_")(out.view(-1, bits.shape[0]), as_rows(x), bits, values, offsets, bias)
-    return out
+    return native_op("native_packed_linear")(x.contiguous(), bits, values, offsets, bias)
 
 
 def unpack_rows(out: Tensor, bits: Tensor, values: Tensor, offsets: Tensor | None) -> None:
