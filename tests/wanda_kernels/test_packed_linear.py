@@ -1,5 +1,7 @@
 """packed_linear against products in fp64, on every backend."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,35 +34,40 @@ def product(x, packed, bias, backend, device):
     return wanda_kernels.packed_linear(x.to(device), on(device, packed), bias, backend=backend).cpu()
 
 
-def assert_right(got, x, weight, bias=None):
-    """Within the bound of a sum in fp32 in any order, rounded once."""
+@pytest.fixture
+def assert_right(backend, device):
+    """Within the bound of a sum in fp32 in any order, rounded once; Triton's interpreter truncates bf16."""
+    return partial(_assert_right, 2.0 if backend == "triton" and device == "cpu" else 1.0)
+
+
+def _assert_right(half_steps, got, x, weight, bias=None):
     exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     tiny = torch.finfo(x.dtype).smallest_normal
-    bound = (x.shape[-1] + 2) * 2.0**-24 * size + HALF_STEP[x.dtype] * exact.abs() + tiny
+    bound = (x.shape[-1] + 2) * 2.0**-24 * size + half_steps * HALF_STEP[x.dtype] * exact.abs() + tiny
     assert got.dtype == x.dtype and got.shape == exact.shape
     assert ((got.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_sizes(backend, device, dtype):
+def test_odd_sizes(assert_right, backend, device, dtype):
     for n_rows, n_cols in ((1, 1), (2, 7), (3, 8), (4, 63), (5, 64), (6, 65), (8, 137)):
         weight, x = finite_weight((9, n_cols), dtype), random_x(n_rows, n_cols, dtype)
         bias = random_x(1, 9, dtype)[0]
         assert_right(product(x, wanda_kernels.pack_rows(weight), bias, backend, device), x, weight, bias)
 
 
-def test_a_hundred_thousand_rows(backend, device):
+def test_a_hundred_thousand_rows(assert_right, backend, device):
     """The first row of each product is checked; 8 rows of x at once have their own tests."""
-    n_rows = 2048 if backend == "triton" and device == "cpu" else 33_334
+    n_rows = 60 if backend == "triton" and device == "cpu" else 33_334
     for dtype in DTYPES:
         weight, x = finite_weight((n_rows, 72), dtype), random_x(1, 72, dtype)
         assert_right(product(x, wanda_kernels.pack_rows(weight), None, backend, device), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_uneven_empty_and_full_rows(backend, device, dtype):
+def test_uneven_empty_and_full_rows(assert_right, backend, device, dtype):
     counts = [0, 200, 1, 100, 0, 200, 37, 0]
     weight, x = finite_weight((8, 200), dtype, counts), random_x(3, 200, dtype)
     packed = wanda_kernels.pack_rows(weight)
@@ -105,12 +112,14 @@ def test_special_values(backend, device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_x_do_not_change_each_other(backend, device, dtype):
-    weight, x = finite_weight((11, 100), dtype), random_x(8, 100, dtype)
-    packed, bias = wanda_kernels.pack_rows(weight), random_x(1, 11, dtype)[0]
+    # not all in whole blocks; Triton's interpreter is slow
+    n_rows = 4 if backend == "triton" else 11
+    weight, x = finite_weight((n_rows, 100), dtype), random_x(8, 100, dtype)
+    packed, bias = wanda_kernels.pack_rows(weight), random_x(1, n_rows, dtype)[0]
     alone = torch.cat([product(row[None], packed, bias, backend, device) for row in x])
-    for n_rows in range(1, 9):
-        got = product(x[:n_rows], packed, bias, backend, device)
-        assert torch.equal(bits(got), bits(alone[:n_rows]))
+    for n_x in range(2, 9):
+        got = product(x[:n_x], packed, bias, backend, device)
+        assert torch.equal(bits(got), bits(alone[:n_x]))
 
 
 def test_threads_change_no_bits(backend, device):
@@ -128,7 +137,7 @@ def test_threads_change_no_bits(backend, device):
     assert all(torch.equal(bits(each), bits(results[0])) for each in results)
 
 
-def test_any_dimensions_and_strides_of_x(backend, device):
+def test_any_dimensions_and_strides_of_x(assert_right, backend, device):
     weight, x = finite_weight((6, 24), torch.float32), random_x(6, 48, torch.float32)
     packed = wanda_kernels.pack_rows(weight)
     for view in (
@@ -170,7 +179,8 @@ def test_bad_operands():
     refused("bias must be torch.float32 [3], got torch.float32 [2]", bias=torch.ones(2))
     refused("bias must be torch.float32 [3], got torch.float16 [3]", bias=torch.ones(3).half())
     refused("bias is on meta, the first operand on cpu", bias=torch.ones(3, device="meta"))
-    refused("bits is on cpu, the first operand on meta", x.to("meta"))
+    needed = "bits, values and offsets must be on meta, the first operand's, got cpu, cpu"
+    refused(needed, x.to("meta"))
     got = "got torch.float64 [2, 16]"
     refused(f"x must be [..., features] in float32, float16 or bfloat16, {got}", x.double())
 

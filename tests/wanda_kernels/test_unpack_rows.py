@@ -103,7 +103,7 @@ def test_bad_operands():
     refused("out must be contiguous torch.float32 [3, 16], got torch.float16 [3, 16]", packed, out=out)
     refused("out is on meta, the first operand on cpu", packed, out=torch.zeros(3, 16, device="meta"))
     away = packed._replace(values=packed.values.to("meta"))
-    refused("values is on meta, the first operand on cpu", away)
+    refused("bits, values and offsets must be on cpu, the first operand's, got cpu, meta", away)
 
 
 @needs_cpu

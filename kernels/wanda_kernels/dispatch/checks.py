@@ -189,9 +189,9 @@ def require_packed(packed: PackedRows, in_features: int, device: torch.device) -
         needed = f"{(in_features + 7) // 8} bytes a row for {in_features} columns"
         raise ValueError(f"bits must have {needed}, got shape {list(bits.shape)}")
     _require_values(values, offsets, bits, in_features)
-    for name, tensor in (("bits", bits), ("values", values), ("offsets", offsets)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the first operand on {device}")
+    if bits.device != device or values.device != device or offsets is not None and offsets.device != device:
+        places = ", ".join(str(each.device) for each in packed if each is not None)
+        raise ValueError(f"bits, values and offsets must be on {device}, the first operand's, got {places}")
 
 
 def _require_values(values: Tensor, offsets: Tensor | None, bits: Tensor, in_features: int) -> None:
