@@ -1,7 +1,5 @@
 // Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
-// solvers, products over tokens, checks and counts, a block's forward, and packed rows.
-#include <vector>
-
+// solvers, products over tokens, checks and counts, a block's forward, unpacking of rows.
 #include "operands.h"
 
 namespace {
@@ -299,48 +297,6 @@ int element_bytes_of(const Tensor& tensor) {
   }
 }
 
-// bits, values and offsets of a matrix, or of a stack as one matrix of all rows.
-wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const OptionalTensor& offsets, int64_t n_rows,
-                            int64_t n_cols) {
-  require(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.numel() == n_rows * ((n_cols + 7) / 8),
-          "bits must be contiguous uint8 for ", n_rows, " rows of ", n_cols, " columns");
-  require(values.is_contiguous() && (offsets || n_rows == 0 || values.numel() % n_rows == 0),
-          "values must be contiguous, with the same number in each row or with offsets");
-  if (offsets) {
-    const bool fits = offsets->scalar_type() == ScalarType::Long && offsets->is_contiguous();
-    require(fits && offsets->numel() == n_rows + 1, "offsets must be contiguous int64 with ", n_rows + 1, " elements");
-  }
-  return {
-      .bits = static_cast<const uint8_t*>(data_of(bits, "bits")),
-      .values = data_of(values, "values"),
-      .offsets = offsets ? static_cast<const int64_t*>(data_of(*offsets, "offsets")) : nullptr,
-      .n_rows = n_rows,
-      .n_cols = n_cols,
-      .n_values = values.numel(),
-      .row_values = offsets || n_rows == 0 ? 0 : values.numel() / n_rows,
-  };
-}
-
-Tensor native_packed_linear(Tensor x, Tensor bits, Tensor values, OptionalTensor offsets, OptionalTensor bias) {
-  require(x.dim() >= 1 && x.is_contiguous() && x.numel() > 0 && bits.dim() == 2, "x must be contiguous, bits a matrix");
-  const int64_t n_cols = x.size(x.dim() - 1), n_x = x.numel() / n_cols, n_rows = bits.size(0);
-  require(n_x <= wanda::kPackedLinearRows, "x must have at most ", wanda::kPackedLinearRows, " rows");
-  require(dtype_of(values) == dtype_of(x) && (!bias || dtype_of(*bias) == dtype_of(x)),
-          "x, values and bias must have one dtype");
-  require(!bias || (bias->is_contiguous() && bias->numel() == n_rows), "bias must have ", n_rows, " elements in a row");
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n_rows;
-  Tensor out = torch::stable::new_empty(x, shape);
-  const wanda::PackedLinear s = {
-      .x = {data_of(x, "x"), dtype_of(x), n_x, n_cols, n_cols},
-      .out = {data_of(out, "out"), dtype_of(x), n_x, n_rows, n_rows},
-      .weight = packed_of(bits, values, offsets, n_rows, n_cols),
-      .bias = bias ? data_of(*bias, "bias") : nullptr,
-  };
-  wanda::packed_linear(CallContext(x).context(), s);
-  return out;
-}
-
 void native_unpack_rows_(Tensor out, Tensor bits, Tensor values, OptionalTensor offsets) {
   const int element_bytes = element_bytes_of(out);
   require(out.is_contiguous() && (out.dim() == 2 || out.dim() == 3), "out must be contiguous with 2 or 3 dimensions");
@@ -374,6 +330,5 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
   library.impl("native_multiplies", TORCH_BOX(&native_multiplies));
   library.impl("native_linear_", TORCH_BOX(&native_linear_));
-  library.impl("native_packed_linear", TORCH_BOX(&native_packed_linear));
   library.impl("native_unpack_rows_", TORCH_BOX(&native_unpack_rows_));
 }

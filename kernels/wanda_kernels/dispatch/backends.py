@@ -174,6 +174,7 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "packed_linear": {
         "cpu": native.packed_linear,
+        "cuda": native.packed_linear,
         "triton": _triton_packed_linear,
         "torch": reference.packed_linear,
     },
