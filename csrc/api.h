@@ -20,6 +20,8 @@ struct Context {
   void* scratch;
 };
 
+constexpr int64_t kPackedLinearRows = 8;  // the most rows of x in packed_linear
+
 // CPU and GPU.
 
 void add_sq_norm(const Context&, const Matrix& x, float* acc);
@@ -28,6 +30,7 @@ void add_sq_norm_segments(const Context&, const Matrix& x, const Segments&, cons
 void prune_rows(const Context&, const StackSelection&, int64_t num_pruned);
 void prune_matrix(const Context&, const Selection&, int64_t rank);
 void prune_variant(const Context&, const Selection&, double ratio, double* alpha);  // alpha is an output
+void packed_linear(const Context&, const PackedLinear&);
 
 // GPU only: bytes of scratch that an operation needs for these operands.
 
@@ -84,5 +87,11 @@ void attend(const Context&, const Attention&);
 bool multiplies(DType dtype, bool sparse);
 // Returns false, with `out` unfinished, if the weight has too few zeros for the compressed format.
 bool linear(const Context&, const Linear&, bool sparse);
+
+
+// CPU only: packed rows.
+
+// out[n_rows, n_cols], contiguous, of element_bytes 1, 2, 4 or 8.
+void unpack_rows(const Context&, const PackedRows&, int element_bytes, void* out);
 
 }  // namespace wanda

@@ -1,5 +1,5 @@
 // Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
-// solvers, products over tokens, checks and counts, and a block's forward.
+// solvers, products over tokens, checks and counts, a block's forward, unpacking of rows.
 #include "operands.h"
 
 namespace {
@@ -284,6 +284,28 @@ bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bo
   return wanda::linear(CallContext(x).context(), s, sparse);
 }
 
+int element_bytes_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Char: return 1;
+    case ScalarType::Short:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Int:
+    case ScalarType::Float: return 4;
+    case ScalarType::Long: return 8;
+    default: throw std::runtime_error("expected elements of a float's or an integer's type");
+  }
+}
+
+void native_unpack_rows_(Tensor out, Tensor bits, Tensor values, OptionalTensor offsets) {
+  const int element_bytes = element_bytes_of(out);
+  require(out.is_contiguous() && (out.dim() == 2 || out.dim() == 3), "out must be contiguous with 2 or 3 dimensions");
+  require(element_bytes_of(values) == element_bytes, "values and out must have elements of one size");
+  const int64_t n_cols = out.size(out.dim() - 1), n_rows = n_cols == 0 ? 0 : out.numel() / n_cols;
+  const wanda::PackedRows packed = packed_of(bits, values, offsets, n_rows, n_cols);
+  wanda::unpack_rows(CallContext(out).context(), packed, element_bytes, data_of(out, "out"));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
@@ -308,4 +330,5 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
   library.impl("native_multiplies", TORCH_BOX(&native_multiplies));
   library.impl("native_linear_", TORCH_BOX(&native_linear_));
+  library.impl("native_unpack_rows_", TORCH_BOX(&native_unpack_rows_));
 }

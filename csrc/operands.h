@@ -149,6 +149,28 @@ inline wanda::StackSelection stack_selection_of(const Tensor& weight, const Opti
   return selection;
 }
 
+// bits, values and offsets of a matrix, or of a stack as one matrix of all rows.
+inline wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const OptionalTensor& offsets, int64_t n_rows,
+                            int64_t n_cols) {
+  require(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.numel() == n_rows * ((n_cols + 7) / 8),
+          "bits must be contiguous uint8 for ", n_rows, " rows of ", n_cols, " columns");
+  require(values.is_contiguous() && (offsets || n_rows == 0 || values.numel() % n_rows == 0),
+          "values must be contiguous, with the same number in each row or with offsets");
+  if (offsets) {
+    const bool fits = offsets->scalar_type() == ScalarType::Long && offsets->is_contiguous();
+    require(fits && offsets->numel() == n_rows + 1, "offsets must be contiguous int64 with ", n_rows + 1, " elements");
+  }
+  return {
+      .bits = static_cast<const uint8_t*>(data_of(bits, "bits")),
+      .values = data_of(values, "values"),
+      .offsets = offsets ? static_cast<const int64_t*>(data_of(*offsets, "offsets")) : nullptr,
+      .n_rows = n_rows,
+      .n_cols = n_cols,
+      .n_values = values.numel(),
+      .row_values = offsets || n_rows == 0 ? 0 : values.numel() / n_rows,
+  };
+}
+
 inline float* accumulator_of(const Tensor& acc, int64_t numel, const char* name = "acc") {
   require_floats(acc, name);
   require(acc.numel() == numel && acc.is_contiguous(), name, " must be contiguous with ", numel, " elements");

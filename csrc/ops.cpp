@@ -66,12 +66,33 @@ void native_prune_variant_(Tensor weight, OptionalTensor root, OptionalTensor sc
   wanda::prune_variant(call.context(), selection, ratio, static_cast<double*>(data_of(alpha, "alpha")));
 }
 
+Tensor native_packed_linear(Tensor x, Tensor bits, Tensor values, OptionalTensor offsets, OptionalTensor bias) {
+  require(x.dim() >= 1 && x.is_contiguous() && x.numel() > 0 && bits.dim() == 2, "x must be contiguous, bits a matrix");
+  const int64_t n_cols = x.size(x.dim() - 1), n_x = x.numel() / n_cols, n_rows = bits.size(0);
+  require(n_x <= wanda::kPackedLinearRows, "x must have at most ", wanda::kPackedLinearRows, " rows");
+  require(dtype_of(values) == dtype_of(x) && (!bias || dtype_of(*bias) == dtype_of(x)),
+          "x, values and bias must have one dtype");
+  require(!bias || (bias->is_contiguous() && bias->numel() == n_rows), "bias must have ", n_rows, " elements in a row");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n_rows;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const wanda::PackedLinear s = {
+      .x = {data_of(x, "x"), dtype_of(x), n_x, n_cols, n_cols},
+      .out = {data_of(out, "out"), dtype_of(x), n_x, n_rows, n_rows},
+      .weight = packed_of(bits, values, offsets, n_rows, n_cols),
+      .bias = bias ? data_of(*bias, "bias") : nullptr,
+  };
+  wanda::packed_linear(CallContext(x).context(), s);
+  return out;
+}
+
 void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("native_add_sq_norm_", TORCH_BOX(&native_add_sq_norm_));
   library.impl("native_add_sq_norm_segments_", TORCH_BOX(&native_add_sq_norm_segments_));
   library.impl("native_prune_rows_", TORCH_BOX(&native_prune_rows_));
   library.impl("native_prune_matrix_", TORCH_BOX(&native_prune_matrix_));
   library.impl("native_prune_variant_", TORCH_BOX(&native_prune_variant_));
+  library.impl("native_packed_linear", TORCH_BOX(&native_packed_linear));
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ from wanda_kernels.triton_ops import (
     add_sq_norm,
     admm_step,
     grouped_product,
+    packed_linear,
     polish_step,
     prune_matrix,
     prune_nm,
@@ -43,6 +44,7 @@ from wanda_kernels.triton_ops import (
     refine_groups,
     refine_swaps,
     sparsegpt_block,
+    unpack_rows,
 )
 from wanda_kernels.triton_ops import forward as triton_forward
 
@@ -63,6 +65,8 @@ MODULES = (
     refine_swaps,
     polish_step,
     admm_step,
+    packed_linear,
+    unpack_rows,
     triton_forward,
 )
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -78,6 +82,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float64: "fp64",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -174,6 +180,7 @@ def variants() -> list[Variant]:
         _launch_sparsegpt()
         _launch_refine()
         _launch_steps()
+        _launch_packed()
         _launch_forward()
     finally:
         for module, name, kernel in kernels:
@@ -334,6 +341,26 @@ def _launch_steps() -> None:
         primal, dual, dense = (torch.empty(4096, size, device="meta") for _ in range(3))
         pruned = torch.empty(4096, size, dtype=torch.bool, device="meta")
         admm_step.admm_step_(primal, dual, dense, pruned, 0, n, m, 1.0)
+
+
+def _launch_packed() -> None:
+    # rows of the same length, a multiple of 16 or not, and of different lengths with a bias
+    integers = (torch.int8, torch.int16, torch.int32, torch.int64)
+    layouts = (
+        (4096, False, FLOATS, integers),
+        *((n, n == 4096, FLOATS[:1], integers[1:2]) for n in (4095, 4096)),
+    )
+    for n_cols, uneven, floats, copied in layouts:
+        bits = torch.empty(4096, (n_cols + 7) // 8, dtype=torch.uint8, device="meta")
+        shape = (4096 * 2048,) if uneven else (4096, n_cols // 2)
+        offsets = torch.empty(4097, dtype=torch.int64, device="meta") if uneven else None
+        for dtype in floats:
+            values, x = (torch.empty(each, dtype=dtype, device="meta") for each in (shape, (8, n_cols)))
+            bias = values.new_empty(4096) if uneven else None
+            packed_linear.packed_linear(x, bits, values, offsets, bias)
+        for dtype in copied:
+            values = torch.empty(shape, dtype=dtype, device="meta")
+            unpack_rows.unpack_rows(values.new_empty(4096, n_cols), bits, values, offsets)
 
 
 def _launch_forward() -> None:

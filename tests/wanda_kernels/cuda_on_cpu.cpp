@@ -56,6 +56,14 @@ double prune_variant(const Operands* o, double ratio) {
   return alpha;
 }
 
+// o is x.
+void packed_linear(const Operands* o, void* out, int64_t n_rows, const uint8_t* bits, const void* values,
+                   int64_t n_values, const int64_t* offsets, const void* bias) {
+  const wanda::Matrix x = matrix_of(*o), target = {out, x.dtype, x.n_rows, n_rows, n_rows};
+  const int64_t row_values = offsets == nullptr ? n_values / n_rows : 0;
+  wanda::packed_linear({}, {x, target, {bits, values, offsets, n_rows, x.n_cols, n_values, row_values}, bias});
+}
+
 void add_sq_norm(const Operands* o, float* acc) {
   std::vector<char> memory;
   wanda::add_sq_norm(with_scratch(memory, wanda::sq_norm_scratch_bytes(matrix_of(*o))), matrix_of(*o), acc);

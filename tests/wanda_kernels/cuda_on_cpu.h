@@ -215,6 +215,15 @@ inline float __half2float(uint16_t half) {
   if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | magnitude << 13);
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 13) * 0x1p112f));
 }
+inline uint16_t __half_as_ushort(uint16_t half) { return half; }
+inline uint16_t __float2half_rn(float value) {
+  const uint32_t sign = __float_as_uint(value) >> 16 & 0x8000u, magnitude = __float_as_uint(value) & 0x7fffffffu;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  // The result's last bit is that of the sum: 2^-24 for subnormals, else 13 bits above the value's own.
+  if (magnitude < 0x38800000) return static_cast<uint16_t>(sign | __float_as_uint(std::fabs(value) + 0.5f) - 0x3f000000);
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

@@ -26,6 +26,7 @@ KERNELS = (
     "add_slabs_kernel",
     "sum_segments_kernel",
     "add_segments_kernel",
+    "packed_linear_kernel",
 )
 MOST_STATIC_BYTES = 9 << 10  # shared memory; kMostStaticBytes in device.cuh and cuda_on_cpu.h
 MOST_REGISTERS = 65_536  # registers of a multiprocessor

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import wanda_kernels
 from tests.wanda_kernels.native_cases import DTYPES, RECIPES, SCALES, bits, empty_mask, make
 from tests.wanda_kernels.stack_cases import assert_equals_a_loop, random_stack, stack_scale
+from tests.wanda_kernels.test_packed_linear import assert_close, finite_weight, random_x
 from wanda_kernels import reference
 
 HERE = Path(__file__).resolve().parent
@@ -267,3 +269,50 @@ def test_sq_norm_of_segments(blocks, offsets, dtype):
         ctypes.c_int64(300),
     )  # fmt: skip
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=0)
+
+
+def packed_product(library, x, packed, bias=None):
+    given, _ = operands(x)
+    out = torch.full((len(x), len(packed.bits)), 7.0, dtype=x.dtype)
+    at = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (*packed, bias)]
+    sizes = [ctypes.c_int64(each) for each in (len(packed.bits), packed.values.numel())]
+    library.packed_linear(
+        ctypes.byref(given), ctypes.c_void_p(out.data_ptr()), sizes[0], *at[:2], sizes[1], *at[2:]
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_linear(blocks, dtype):
+    """Widths below, at and above a step of 64 columns and a chunk of 1024; with offsets and without."""
+    for n_x, n_cols in ((1, 1), (2, 63), (3, 64), (4, 66), (5, 1030), (8, 1024), (7, 2085)):
+        for uneven in (False, True):
+            weight = finite_weight((5, n_cols), dtype, [0, n_cols, 1, n_cols // 2, 0] if uneven else None)
+            packed, x = wanda_kernels.pack_rows(weight), random_x(n_x, n_cols, dtype)
+            bias = random_x(1, 5, dtype)[0] if uneven else None
+            got = packed_product(blocks, x, packed, bias)
+            assert_close(got, x, weight, bias)
+            assert torch.equal(bits(packed_product(blocks, x[:1], packed, bias)), bits(got[:1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_linear_leaves_pruned_weights_out(blocks, dtype):
+    weight, x = finite_weight((5, 70), dtype), random_x(2, 70, dtype)
+    packed = wanda_kernels.pack_rows(weight)
+    expected, pruned = packed_product(blocks, x, packed), weight[:, 3] == 0
+    for value in (torch.inf, torch.nan):
+        x[1, 3] = value
+        got = packed_product(blocks, x, packed)
+        assert torch.equal(bits(got[:, pruned]), bits(expected[:, pruned]))
+        assert torch.equal(bits(got[0]), bits(expected[0])) and not got[1, ~pruned].isfinite().any()
+
+
+def test_packed_linear_with_contents_that_do_not_fit(blocks):
+    """What is read stays inside of the values, whose neighbours are NaN."""
+    packed, x = wanda_kernels.pack_rows(torch.ones(3, 70)), torch.ones(1, 70)
+    around = torch.full((300,), torch.nan)
+    values = around[100:200].fill_(2.0)
+    for offsets in ([-7, 1 << 62, 99, 0], [90] * 4):
+        uneven = packed._replace(values=values, offsets=torch.tensor(offsets))
+        assert packed_product(blocks, x, uneven).isfinite().all()
+    assert packed_product(blocks, x, packed._replace(values=values[:6])).isfinite().all()

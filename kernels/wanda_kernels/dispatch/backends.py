@@ -92,6 +92,18 @@ def _triton_admm_step_(*operands: Any) -> Tensor:
     return admm_step_(*operands)
 
 
+def _triton_packed_linear(*operands: Any) -> Tensor:
+    from wanda_kernels.triton_ops.packed_linear import packed_linear
+
+    return packed_linear(*operands)
+
+
+def _triton_unpack_rows(*operands: Any) -> None:
+    from wanda_kernels.triton_ops.unpack_rows import unpack_rows
+
+    unpack_rows(*operands)
+
+
 # operation -> backend -> function. "auto" takes the first backend of a row that serves the operands' device
 # and can run here. On GPUs the order is by measurement: the CUDA selections take half to a quarter of
 # Triton's time for all but the longest rows, and serve those too; the CUDA sum of squares is as fast as
@@ -159,6 +171,17 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "cpu": native.admm_step_,
         "triton": _triton_admm_step_,
         "torch": reference.admm_step_,
+    },
+    "packed_linear": {
+        "cpu": native.packed_linear,
+        "cuda": native.packed_linear,
+        "triton": _triton_packed_linear,
+        "torch": reference.packed_linear,
+    },
+    "unpack_rows": {
+        "cpu": native.unpack_rows,
+        "triton": _triton_unpack_rows,
+        "torch": reference.unpack_rows,
     },
 }
 OPERATIONS = tuple(TABLE)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = {"cpu": "libwanda_cpu.so", "cuda": "libwanda_cuda.so"}
 
 # `root` is the square root of a [in] statistic, `scale` a [out, in] statistic. Both libraries register the
-# first five operations; the CPU library registers all.
+# first six operations; the CPU library registers all.
 _SELECTION = "Tensor(a!) weight, Tensor? root, Tensor? scale"
 SCHEMAS = (
     "native_add_sq_norm_(Tensor(a!) acc, Tensor x) -> ()",
@@ -30,6 +30,7 @@ SCHEMAS = (
     f"native_prune_rows_({_SELECTION}, int num_pruned, Tensor(b!)? mask) -> ()",
     f"native_prune_matrix_({_SELECTION}, int rank, Tensor(b!)? mask) -> ()",
     f"native_prune_variant_({_SELECTION}, float ratio, Tensor(b!) alpha, Tensor(c!)? mask) -> ()",
+    "native_packed_linear(Tensor x, Tensor bits, Tensor values, Tensor? offsets, Tensor? bias) -> Tensor",
     f"native_prune_nm_({_SELECTION}, int n, int m, Tensor(b!)? mask) -> ()",
     "native_mark_lowest_(Tensor w, Tensor? root, Tensor? divisor, int rank, Tensor(a!) pruned) -> ()",
     "native_sparsegpt_block_(Tensor(a!) w, Tensor? root, Tensor? divisor, Tensor u, Tensor(b!) pruned,"
@@ -54,6 +55,7 @@ SCHEMAS = (
     "native_gated_product_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_multiplies(Tensor weight, bool sparse) -> bool",
     "native_linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool sparse) -> bool",
+    "native_unpack_rows_(Tensor(a!) out, Tensor bits, Tensor values, Tensor? offsets) -> ()",
 )
 
 
