@@ -3,6 +3,7 @@
 from wanda_fast import errors
 from wanda_fast.api import evaluate, prune, sweep
 from wanda_fast.data.perplexity import perplexity
+from wanda_fast.inference.registration import register_with_transformers
 from wanda_fast.output.kept_zeros import keep_zeros
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
@@ -26,3 +27,5 @@ __all__ = [
     "register_pattern",
     "sweep",
 ]
+
+register_with_transformers()
