@@ -85,4 +85,13 @@ bool multiplies(DType dtype, bool sparse);
 // Returns false, with `out` unfinished, if the weight has too few zeros for the compressed format.
 bool linear(const Context&, const Linear&, bool sparse);
 
+
+// CPU only: packed rows.
+
+constexpr int64_t kPackedLinearRows = 8;  // the most rows of x
+
+void packed_linear(const Context&, const PackedLinear&);
+// out[n_rows, n_cols], contiguous, of element_bytes 1, 2, 4 or 8.
+void unpack_rows(const Context&, const PackedRows&, int element_bytes, void* out);
+
 }  // namespace wanda

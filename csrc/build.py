@@ -34,6 +34,7 @@ AVX512_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Features that some files use if the compiler knows them.
 OPTIONAL_FLAGS = {
     "attention_avx512": ["-mavx512bf16"],
+    "packed_rows_avx512": ["-mavx512vbmi2"],
     "sparse_linear_avx512": ["-mavx512bf16", "-mavx512vbmi2"],
     "token_product_avx512": ["-mavx512bf16"],
 }

@@ -1,5 +1,5 @@
 // Registers the torch.ops.wanda_kernels.native_* of the CPU library alone: selections that the CUDA library lacks,
-// solvers, products over tokens, checks and counts, and a block's forward.
+// solvers, products over tokens, checks and counts, a block's forward, and packed rows.
 #include "operands.h"
 
 namespace {
@@ -284,6 +284,68 @@ bool native_linear_(Tensor out, Tensor x, Tensor weight, OptionalTensor bias, bo
   return wanda::linear(CallContext(x).context(), s, sparse);
 }
 
+int element_bytes_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Char: return 1;
+    case ScalarType::Short:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Int:
+    case ScalarType::Float: return 4;
+    case ScalarType::Long: return 8;
+    default: throw std::runtime_error("expected elements of a float's or an integer's type");
+  }
+}
+
+// bits, values and offsets of a matrix, or of a stack as one matrix of all rows.
+wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const OptionalTensor& offsets, int64_t n_rows,
+                            int64_t n_cols) {
+  require(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.numel() == n_rows * ((n_cols + 7) / 8),
+          "bits must be contiguous uint8 for ", n_rows, " rows of ", n_cols, " columns");
+  require(values.is_contiguous() && (offsets || n_rows == 0 || values.numel() % n_rows == 0),
+          "values must be contiguous, with the same number in each row or with offsets");
+  if (offsets) {
+    const bool fits = offsets->scalar_type() == ScalarType::Long && offsets->is_contiguous();
+    require(fits && offsets->numel() == n_rows + 1, "offsets must be contiguous int64 with ", n_rows + 1, " elements");
+  }
+  return {
+      .bits = static_cast<const uint8_t*>(data_of(bits, "bits")),
+      .values = data_of(values, "values"),
+      .offsets = offsets ? static_cast<const int64_t*>(data_of(*offsets, "offsets")) : nullptr,
+      .n_rows = n_rows,
+      .n_cols = n_cols,
+      .n_values = values.numel(),
+      .row_values = offsets || n_rows == 0 ? 0 : values.numel() / n_rows,
+  };
+}
+
+void native_packed_linear_(Tensor out, Tensor x, Tensor bits, Tensor values, OptionalTensor offsets,
+                           OptionalTensor bias) {
+  const wanda::Matrix rows = matrix_of(x, "x"), target = matrix_of(out, "out");
+  const wanda::PackedLinear s = {
+      .x = rows,
+      .out = target,
+      .weight = packed_of(bits, values, offsets, target.n_cols, rows.n_cols),
+      .bias = bias ? data_of(*bias, "bias") : nullptr,
+  };
+  require(rows.n_rows == target.n_rows && 1 <= rows.n_rows && rows.n_rows <= wanda::kPackedLinearRows,
+          "x and out must have the same 1 to ", wanda::kPackedLinearRows, " rows");
+  require(!bias || (bias->is_contiguous() && bias->numel() == target.n_cols), "bias must be contiguous with ",
+          target.n_cols, " elements");
+  require(dtype_of(values) == rows.dtype && target.dtype == rows.dtype && (!bias || dtype_of(*bias) == rows.dtype),
+          "x, values, bias and out must have one dtype");
+  wanda::packed_linear(CallContext(x).context(), s);
+}
+
+void native_unpack_rows_(Tensor out, Tensor bits, Tensor values, OptionalTensor offsets) {
+  const int element_bytes = element_bytes_of(out);
+  require(out.is_contiguous() && (out.dim() == 2 || out.dim() == 3), "out must be contiguous with 2 or 3 dimensions");
+  require(element_bytes_of(values) == element_bytes, "values and out must have elements of one size");
+  const int64_t n_cols = out.size(out.dim() - 1), n_rows = n_cols == 0 ? 0 : out.numel() / n_cols;
+  const wanda::PackedRows packed = packed_of(bits, values, offsets, n_rows, n_cols);
+  wanda::unpack_rows(CallContext(out).context(), packed, element_bytes, data_of(out, "out"));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
@@ -308,4 +370,6 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_kernels, CPU, library) {
   library.impl("native_gated_product_", TORCH_BOX(&native_gated_product_));
   library.impl("native_multiplies", TORCH_BOX(&native_multiplies));
   library.impl("native_linear_", TORCH_BOX(&native_linear_));
+  library.impl("native_packed_linear_", TORCH_BOX(&native_packed_linear_));
+  library.impl("native_unpack_rows_", TORCH_BOX(&native_unpack_rows_));
 }

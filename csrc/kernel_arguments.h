@@ -132,6 +132,23 @@ struct Linear {
   const void* bias;
 };
 
+// Rows of which only some elements have a value; the others are zero. Bits, values and offsets are promised to fit each
+// other. The kernels trust no promise with an address: they read nothing outside of the operands.
+struct PackedRows {
+  const uint8_t* bits;     // [n_rows, (n_cols + 7) / 8], contiguous: bit 1 = has a value, little-endian
+  const void* values;      // [n_values], in the order of rows and columns
+  const int64_t* offsets;  // [n_rows + 1]: where each row's values begin, and the last one's end; or null
+  int64_t n_rows, n_cols, n_values;
+  int64_t row_values;  // of each row, where offsets is null
+};
+
+// out = x weight^T + bias; bias is null or [weight.n_rows]. All have the dtype of x.
+struct PackedLinear {
+  Matrix x, out;
+  PackedRows weight;
+  const void* bias;
+};
+
 // The codes are those of ACTIVATION_CODES in native/ops.py.
 enum class Activation : int { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 

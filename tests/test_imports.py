@@ -54,7 +54,7 @@ LIBRARY_MAY_IMPORT = {
     "reference": {"mask_bits", "loops"},
     "native": {"mask_bits", "loops"},
     "triton_ops": {"mask_bits", "loops", "column_squares", "fp32_sums", "native"},
-    "dispatch": {"reference", "native", "triton_ops"},
+    "dispatch": {"mask_bits", "reference", "native", "triton_ops"},
     "hessian_factor": {"dispatch"},
     "host_hessian": {"dispatch", "fp32_sums", "native"},
     "doctor": {"dispatch", "native"},

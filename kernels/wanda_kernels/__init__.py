@@ -11,8 +11,9 @@ from wanda_kernels.dispatch.checks import count_zeros, first_not_finite, require
 from wanda_kernels.doctor import diagnose
 from wanda_kernels.hessian_factor import Factor, NotPositiveDefiniteError, factor_hessian
 from wanda_kernels.host_hessian import add_hessian_on_host_, host_hessian_bytes
-from wanda_kernels.mask_bits import PackedRows, pack_bits, pack_rows, unpack_bits, unpack_rows
+from wanda_kernels.mask_bits import PackedRows, pack_bits, pack_rows, unpack_bits
 from wanda_kernels.operations.admm import POLISH_STEPS, RUNGS, Ladder, admm_, damped_hessian
+from wanda_kernels.operations.packed import PACKED_LINEAR_ROWS, packed_linear, unpack_rows
 from wanda_kernels.operations.selection import prune_matrix_, prune_nm_, prune_rows_, prune_variant_
 from wanda_kernels.operations.solver import admm_step_, polish_, refine_mask_
 from wanda_kernels.operations.sparsegpt import sparsegpt_
@@ -25,6 +26,7 @@ from wanda_kernels.operations.statistics import (
 
 __all__ = [
     "OPERATIONS",
+    "PACKED_LINEAR_ROWS",
     "POLISH_STEPS",
     "RUNGS",
     "BackendError",
@@ -48,6 +50,7 @@ __all__ = [
     "host_hessian_bytes",
     "pack_bits",
     "pack_rows",
+    "packed_linear",
     "polish_",
     "prune_matrix_",
     "prune_nm_",

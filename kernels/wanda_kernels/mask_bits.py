@@ -54,7 +54,7 @@ class PackedRows(NamedTuple):
 
 
 def pack_rows(weight: Tensor) -> PackedRows:
-    """Pack a weight, losslessly: all that is not +0.0 has a value.
+    """Pack a weight, losslessly: all that is not +0.0 has a value. `unpack_rows` is the inverse.
 
     Rows with fewer values than the longest get some zeros as values if that takes no more bytes than offsets.
 
@@ -62,7 +62,7 @@ def pack_rows(weight: Tensor) -> PackedRows:
         weight: `[out, in]` or `[experts, out, in]`, of any dtype and strides.
     """
     weight = weight.contiguous()
-    kept = _as_integers(weight).ne(0)
+    kept = as_integers(weight).ne(0)
     counts = kept.sum(-1)
     longest = int(counts.max()) if counts.numel() else 0
     total = int(counts.sum())
@@ -72,20 +72,13 @@ def pack_rows(weight: Tensor) -> PackedRows:
     elif longest * counts.numel() > total:
         zeros = ~kept
         kept |= zeros & (zeros.cumsum(-1, dtype=torch.int32) <= (longest - counts).unsqueeze(-1))
-    values = _as_integers(weight)[kept].view(weight.dtype)
+    values = as_integers(weight)[kept].view(weight.dtype)
     shape = (-1,) if offsets is not None else (*counts.shape, longest)
     return PackedRows(pack_bits(kept), values.view(shape), offsets)
 
 
-def unpack_rows(packed: PackedRows, in_features: int) -> Tensor:
-    """The weight that `pack_rows` packed, `[out, in]` or `[experts, out, in]`, with the same bytes."""
-    kept = unpack_bits(packed.bits, in_features)
-    weight = torch.zeros(kept.shape, dtype=packed.values.dtype, device=kept.device)
-    _as_integers(weight).masked_scatter_(kept, _as_integers(packed.values))
-    return weight
-
-
-def _as_integers(weight: Tensor) -> Tensor:
+def as_integers(weight: Tensor) -> Tensor:
+    """The same memory as integers of the elements' size, which keep every bit."""
     return weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
 
 

@@ -28,6 +28,8 @@ def arguments(operation: str, backend: str) -> tuple:
         "sparsegpt_": (weight, *factor, 0.5, 0, 0, "wanda", scale, None, mask, backend),
         "refine_mask_": (weight, pruned, hessian, 0, 0, 2, backend),
         "polish_": (weight, dense, pruned, hessian, 2, backend),
+        "packed_linear": (x, *wanda_kernels.pack_rows(weight * pruned), weight[:, 0].clone(), backend),
+        "unpack_rows": (weight, *wanda_kernels.pack_rows(weight * pruned), backend),
         "admm_step_": (weight, weight.clone(), dense, pruned, 0, 2, 4, 0.7, backend),
     }[operation]
 

@@ -160,6 +160,14 @@ TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "triton": _triton_admm_step_,
         "torch": reference.admm_step_,
     },
+    "packed_linear": {
+        "cpu": native.packed_linear,
+        "torch": reference.packed_linear,
+    },
+    "unpack_rows": {
+        "cpu": native.unpack_rows,
+        "torch": reference.unpack_rows,
+    },
 }
 OPERATIONS = tuple(TABLE)
 # These take weights with contiguous rows alone; "auto" takes the next backend for transposed storage.

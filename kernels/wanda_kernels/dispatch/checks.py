@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wanda_kernels.mask_bits import PackedRows
 from wanda_kernels.native import ops as native
 from wanda_kernels.native.ops import DTYPES
 from wanda_kernels.reference.activations import ACTIVATIONS
@@ -176,6 +177,40 @@ def require_dampable(hessian: Tensor, dampening: float) -> None:
     if not dampening > 0:
         raise ValueError(f"dampening must be positive, got {dampening}")
     require_finite({"hessian": hessian})
+
+
+def require_packed(packed: PackedRows, in_features: int, device: torch.device) -> None:
+    """Shapes, dtypes and devices. What bits and offsets hold is not read."""
+    bits, values, offsets = packed
+    if bits.dtype != torch.uint8 or bits.dim() not in (2, 3) or not bits.is_contiguous():
+        got = f"{bits.dtype} {list(bits.shape)}"
+        raise ValueError(f"bits must be contiguous uint8 [out, bytes] or [experts, out, bytes], got {got}")
+    if bits.shape[-1] != (in_features + 7) // 8:
+        needed = f"{(in_features + 7) // 8} bytes a row for {in_features} columns"
+        raise ValueError(f"bits must have {needed}, got shape {list(bits.shape)}")
+    _require_values(values, offsets, bits, in_features)
+    for name, tensor in (("bits", bits), ("values", values), ("offsets", offsets)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the first operand on {device}")
+
+
+def _require_values(values: Tensor, offsets: Tensor | None, bits: Tensor, in_features: int) -> None:
+    rows = bits.shape[:-1]
+    if not values.is_contiguous() or values.element_size() not in (1, 2, 4, 8):
+        got = f"{values.dtype} {list(values.shape)} with strides {list(values.stride())}"
+        raise ValueError(f"values must be contiguous elements of 1, 2, 4 or 8 bytes, got {got}")
+    if offsets is None:
+        if values.shape[:-1] != rows or values.shape[-1] > in_features:
+            got = f"got {list(values.shape)} for {in_features} columns"
+            shape = ", ".join(map(str, rows))
+            raise ValueError(f"values must be [{shape}, kept] without offsets, {got}")
+        return
+    if values.dim() != 1:
+        raise ValueError(f"values must have 1 dimension beside offsets, got shape {list(values.shape)}")
+    size = rows.numel() + 1
+    if offsets.dtype != torch.int64 or list(offsets.shape) != [size] or not offsets.is_contiguous():
+        got = f"{offsets.dtype} {list(offsets.shape)}"
+        raise ValueError(f"offsets must be contiguous int64 [{size}] for bits {list(bits.shape)}, got {got}")
 
 
 def require_like(name: str, tensor: Tensor, first: Tensor) -> None:

@@ -34,6 +34,9 @@ SCHEMAS = {
     " str backend) -> ()",
     "admm_step_": "(Tensor(a!) primal, Tensor(b!) dual, Tensor dense, Tensor(c!) pruned, int num_pruned,"
     " int n, int m, float ratio, str backend) -> Tensor",
+    "packed_linear": "(Tensor x, Tensor bits, Tensor values, Tensor? offsets, Tensor? bias,"
+    " str backend) -> Tensor",
+    "unpack_rows": "(Tensor(a!) out, Tensor bits, Tensor values, Tensor? offsets, str backend) -> ()",
 }
 
 
@@ -42,6 +45,9 @@ def _fake(operation: str, tensor: Tensor, *args: Any) -> Tensor | None:
         return torch.empty((), dtype=torch.float64, device=tensor.device)
     if operation == "admm_step_":
         return torch.empty((), dtype=torch.int64, device=tensor.device)
+    if operation == "packed_linear":
+        bits, *_ = args
+        return tensor.new_empty(*tensor.shape[:-1], bits.shape[0])
     return None
 
 

@@ -54,6 +54,9 @@ SCHEMAS = (
     "native_gated_product_(Tensor(a!) out, Tensor gate, Tensor up, int activation) -> ()",
     "native_multiplies(Tensor weight, bool sparse) -> bool",
     "native_linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool sparse) -> bool",
+    "native_packed_linear_(Tensor(a!) out, Tensor x, Tensor bits, Tensor values, Tensor? offsets,"
+    " Tensor? bias) -> ()",
+    "native_unpack_rows_(Tensor(a!) out, Tensor bits, Tensor values, Tensor? offsets) -> ()",
 )
 
 

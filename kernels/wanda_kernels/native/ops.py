@@ -12,6 +12,7 @@ from torch import Tensor
 from wanda_kernels.loops.conjugate_gradients import polish_by_steps_
 from wanda_kernels.loops.mask_descent import refine_in_blocks_
 from wanda_kernels.loops.sparsegpt import prune_in_blocks_
+from wanda_kernels.mask_bits import as_integers
 from wanda_kernels.native.library import native_op, products, squares, why_not
 from wanda_kernels.native.reused_memory import empty
 from wanda_kernels.native.segments import blocks
@@ -208,6 +209,19 @@ def polish_step(z: Tensor, *rest) -> None:
 
 def admm_step_(primal: Tensor, *rest) -> Tensor:
     return torch.tensor(native_op("native_admm_step_")(primal, *rest))
+
+
+def packed_linear(
+    x: Tensor, bits: Tensor, values: Tensor, offsets: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    out = torch.empty(*x.shape[:-1], bits.shape[0], dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.contiguous()
+    native_op("native_packed_linear_")(out.view(-1, bits.shape[0]), as_rows(x), bits, values, offsets, bias)
+    return out
+
+
+def unpack_rows(out: Tensor, bits: Tensor, values: Tensor, offsets: Tensor | None) -> None:
+    native_op("native_unpack_rows_")(as_integers(out), bits, as_integers(values), offsets)
 
 
 def reads(tensor: Tensor) -> bool:

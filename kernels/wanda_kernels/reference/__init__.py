@@ -9,6 +9,7 @@ from wanda_kernels.reference.add_gated_coactivation import add_gated_coactivatio
 from wanda_kernels.reference.add_hessian import add_hessian_
 from wanda_kernels.reference.add_sq_norm import add_sq_norm_
 from wanda_kernels.reference.admm_step import admm_step_
+from wanda_kernels.reference.packed_linear import packed_linear
 from wanda_kernels.reference.polish_step import polish_
 from wanda_kernels.reference.prune_matrix import prune_matrix_
 from wanda_kernels.reference.prune_nm import prune_nm_
@@ -17,6 +18,7 @@ from wanda_kernels.reference.prune_variant import fraction_bits, prune_variant_
 from wanda_kernels.reference.refine_mask import refine_mask_
 from wanda_kernels.reference.scores import score, zero_
 from wanda_kernels.reference.sparsegpt_block import sparsegpt_
+from wanda_kernels.reference.unpack_rows import unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,6 +29,7 @@ __all__ = [
     "add_sq_norm_",
     "admm_step_",
     "fraction_bits",
+    "packed_linear",
     "polish_",
     "prune_matrix_",
     "prune_nm_",
@@ -35,5 +38,6 @@ __all__ = [
     "refine_mask_",
     "score",
     "sparsegpt_",
+    "unpack_rows",
     "zero_",
 ]
