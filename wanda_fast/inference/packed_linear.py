@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_fast.errors import PackedModelError
-from wanda_fast.inference._packed_linear_stand_in import PACKED_LINEAR_ROWS, packed_linear, unpack_rows
-from wanda_kernels import PackedRows
+from wanda_kernels import PACKED_LINEAR_ROWS, PackedRows, packed_linear, unpack_rows
 
 # Bytes of the unpacked rows that a product reads. On a CPU they stay in its second-level cache.
 BAND_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
