@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_fast.errors import PackedModelError
+from wanda_fast.model.block_forward import multiplies_bf16
 from wanda_kernels import PACKED_LINEAR_ROWS, PackedRows, packed_linear, unpack_rows
 
 # Bytes of the unpacked rows that a product reads. On a CPU they stay in its second-level cache.
-BAND_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+BAND_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 NOT_TRAINABLE = "a packed model cannot be trained: train the dense model, model.dequantize() returns it"
 
 
@@ -76,16 +77,23 @@ def _packed_product(
 
 
 def _product_by_bands(x: Tensor, packed: PackedRows, bias: Tensor | None) -> Tensor:
-    """Unpack a band of rows of the weight, multiply by it, and so on: the whole weight is never in memory."""
-    n_rows, row_bytes = len(packed.bits), x.shape[1] * packed.values.element_size()
-    height = max(BAND_BYTES.get(x.device.type, BAND_BYTES["cuda"]) // row_bytes, 1)
+    """Unpack a band of rows of the weight, multiply by it, and so on: never the whole weight."""
+    n_rows, dtype = len(packed.bits), _product_dtype(x)
+    height = max(BAND_BYTES.get(x.device.type, BAND_BYTES["cuda"]) // (x.shape[1] * dtype.itemsize), 1)
     buffer = packed.values.new_empty(min(height, n_rows), x.shape[1])
-    out = x.new_empty(len(x), n_rows)
+    out, x = x.new_empty(len(x), n_rows), x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     for begin in range(0, n_rows, height):
         end = min(begin + height, n_rows)
         weight = unpack_rows(_rows(packed, begin, end), x.shape[1], out=buffer[: end - begin])
-        out[:, begin:end] = F.linear(x, weight, None if bias is None else bias[begin:end])
+        out[:, begin:end] = F.linear(x, weight.to(dtype), None if bias is None else bias[begin:end])
     return out
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """fp32 on CPUs without instructions for x's 16 bits: products are up to four times faster, sums closer."""
+    fast = x.dtype.itemsize > 2 or (x.dtype == torch.bfloat16 and multiplies_bf16())
+    return torch.float32 if x.device.type == "cpu" and not fast else x.dtype
 
 
 def _rows(packed: PackedRows, begin: int, end: int) -> PackedRows:
