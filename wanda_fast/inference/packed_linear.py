@@ -91,7 +91,7 @@ def _product_by_bands(x: Tensor, packed: PackedRows, bias: Tensor | None) -> Ten
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """fp32 on CPUs without instructions for x's 16 bits: products are up to four times faster, sums closer."""
+    """fp32 on CPUs without instructions for x's 16 bits: up to four times faster there, with closer sums."""
     fast = x.dtype.itemsize > 2 or (x.dtype == torch.bfloat16 and multiplies_bf16())
     return torch.float32 if x.device.type == "cpu" and not fast else x.dtype
 
