@@ -5,6 +5,7 @@ from wanda_fast.api import evaluate, prune, sweep
 from wanda_fast.data.perplexity import perplexity
 from wanda_fast.inference.registration import register_with_transformers
 from wanda_fast.output.kept_zeros import keep_zeros
+from wanda_fast.output.packing import pack, unpack
 from wanda_fast.pruning.methods import Method
 from wanda_fast.pruning.patterns import Pattern
 from wanda_fast.pruning.registry import register_method, register_pattern
@@ -21,11 +22,13 @@ __all__ = [
     "errors",
     "evaluate",
     "keep_zeros",
+    "pack",
     "perplexity",
     "prune",
     "register_method",
     "register_pattern",
     "sweep",
+    "unpack",
 ]
 
 register_with_transformers()

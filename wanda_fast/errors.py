@@ -128,6 +128,10 @@ class RanksError(RefusedInputError):
     """Several processes cannot prune a model together as they were started."""
 
 
+class PackError(RefusedInputError):
+    """A checkpoint cannot be packed or unpacked: it is packed already or not at all, or gets no smaller."""
+
+
 class MaskError(RefusedInputError):
     """A file is not a mask file, or does not fit the model."""
 

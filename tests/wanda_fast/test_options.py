@@ -46,6 +46,7 @@ def test_a_sweep_takes_lists_and_the_options_of_all_settings():
         "tasks_limit",
         "report",
         "expect",
+        "save_packed",
     }
     assert taken - set(NAMES) == {"tokenizer", "progress"}
     assert "\n    nsamples (int | None, default None): " in inspect.getdoc(wanda_fast.sweep)
@@ -122,5 +123,5 @@ def test_what_decides_whether_a_run_is_resumed():
     identity += " allocation bos expert_shrinkage expert_tokens expert_weighting prune_granularity statistics"
     assert set(names_deciding(BYTES)) == set(identity.split())
     finished = "model checkpoint dataset text_column eval_dataset eval_windows eval_zero_shot batch_size"
-    finished += " save_mask protocol tasks tasks_path tasks_limit"
+    finished += " save_mask save_packed protocol tasks tasks_path tasks_limit"
     assert set(names_deciding(RESULTS)) == set(finished.split())

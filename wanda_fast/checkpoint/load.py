@@ -9,9 +9,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from wanda_fast.checkpoint.dequantize import dequantizing
+from wanda_fast.checkpoint.dequantize import dequantizing, forget_quantization
 from wanda_fast.checkpoint.journal import unfinished_run
 from wanda_fast.checkpoint.model_class import model_class
+from wanda_fast.checkpoint.packed_files import PackedFiles
+from wanda_fast.checkpoint.packed_format import WEIGHTS, is_packed, packed_name, packed_weights
 from wanda_fast.checkpoint.refusals import (
     odd_value,
     read_json,
@@ -100,12 +102,14 @@ def load(
     readable |= {} if gguf else {"use_safetensors": True}
     try:
         with out_of_memory_explained(WHOLE_MODEL):
-            kind = AutoModelForCausalLM
+            kind, source = AutoModelForCausalLM, folder
             if not gguf:
-                kind, config = _class_of(path, folder, cache_dir, quantized)
-                readable |= config
+                kind, given = _class_of(path, folder, cache_dir, quantized)
+                readable |= given
+                # transformers takes a name or tensors, not both.
+                source = None if "state_dict" in given else folder
             model, found = kind.from_pretrained(
-                folder, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
+                source, dtype=DTYPES.get(dtype, "auto"), trust_remote_code=False, **readable, **options
             )
     except (CheckpointError, QuantizedModelError):
         raise
@@ -118,6 +122,7 @@ def load(
     tokenizer = None if classifies_images(model) else load_tokenizer(folder, **options)
     if gguf:
         _forget_quantization(model)
+    model.config.name_or_path = folder
     loaded = Checkpoint(model.eval(), tokenizer, model.dtype, requested=DTYPES.get(dtype))
     if quantized:
         # These would quantise again when the model is saved.
@@ -138,25 +143,31 @@ def _refuse(path: str, folder: str, gguf: str | None, cache_dir: str | None, deq
     quantized = refuse_folder(path, folder, gguf, cache_dir, dequantize)
     if not gguf and not quantized:
         try:
-            refuse_quantized(path, TensorFiles.of(safetensors_of(folder, cache_dir)))
+            refuse_quantized(path, tensor_files(folder, cache_dir))
         except NotStreamableError as error:
             raise CheckpointError(f"model {path} cannot be loaded: {error}") from error
     return quantized
 
 
 def _class_of(path: str, folder: str, cache_dir: str | None, quantized: bool) -> tuple[type, dict]:
-    """The class of a checkpoint, and its configuration as a keyword if it is to dequantise the weights."""
+    """The class of a checkpoint, and keywords: its configuration if it is to dequantise the weights; that of
+    the dense model and the dense tensors if it is packed."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
+    kind, files = model_class(path, config), None if quantized else tensor_files(folder, cache_dir)
     if quantized:
         dequantizing(path, config)
-    return model_class(path, config), {"config": config} if quantized else {}
+        return kind, {"config": config}
+    if isinstance(files, PackedFiles):
+        forget_quantization(config)
+        return kind, {"config": config, "state_dict": files.read(files.location)}
+    return kind, {}
 
 
 def _note_files(loaded: Checkpoint, folder: str, cache_dir: str | None) -> None:
     try:
-        loaded.files = TensorFiles.of(safetensors_of(folder, cache_dir))
+        loaded.files = tensor_files(folder, cache_dir)
     # transformers knows other names for files of weights.
     except NotStreamableError:
         return
@@ -235,8 +246,20 @@ def locate(path: str) -> tuple[str, str | None]:
     return str(local), gguf[0]
 
 
-def safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
-    """The checkpoint's safetensors files, one or several shards; downloaded if the folder is a hub id.
+def tensor_files(folder: str, cache_dir: str | None) -> TensorFiles:
+    """The checkpoint's tensors, dense ones also if it is packed; downloaded if the folder is a hub id.
+
+    Raises: as `safetensors_of`; `CheckpointError` if a file or the description of packed weights is broken.
+    """
+    config = read_json(folder, "config.json", cache_dir)
+    if not is_packed(config):
+        return TensorFiles.of(safetensors_of(folder, cache_dir))
+    weights = packed_weights(folder, config)
+    return PackedFiles.of_packed(safetensors_of(folder, cache_dir, packed_name(WEIGHTS)), weights)
+
+
+def safetensors_of(folder: str, cache_dir: str | None, name: str = WEIGHTS) -> list[Path]:
+    """The checkpoint's safetensors files: the one with this name, or the shards that its index names.
 
     Raises: `NotStreamableError` if there is none; `CheckpointError` if there are only pickles.
     """
@@ -245,14 +268,14 @@ def safetensors_of(folder: str, cache_dir: str | None) -> list[Path]:
 
     options, error = dict(cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False), None
     try:
-        if single := cached_file(folder, "model.safetensors", **options):
+        if single := cached_file(folder, name, **options):
             return [Path(single)]
-        if index := cached_file(folder, "model.safetensors.index.json", **options):
+        if index := cached_file(folder, f"{name}.index.json", **options):
             return [Path(file) for file in get_checkpoint_shard_files(folder, index, cache_dir=cache_dir)[0]]
     except UNLOADABLE as caught:
         error = caught
     refuse_pickles(folder, cache_dir)
-    raise NotStreamableError(first_line(error) if error else "no model.safetensors") from error
+    raise NotStreamableError(first_line(error) if error else f"no {name}") from error
 
 
 def refuse_pickles(repository: str, cache_dir: str | None) -> None:

@@ -16,7 +16,7 @@ from wanda_fast.checkpoint.load import (
     load_tokenizer,
     locate,
     require_dtype,
-    safetensors_of,
+    tensor_files,
 )
 from wanda_fast.checkpoint.model_class import new_model
 from wanda_fast.checkpoint.own_dtypes import update_dtype
@@ -89,8 +89,10 @@ def open_meta_model(
     cache_dir: str | None = None,
     device: str = "cpu",
     dequantize: bool = False,
+    with_tokenizer: bool = True,
 ) -> MetaModel:
-    """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same.
+    """The counterpart of `checkpoint.load.load` that reads no weights. The arguments are the same, but for
+    `with_tokenizer`: whether it is needed.
 
     Raises: `NotStreamableError` with the reason why the checkpoint must be loaded as a whole;
         `CheckpointError` if it is not a model; `QuantizedModelError`.
@@ -104,7 +106,7 @@ def open_meta_model(
     quantized = refuse_folder(path, folder, gguf, cache_dir, dequantize)
     if gguf:
         raise NotStreamableError("GGUF files are read whole")
-    files = TensorFiles.of(safetensors_of(folder, cache_dir))
+    files = tensor_files(folder, cache_dir)
     try:
         config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
         quantizer = dequantizing(path, config) if quantized else None
@@ -127,7 +129,7 @@ def open_meta_model(
     _require_inverses(opened)
     if computed_in_float32(stored, dtype, device):
         model.float()
-    if not classifies_images(model):
+    if with_tokenizer and not classifies_images(model):
         opened.tokenizer = load_tokenizer(folder, cache_dir=cache_dir)
     return opened
 

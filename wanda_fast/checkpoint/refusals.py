@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from wanda_fast.checkpoint.dequantize import METHODS
+from wanda_fast.checkpoint.packed_format import is_packed
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import AdapterError, CheckpointError, QuantizedModelError
 
@@ -63,7 +64,7 @@ def refuse_folder(
     named = False
     for where, part in _parts(config):
         for key in QUANTIZED_KEYS:
-            if part.get(key):
+            if part.get(key) and not is_packed(part):
                 named = key == QUANTIZED_KEYS[0] and _dequantizable(part[key])
                 if not (named and dequantize):
                     raise _quantized(path, _format(part[key]), f"{key} in {where}", named)

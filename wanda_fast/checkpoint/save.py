@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.conversions import Conversion
 from wanda_fast.checkpoint.journal import RUN, partial_of
 from wanda_fast.checkpoint.load import Checkpoint, first_line
+from wanda_fast.checkpoint.meta_model import open_meta_model
+from wanda_fast.checkpoint.packing import pack_folder, prunable_names
 from wanda_fast.checkpoint.save_as_source import names_on_disk, save_as_source
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.checkpoint.surroundings import REPORT, copy_surroundings
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Subfolders of DIR.partial: the model that becomes DIR, and the folder that was DIR before.
 MODEL, REPLACED = "model", "replaced"
+# Subfolder with the dense model of which MODEL is packed.
+DENSE = "dense"
 # File with the reports of a sweep.
 SWEEP = "wanda_fast_sweep.json"
 # Bytes up to which a streamed model becomes one model.safetensors instead of a shard for each block.
@@ -85,8 +90,46 @@ def require_outside(mask: Path, folder: Path) -> None:
         )
 
 
-def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> None:
-    """Write model, tokenizer and report to DIR.partial, then rename it to `folder`.
+def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None, packed: bool = False) -> None:
+    """Write model, tokenizer and report to `folder`. Raises: `OutputError` as `save_folder`."""
+
+    def fill(model: Path) -> None:
+        dense = partial_of(folder) / DENSE if packed else model
+        dense.mkdir(exist_ok=True)
+        copied = _save_model(checkpoint, dense)
+        if packed:
+            _pack(dense, model, report)
+        if report is not None:
+            report.copied = copied
+            save_report(report, model)
+
+    save_folder(folder, fill)
+
+
+def _pack(dense: Path, folder: Path, report: Report | None) -> None:
+    """Pack the saved model `dense` into `folder`. If that fails, it becomes `folder`, with a warning."""
+    try:
+        opened = open_meta_model(str(dense), device="any", with_tokenizer=False)
+        sizes = pack_folder(opened.files, prunable_names(opened), folder)
+    except WandaFastError as error:
+        warn_of_dense(error, report)
+        shutil.rmtree(folder)
+        dense.rename(folder)
+        return
+    if report is not None:
+        report.packed = asdict(sizes)
+
+
+def warn_of_dense(error: WandaFastError, report: Report | None) -> None:
+    """Say that the output is dense, though it was to be packed, and why."""
+    sentence = f"the output is written dense, not packed: {error}"
+    logger.warning("%s", sentence)
+    if report is not None:
+        report.warnings.append(sentence)
+
+
+def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write DIR.partial/model, then rename it to `folder`.
 
     Raises: `OutputError` if it cannot be written. If only the rename failed, the model is kept.
     """
@@ -97,10 +140,7 @@ def save(checkpoint: Checkpoint, folder: Path, report: Report | None = None) -> 
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.mkdir(parents=True)
-            copied = _save_model(checkpoint, model)
-            if report is not None:
-                report.copied = copied
-                save_report(report, model)
+            fill(model)
             sync_folder(model, files=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -67,7 +67,7 @@ def save_as_source(
     for file in files.files:
         names = [name for name, where in files.location.items() if where == file]
         tensors = {name: files.on_meta([name], dtype if name in values else None)[name] for name in names}
-        shards.append(folder / file.name)
+        shards.append(folder / files.file_name(file))
         begin_tensors(shards[-1], tensors, parts)()
     return shards
 

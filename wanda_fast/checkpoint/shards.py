@@ -14,25 +14,9 @@ import torch
 from torch import Tensor
 
 from wanda_fast.checkpoint.atomic_write import CHUNK, begin_write, chunks, write_atomically
+from wanda_fast.checkpoint.header import DTYPES, NAMES, bytes_needed, header_of, whole_header
 from wanda_fast.errors import CheckpointError
 
-# Names of dtypes in a safetensors header.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes: a cache line, and the widest vector register.
 ALIGNMENT = 64
 # A model's digest reads SAMPLE bytes at SAMPLES places of each tensor.
@@ -65,7 +49,7 @@ class TensorFiles:
 
         Raises: `CheckpointError` if a file is missing or invalid, or ends before its last tensor.
         """
-        return cls({name: file for file in files for name in _whole_header(file)})
+        return cls({name: file for file in files for name in whole_header(file)})
 
     def read(
         self,
@@ -87,7 +71,7 @@ class TensorFiles:
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self.location[name], []).append(name)
-        headers = {file: _header(file) for file in wanted}
+        headers = {file: header_of(file) for file in wanted}
         sizes = {name: _size(headers[file][1][name]) for file, held in wanted.items() for name in held}
         buffers = iter(memory(sum(sizes.values())).split(list(sizes.values())))
         tensors = {}
@@ -96,12 +80,12 @@ class TensorFiles:
             with file.open("rb", buffering=0) as opened:
                 for name in held:
                     tensor = _read_tensor(opened, begin, header[name], next(buffers))
-                    tensors[name] = _converted(tensor, dtype[name] if isinstance(dtype, dict) else dtype)
+                    tensors[name] = converted(tensor, dtype[name] if isinstance(dtype, dict) else dtype)
         return tensors
 
     def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """The tensor of `read([name], dtype)` in flat pieces, each of 4 MiB in the file."""
-        begin, header = _header(self.location[name])
+        begin, header = header_of(self.location[name])
         about = header[name]
         first, end = about["data_offsets"]
         with self.location[name].open("rb", buffering=0) as opened:
@@ -109,7 +93,7 @@ class TensorFiles:
                 offsets = [offset, min(offset + CHUNK, end)]
                 piece = {"dtype": about["dtype"], "shape": [-1], "data_offsets": offsets}
                 buffer = torch.empty(CHUNK, dtype=torch.uint8)
-                yield _converted(_read_tensor(opened, begin, piece, buffer), dtype)
+                yield converted(_read_tensor(opened, begin, piece, buffer), dtype)
 
     @property
     def files(self) -> list[Path]:
@@ -123,18 +107,26 @@ class TensorFiles:
 
     def on_meta(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The result of `read` on the meta device, from the headers alone."""
-        headers = {file: _header(file)[1] for file in self.files}
+        headers = {file: header_of(file)[1] for file in self.files}
         found = {}
         for name in names:
             about = headers[self.location[name]][name]
             tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]], device="meta")
-            found[name] = _converted(tensor, dtype)
+            found[name] = converted(tensor, dtype)
         return found
+
+    def headers(self) -> dict[str, dict]:
+        """Tensor name -> its dtype, shape and data_offsets in the file."""
+        headers = [header_of(file)[1] for file in self.files]
+        return {name: about for header in headers for name, about in header.items()}
 
     def dtypes(self) -> dict[str, str]:
         """Tensor name -> the name of its dtype in the file."""
-        headers = [_header(file)[1] for file in self.files]
-        return {name: about["dtype"] for header in headers for name, about in header.items()}
+        return {name: about["dtype"] for name, about in self.headers().items()}
+
+    def file_name(self, file: Path) -> str:
+        """The name of the file in which these tensors of `file` are saved again."""
+        return file.name
 
     def unknown_dtypes(self) -> list[str]:
         """Names of dtypes in the files that this module does not know."""
@@ -142,9 +134,7 @@ class TensorFiles:
 
     def nbytes(self) -> int:
         """Bytes of all tensors in the files."""
-        headers = [_header(file)[1] for file in self.files]
-        offsets = [about["data_offsets"] for header in headers for about in header.values()]
-        return sum(end - begin for begin, end in offsets)
+        return sum(bytes_needed(about) for about in self.headers().values())
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -155,7 +145,7 @@ class TensorFiles:
         """
         found = {}
         for file in self.files:
-            begin, header = _header(file)
+            begin, header = header_of(file)
             with file.open("rb") as opened:
                 for name, about in header.items():
                     found[name] = _sampled(opened, begin, name, about)
@@ -184,7 +174,7 @@ def begin_tensors(
         begin, end = end, end + tensor.nbytes
         about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         header[name] = about
-    contents = (_bytes(part) for name, tensor in tensors.items() for part in parts(name, tensor))
+    contents = (bytes_of(part) for name, tensor in tensors.items() for part in parts(name, tensor))
     return begin_write(path, lambda unfinished: write_file(unfinished, header, contents))
 
 
@@ -210,11 +200,11 @@ def join_files(shards: TensorFiles, path: Path) -> str:
     """Copy the tensors of all shards into one file, 4 MiB at a time. Returns the file's checksum."""
     merged, size = {}, 0
     for file in shards.files:
-        begin, header = _header(file)
+        begin, header = header_of(file)
         for name, about in header.items():
             merged[name] = about | {"data_offsets": [size + offset for offset in about["data_offsets"]]}
         size += file.stat().st_size - begin
-    contents = (chunk for file in shards.files for chunk in chunks(file, _header(file)[0]))
+    contents = (chunk for file in shards.files for chunk in chunks(file, header_of(file)[0]))
     return write_atomically(path, lambda unfinished: write_file(unfinished, merged, contents))
 
 
@@ -229,7 +219,7 @@ def _read_tensor(opened: BinaryIO, begin: int, about: dict, buffer: Tensor) -> T
     first, end = about["data_offsets"]
     tensor = buffer[: end - first].view(DTYPES[about["dtype"]]).view(about["shape"])
     opened.seek(begin + first)
-    rest = _bytes(tensor)
+    rest = bytes_of(tensor)
     # One call reads at most 2 GiB.
     while len(rest):
         count = opened.readinto(rest)
@@ -249,43 +239,10 @@ def _sampled(opened: BinaryIO, begin: int, name: str, about: dict) -> str:
     return found.hexdigest()
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the host; a copy if the tensor is not contiguous."""
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _whole_header(file: Path) -> dict[str, dict]:
-    """The header of a file. Raises: `CheckpointError` if the file has fewer bytes than its header says."""
-    begin, header = _header(file)
-    try:
-        needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
-    except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header names no offsets") from error
-    if (size := file.stat().st_size) < needed:
-        raise CheckpointError(f"{file} is truncated: it has {size} bytes, its header names {needed}")
-    return header
-
-
-def _header(file: Path) -> tuple[int, dict[str, dict]]:
-    """(offset of the data in the file, tensor name -> {dtype, shape, data_offsets})."""
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing, though the checkpoint's index names it")
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
-            raise CheckpointError(
-                f"{file} is not a safetensors file: its header would be {length} bytes long"
-            )
-        text = opened.read(length)
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    return 8 + length, header

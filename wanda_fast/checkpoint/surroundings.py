@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from wanda_fast.checkpoint.packed_format import without_packed
 from wanda_fast.checkpoint.refusals import QUANTIZED_FILES, QUANTIZED_KEYS
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def copy_surroundings(
     """Copy the files of a checkpoint's folder, except its weights and what is hidden.
 
     config.json has the same bytes too, unless the weights have another dtype than the one it names, or are
-    no longer quantised.
+    no longer quantised or packed.
 
     Args:
         source: the checkpoint's folder.
@@ -48,7 +49,7 @@ def copy_surroundings(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
         copied.append(str(name))
-    config = (source / CONFIG).read_bytes()
+    config = without_packed((source / CONFIG).read_bytes())
     config = without_quantization(config) if dequantized else config
     (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))
     return copied

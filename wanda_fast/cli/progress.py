@@ -1,7 +1,7 @@
 """Progress on the terminal: one live line, or, where the output is no terminal, plain lines for a log.
 
 A phase of one step (loading, converting, writing) is shown by its name alone. All phases of the block loop
-count blocks; an evaluation counts windows, images or items of tasks.
+count blocks; an evaluation counts windows, images or items of tasks, and packing counts tensors.
 """
 
 import time
@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 
 WORTH_A_LINE = 5.0  # seconds
 # Phases that count something else than blocks.
-COUNTED_ALONE = ("perplexity", "accuracy", "images", "tasks")
+COUNTED_ALONE = ("perplexity", "accuracy", "images", "tasks", "packing", "unpacking")
 
 
 class LiveProgress:

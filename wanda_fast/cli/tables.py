@@ -7,6 +7,7 @@ from rich.table import Table
 from wanda_fast.cli.inspection import Inspection
 from wanda_fast.report.contents import RankReport, Report
 from wanda_fast.report.expected import MEASURES, figures_in_words, protocol_in_words
+from wanda_fast.report.packed_sizes import PackedSizes
 from wanda_fast.report.sweep import Sweep
 from wanda_fast.report.task_results import beside
 
@@ -63,6 +64,8 @@ def summary_tables(report: Report) -> list[Table]:
         summary.add_row(
             "backends", ", ".join(f"{name} {backend}" for name, backend in report.backends.items())
         )
+    for name, value in PackedSizes(**report.packed).rows() if report.packed else ():
+        summary.add_row(name, value)
     for sentence in report.warnings:
         summary.add_row("warning", sentence)
     for device, peak in report.peak_memory.items():

@@ -306,7 +306,7 @@ class Options:
         None,
         help="Folder for hub downloads. Default: Hugging Face's own cache.",
         panel=MODEL,
-        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify"),
+        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify", "pack", "unpack"),
         decides=None,
     )
     eval_dataset: str | Path | Iterable | None = option(
@@ -396,6 +396,14 @@ class Options:
         flag_type=Path | None,
         decides=None,
     )
+    save_packed: bool = option(
+        False,
+        help="Write the folder of save_model packed: of each pruned weight, a bit for every element and the "
+        "kept ones. unpack makes it dense again.",
+        panel=OUTPUT,
+        decides=RESULTS,
+        commands=("prune",),
+    )
     save_log: str | Path | None = option(
         None,
         help="File for the log line and the report.",
@@ -425,7 +433,7 @@ class Options:
         False,
         help="Allow output folders that are not empty and output files that exist.",
         panel=OUTPUT,
-        commands=("prune", "sweep", "eval", "apply-mask"),
+        commands=("prune", "sweep", "eval", "apply-mask", "pack", "unpack"),
         decides=None,
     )
     resume: bool = option(

@@ -8,6 +8,8 @@ DIR.partial/                     exists until the run has ended
     boundary.0.json              which of the following files of rank 0 is valid
     boundary-00004.0.safetensors rank 0's part of the inputs of block 4
     model/                       shards, configurations, report; becomes DIR by a rename
+    packed/                      the same packed, if that is to become DIR
+    packed.done                  packed/ is complete; if there is no packed/, it has become DIR
     replaced/                    the earlier DIR, from that rename until DIR.partial is removed
 """
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from wanda_fast.checkpoint.atomic_write import checksum, sync_folder
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import RUN, Journal, partial_of
+from wanda_fast.checkpoint.packing import pack_folder, prunable_names
 from wanda_fast.checkpoint.save import (
     MODEL,
     move_into_place,
@@ -34,11 +37,19 @@ from wanda_fast.checkpoint.save import (
     save_outside,
     save_report,
     save_surroundings,
+    warn_of_dense,
     writing,
 )
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.errors import InterruptedRunError, OutputError, RanksError, ResumeError, WandaFastError
+from wanda_fast.errors import (
+    InterruptedRunError,
+    OutputError,
+    PackError,
+    RanksError,
+    ResumeError,
+    WandaFastError,
+)
 from wanda_fast.hidden_states import Activations
 from wanda_fast.output.activation_cache import ActivationCache
 from wanda_fast.output.interrupts import Interrupts
@@ -46,6 +57,9 @@ from wanda_fast.report.contents import LinearReport, Report
 from wanda_fast.report.versions import deciding_versions
 
 logger = logging.getLogger(__name__)
+
+# In DIR.partial of a run whose output is packed.
+PACKED, PACKED_DONE = "packed", "packed.done"
 
 
 class StreamedOutput:
@@ -62,6 +76,7 @@ class StreamedOutput:
         ranks: that prune the model together. Blocks are dealt to them to be written; the first one does the
             rest.
         resumable: keep finished blocks if the run fails or is interrupted.
+        packed: write DIR packed, once all blocks are finished.
     Raises: on entry, `ResumeError` if that run has another identity; `OutputError` if a write fails;
         `RanksError` on a rank that does not see the folder.
     """
@@ -74,9 +89,10 @@ class StreamedOutput:
         resume: bool = False,
         ranks: Ranks | None = None,
         resumable: bool = True,
+        packed: bool = False,
     ):
         self.folder, self.source, self.resume = folder, source, resume
-        self.resumable = resumable
+        self.resumable, self.packed = resumable, packed
         self.ranks = ranks or Ranks()
         self.nblocks = len(source.blocks)
         self.partial = partial_of(folder)
@@ -232,15 +248,38 @@ class StreamedOutput:
         with self._writing():
             shards = [self._shard(index) for index in range(-1, self.nblocks)]
             report.copied = save_surroundings(self.source, self.model, shards)
-            save_report(report, self.model)
-            sync_folder(self.model, files=True)
-            move_into_place(self.model, self.folder)
+            complete = self._pack(report) if self.packed else self.model
+            save_report(report, complete)
+            sync_folder(complete, files=True)
+            if complete != self.model:
+                (self.partial / PACKED_DONE).touch()
+                sync_folder(self.partial)
+            move_into_place(complete, self.folder)
+
+    def _pack(self, report: Report) -> Path:
+        """The folder of the packed model, which needs its report; the dense one if no weight gets smaller.
+
+        The dense model stays as it is until the run has ended: its shards are the finished blocks.
+        """
+        packed = self.partial / PACKED
+        (self.partial / PACKED_DONE).unlink(missing_ok=True)
+        shutil.rmtree(packed, ignore_errors=True)
+        packed.mkdir()
+        files = TensorFiles.of(sorted(self.model.glob("*.safetensors")))
+        try:
+            sizes = pack_folder(files, prunable_names(self.source.meta_model), packed)
+        except PackError as error:
+            warn_of_dense(error, report)
+            return self.model
+        report.packed = asdict(sizes)
+        return packed
 
     @staticmethod
     def is_under_way(folder: Path) -> bool:
         """Whether there is an unfinished run whose output is `folder`, ended before its last rename."""
         partial = partial_of(folder)
-        return (partial / RUN).is_file() and (partial / MODEL).is_dir()
+        renamed = (partial / PACKED_DONE).is_file() and not (partial / PACKED).exists()
+        return (partial / RUN).is_file() and (partial / MODEL).is_dir() and not renamed
 
     def discard(self) -> None:
         """Remove DIR.partial."""

@@ -110,6 +110,7 @@ class Report:
         digests: of model and tokens; none for a model in memory.
         copied: names of "tensors" that the model does not take, and of "files" around the weights, which are
             copied to the output unchanged.
+        packed: bytes of the packed output, as `PackedSizes`; empty if it is dense.
         complete: all that was requested is measured and written.
         ranks: of a run by several processes, by rank.
         objects: names of the options that were given as objects of Python, which no command line repeats.
@@ -131,6 +132,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, str | None] = field(default_factory=dict)
     copied: dict[str, list[str]] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
     complete: bool = False
     ranks: list[RankReport] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)

@@ -30,8 +30,11 @@ from wanda_fast.run.job import Job
 TRIAL_TOKENS = 8
 
 
-def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None) -> None:
-    """Prune a model in memory. It is saved before it is evaluated, since the evaluation may fail."""
+def run_in_memory(
+    job: Job, source: LiveModel, loaded: Checkpoint, folder: Path | None, packed: bool = False
+) -> None:
+    """Prune a model in memory. It is saved, `packed` or not, before it is evaluated, since the evaluation may
+    fail."""
     with closing(Offload(job.activations, source.device)) as offload:
         dense = _measure_dense(job, source, offload)
         _measure_tasks(job, source, "dense")
@@ -44,7 +47,7 @@ def run_in_memory(job: Job, source: LiveModel, loaded: Checkpoint, folder: Path 
             job.prune(source, activations)
         if folder is not None:
             with job.phase("write", "writing", str(folder)):
-                job.ranks.from_first(lambda: saving.save(loaded, folder, job.report))
+                job.ranks.from_first(lambda: saving.save(loaded, folder, job.report, packed))
         job.write_masks()
         if job.method.prunes:
             _measure_pruned(job, source, dense)

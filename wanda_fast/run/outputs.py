@@ -10,7 +10,7 @@ from torch import nn
 from wanda_fast.checkpoint import save as saving
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.distributed.ranks import Ranks
-from wanda_fast.errors import ResumeError
+from wanda_fast.errors import OptionError, ResumeError
 from wanda_fast.options.all_options import Options
 from wanda_fast.output.lock import locked, require_one_process
 from wanda_fast.output.pages import require_page, write_page
@@ -57,6 +57,8 @@ def require_outputs(options: Options, recipe: dict) -> Report | None:
     """
     if options.resume and options.save_model is None:
         raise ResumeError("--resume goes on with what --save_model FOLDER was to receive: name the folder")
+    if options.save_packed and options.save_model is None:
+        raise OptionError("--save_packed packs what --save_model FOLDER receives: name the folder")
     folder, finished = path_of(options.save_model), None
     if folder:
         saving.restore_replaced(folder)

@@ -208,13 +208,20 @@ def _run(options: Options, loaded: MetaModel | Checkpoint, blocks: list[Block], 
     if isinstance(loaded, MetaModel):
         source = StreamedModel(loaded, blocks, job.device, job.clock, job.ranks.of_machine())
         output = folder and StreamedOutput(
-            folder, source, job.ranks.from_first(lambda: _identity(job, source)), options.resume, job.ranks
+            folder,
+            source,
+            job.ranks.from_first(lambda: _identity(job, source)),
+            options.resume,
+            job.ranks,
+            packed=options.save_packed,
         )
         run_streamed(job, source, output)
         return
     if options.resume:
         logger.warning("a model that is held in memory as a whole is pruned from the start")
-    run_in_memory(job, LiveModel(loaded.model, blocks, job.device, job.clock), loaded, folder)
+    run_in_memory(
+        job, LiveModel(loaded.model, blocks, job.device, job.clock), loaded, folder, options.save_packed
+    )
 
 
 def _identity(job: Job, source: StreamedModel) -> dict:
