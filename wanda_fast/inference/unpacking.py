@@ -2,6 +2,7 @@
 while transformers loads them, before its own operations on them."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,11 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 import wanda_kernels
 from wanda_fast.errors import PackedModelError
-from wanda_fast.inference.packed_folder import PARTS
 from wanda_kernels import PackedRows
 
 UNPACK = "unpack the checkpoint with wanda-fast unpack, and load the dense one"
 # The buffers of a `PackedLinear` are the linear's, not its weight's.
-RENAMINGS = {rf"\.weight\.{part}$": f".{part}" for part in PARTS}
+RENAMINGS = {rf"\.weight\.{part}$": f".{part}" for part in PackedRows._fields}
 
 
 @dataclass
@@ -41,25 +41,27 @@ class Unpack(ConversionOps):
             if parts[0]:
                 tensors[pattern] = [each.to(dtype) for each in _dense(*parts, in_features)]
         if self.converter is None:
-            return tensors
+            return {full_layer_name: tensors.popitem()[1]}
         kwargs |= {name: getattr(self.converter, name) for name in ("source_patterns", "target_patterns")}
         for operation in self.converter.operations:
             tensors = operation.convert(tensors, full_layer_name=full_layer_name, model=model, **kwargs)
         return tensors
 
 
-def _dense(bits: list[Tensor], values: list[Tensor], offsets: list[Tensor], in_features: int) -> list[Tensor]:
+def _dense(
+    bits: list[Tensor], values: list[Tensor], offsets: list[Tensor], in_features: int
+) -> Iterator[Tensor]:
+    # Weights whose rows have equally many values have no offsets.
     rest = iter(offsets)
-    packed = [
-        PackedRows(b, v, next(rest) if v.dim() == 1 else None) for b, v in zip(bits, values, strict=True)
-    ]
-    return [wanda_kernels.unpack_rows(each, in_features) for each in packed]
+    for each, kept in zip(bits, values, strict=True):
+        packed = PackedRows(each, kept, next(rest) if kept.dim() == 1 else None)
+        yield wanda_kernels.unpack_rows(packed, in_features)
 
 
 def part_patterns(pattern: str) -> list[str]:
     """A pattern of names of dense weights -> those of the parts of packed ones, when they are renamed."""
     stem = re.sub(r"(\\?\.weight)?\$?$", "", pattern, count=1)
-    return [rf"{stem}\.{part}$" for part in PARTS]
+    return [rf"{stem}\.{part}$" for part in PackedRows._fields]
 
 
 def unpacking_conversions(conversions: list, columns: dict[str, int]) -> tuple[list, dict[int, object]]:

@@ -45,7 +45,7 @@ def pack(folder, out):
     for file in out.glob("*.safetensors"):
         tensors = {}
         for name, tensor in load_file(file).items():
-            if tensor.dim() >= 2 and not tensor.all():
+            if tensor.dim() >= 2 and tensor.eq(0).float().mean() > 0.1:
                 tensors |= (packed := parts(name, tensor))
                 weights[name] = {
                     "shape": list(tensor.shape),
