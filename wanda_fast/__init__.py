@@ -4,6 +4,7 @@ from wanda_fast import errors
 from wanda_fast.api import evaluate, prune, sweep
 from wanda_fast.data.perplexity import perplexity
 from wanda_fast.inference.registration import register_with_transformers
+from wanda_fast.inference.semi_structured import accelerate
 from wanda_fast.output.kept_zeros import keep_zeros
 from wanda_fast.output.packing import pack, unpack
 from wanda_fast.pruning.methods import Method
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Statistic",
     "Sweep",
+    "accelerate",
     "errors",
     "evaluate",
     "keep_zeros",

@@ -45,7 +45,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return _WithoutGradient.apply(x, *self.packed, self.bias)
-        return torch.ops.wanda_fast.packed_product(x, *self.packed, self.bias)
+        # The registered operation costs seven microseconds more, and is needed only where it is traced.
+        product = torch.ops.wanda_fast.packed_product if torch.compiler.is_compiling() else _packed_product
+        return product(x, *self.packed, self.bias)
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / max(self.in_features * self.out_features, 1)
@@ -60,7 +62,7 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, *args: Tensor | None) -> Tensor:
-        return torch.ops.wanda_fast.packed_product(x, *args)
+        return _packed_product(x, *args)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

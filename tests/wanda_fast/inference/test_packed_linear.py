@@ -118,3 +118,14 @@ def test_no_gradient_passes_through():
     x = inputs(3, 203).requires_grad_()
     with pytest.raises(PackedModelError, match="cannot be trained.*dequantize"):
         packed_of(dense_linear())(x).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_on_a_gpu(rows, uneven, monkeypatch):
+    monkeypatch.setitem(packed_linear.BAND_BYTES, "cuda", BAND)
+    linear = dense_linear(dtype=torch.bfloat16, uneven=uneven).cuda()
+    x = inputs(rows, 203, dtype=torch.bfloat16).cuda()
+    torch.testing.assert_close(packed_of(linear)(x), linear(x), rtol=2**-7, atol=2**-6)
