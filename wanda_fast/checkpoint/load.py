@@ -153,6 +153,7 @@ def _class_of(path: str, folder: str, cache_dir: str | None, quantized: bool) ->
     """The class of a checkpoint, and keywords: its configuration if it is to dequantise the weights; that of
     the dense model and the dense tensors if it is packed."""
     from transformers import AutoConfig
+    from transformers.models.auto.auto_factory import _get_model_class
 
     config = AutoConfig.from_pretrained(folder, cache_dir=cache_dir, trust_remote_code=False)
     kind, files = model_class(path, config), None if quantized else tensor_files(folder, cache_dir)
@@ -161,6 +162,8 @@ def _class_of(path: str, folder: str, cache_dir: str | None, quantized: bool) ->
         return kind, {"config": config}
     if isinstance(files, PackedFiles):
         forget_quantization(config)
+        # The auto classes need a name, which excludes tensors.
+        kind = _get_model_class(config, kind._model_mapping) if hasattr(kind, "_model_mapping") else kind
         return kind, {"config": config, "state_dict": files.read(files.location)}
     return kind, {}
 

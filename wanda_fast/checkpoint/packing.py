@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Set
@@ -24,6 +25,8 @@ from wanda_fast.errors import CheckpointError, PackError
 from wanda_fast.model.architecture import find_blocks
 from wanda_fast.report.packed_sizes import PackedSizes
 from wanda_fast.timer import Progress
+
+logger = logging.getLogger(__name__)
 
 INDEX = f"{WEIGHTS}.index.json"
 # Times that a progress display is told how many tensors are done.
@@ -57,6 +60,8 @@ def pack_folder(
     if _is_sharded(files):
         _write_index(files.folder / INDEX, folder)
     copy_surroundings(files.folder, folder, None)
+    for other in sorted(set(files.folder.glob("*.safetensors")) - set(files.files)):
+        logger.warning("%s is not copied to the output: it is no part of the model", other)
     _copy_report(files.folder, folder)
     (folder / CONFIG).write_bytes(with_packed((folder / CONFIG).read_bytes(), weights))
     return _sizes(files, prunable, weights, folder)

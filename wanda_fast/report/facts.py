@@ -11,7 +11,7 @@ from wanda_fast.report.weights import by_block
 MIB = 2**20
 DEFAULTS = {each.name: each.default for each in fields(Options)}
 # Options that name files and folders of the run; two runs always differ in them.
-OUTPUTS = ("save", "save_model", "save_log", "save_mask", "report", "overwrite", "resume")
+OUTPUTS = ("save", "save_model", "save_packed", "save_log", "save_mask", "report", "overwrite", "resume")
 
 
 @dataclass
@@ -38,7 +38,7 @@ def tiles(run: dict) -> list[Tile]:
     """The key figures of a run, the most important first."""
     content = run["content"]
     found = [_sparsity(run)] if content["linears"] else []
-    return [*found, *_quality(content), *_error(run), *_cost(content)]
+    return [*found, *_quality(content), *_error(run), *_packed(content), *_cost(content)]
 
 
 def _sparsity(run: dict) -> Tile:
@@ -74,6 +74,12 @@ def _error(run: dict) -> list[Tile]:
         if known
         else []
     )
+
+
+def _packed(content: dict) -> list[Tile]:
+    if not (sizes := content.get("packed")):
+        return []
+    return [Tile("Packed", f"{sizes['after'] / MIB:,.0f} MiB", f"dense {sizes['before'] / MIB:,.0f} MiB")]
 
 
 def _cost(content: dict) -> list[Tile]:

@@ -179,8 +179,13 @@ def refuse_to_stream(*_):
     raise errors.NotStreamableError("the test says so")
 
 
-def test_a_packed_model_loads_whole_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_packed_model_loads_whole_with_the_same_bits(named, tmp_path):
+    """Whether config.json names a class of transformers, or the class follows from model_type."""
     source = saved(pruned("qwen3_moe", torch.float16, "rows"), tmp_path / "dense")
+    if not named:
+        config = json.loads((source / "config.json").read_text()) | {"architectures": ["OwnForCausalLM"]}
+        (source / "config.json").write_text(json.dumps(config))
     wanda_fast.pack(source, tmp_path / "packed")
     one, other = (load(str(folder), device="any").model for folder in (source, tmp_path / "packed"))
     assert "quantization_config" not in other.config.to_dict()
@@ -489,3 +494,11 @@ def test_the_meta_model_of_a_packed_folder_has_dense_shapes(even):
     files = open_meta_model(str(even)).files
     assert files.on_meta([UP])[UP].shape == (57, 44) and files.dtypes()[UP] == "BF16"
     assert not any(name.endswith((".bits", ".values")) for name in files.location)
+
+
+def test_other_weights_in_the_folder_are_named(tmp_path, caplog):
+    source = saved(pruned("smollm", torch.bfloat16, "rows"), tmp_path / "dense")
+    shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
+    wanda_fast.pack(source, tmp_path / "packed")
+    assert "consolidated.safetensors is not copied to the output" in caplog.text
+    assert not (tmp_path / "packed" / "consolidated.safetensors").exists()

@@ -203,8 +203,12 @@ def test_weights_loaded_whole_are_no_pickles(tmp_path):
             lambda content: content[:9] + b"{" + content[10:],
             "is not a safetensors file: its header is not JSON",
         ),
+        (
+            lambda content: content.replace(b"[320,64]", b"[321,64]", 1),
+            r"is broken: \S+ has \d+ bytes, \w+ \[321, 64\] needs \d+",
+        ),
     ],
-    ids=["cut", "foreign", "header"],
+    ids=["cut", "foreign", "header", "shape"],
 )
 def test_an_invalid_checkpoint_is_refused_with_one_sentence(spoil, sentence, folder_of, tmp_path):
     folder = folder_of("llama2")
