@@ -14,7 +14,7 @@ from transformers.quantizers import auto
 import wanda_fast  # noqa: F401, registers the quantizer
 from tests import tiny_models
 from tests.wanda_fast.inference import packed_folders
-from wanda_fast.errors import CheckpointError, PackedModelError
+from wanda_fast.errors import CheckpointError, PackedModelError, QuantizedModelError
 from wanda_fast.inference.packed_linear import PackedLinear
 from wanda_fast.inference.registration import METHOD, register_with_transformers
 
@@ -156,6 +156,19 @@ def test_training_is_refused(tmp_path):
     loaded.requires_grad_(True).train()
     with pytest.raises(PackedModelError, match="a packed model cannot be trained"):
         loaded(ids, labels=ids).loss.backward()
+
+
+def test_a_packed_model_in_memory_is_pruned_when_it_is_dense_again(tmp_path):
+    dense, folder = packed_folder("llama2", tmp_path)
+    loaded = AUTO.from_pretrained(folder)
+    options = dict(prune_method="magnitude", sparsity_ratio=0.75, eval_dataset=None)
+    with pytest.raises(QuantizedModelError, match="LlamaForCausalLM has packed weights: model.dequantize"):
+        wanda_fast.prune(loaded, **options)
+    wanda_fast.prune(loaded.dequantize(), **options)
+    wanda_fast.prune(dense, **options)
+    assert all(
+        torch.equal(one, other) for one, other in zip(loaded.parameters(), dense.parameters(), strict=True)
+    )
 
 
 def edited(folder, edit):
