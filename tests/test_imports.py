@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "model": FOUNDATION,
     "data": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION | {"distributed", "model"},
+    "inference": FOUNDATION | {"model", "checkpoint"},
     "hidden_states": FOUNDATION | {"distributed", "model", "data"},
     "pruning": FOUNDATION | {"distributed", "model", "hidden_states"},
     "output": FOUNDATION
@@ -29,9 +30,20 @@ MAY_IMPORT = {
     | {"options", "distributed", "model", "data", "checkpoint", "hidden_states", "pruning", "output"},
     "api": FOUNDATION | {"options", "run"},
     "cli": FOUNDATION
-    | {"options", "distributed", "model", "data", "checkpoint", "pruning", "output", "run", "api"},
+    | {
+        "options",
+        "distributed",
+        "model",
+        "data",
+        "checkpoint",
+        "pruning",
+        "output",
+        "run",
+        "api",
+        "inference",
+    },
     "__main__": {"cli"},
-    "__init__": {"api", "errors", "output", "pruning", "report", "data", "model"},
+    "__init__": {"api", "errors", "output", "pruning", "report", "data", "model", "inference"},
 }
 # The same for the operation library.
 LIBRARY_MAY_IMPORT = {
@@ -51,7 +63,7 @@ LIBRARY_MAY_IMPORT = {
     "__init__": {"dispatch", "mask_bits", "hessian_factor", "host_hessian", "doctor", "operations"},
 }
 ROOMS = {"wanda_fast": MAY_IMPORT, "kernels/wanda_kernels": LIBRARY_MAY_IMPORT}
-MOST_ENTRIES = {"wanda_fast": 17, "kernels/wanda_kernels": 14}
+MOST_ENTRIES = {"wanda_fast": 18, "kernels/wanda_kernels": 14}
 
 
 def imported(file: Path) -> list[str]:

@@ -3,6 +3,8 @@
 from wanda_fast import errors
 from wanda_fast.api import evaluate, prune, sweep
 from wanda_fast.data.perplexity import perplexity
+from wanda_fast.inference.registration import register_with_transformers
+from wanda_fast.inference.semi_structured import accelerate
 from wanda_fast.output.kept_zeros import keep_zeros
 from wanda_fast.output.packing import pack, unpack
 from wanda_fast.pruning.methods import Method
@@ -18,6 +20,7 @@ __all__ = [
     "Report",
     "Statistic",
     "Sweep",
+    "accelerate",
     "errors",
     "evaluate",
     "keep_zeros",
@@ -29,3 +32,5 @@ __all__ = [
     "sweep",
     "unpack",
 ]
+
+register_with_transformers()

@@ -100,6 +100,10 @@ class QuantizedModelError(RefusedInputError):
     """A model's weights are quantised."""
 
 
+class PackedModelError(RefusedInputError):
+    """A packed model cannot do what is asked: be trained, be saved, keep a weight packed that is changed."""
+
+
 class AdapterError(RefusedInputError):
     """A model is an adapter, or has adapters that are not merged into its weights."""
 

@@ -125,7 +125,7 @@ def find_conversions(
             if key not in found or found[key].sources != made.sources:
                 made.written = found.get(key) or Conversion(model, key, None, {key: None})
                 found[key] = made
-    kept = _dtype_plan(model, dtype)
+    kept = dtype_plan(model, dtype)
     for key, made in found.items():
         made.dtype = kept(key) or state[key].dtype
         _settle(made, stored, state)
@@ -242,7 +242,7 @@ def _on_meta(conversion: Conversion, stored: dict[str, Tensor]) -> dict[str, Ten
         raise NotStreamableError(f"transformers cannot convert {first}: {error}") from error
 
 
-def _dtype_plan(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+def dtype_plan(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
     """A function: name in the model -> the dtype that transformers keeps it in, whatever the model's."""
     from transformers.core_model_loading import build_glob_alternation
 

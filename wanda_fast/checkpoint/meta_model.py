@@ -114,7 +114,7 @@ def open_meta_model(
             refuse_quantized(path, files)
         forget_quantization(config)
         stored = DTYPES.get(dtype) or config.dtype or _first_dtype(files)
-        model = _without_weights(path, config, stored)
+        model = without_weights(path, config, stored)
     except (CheckpointError, QuantizedModelError):
         raise
     except UNLOADABLE as error:
@@ -165,7 +165,7 @@ def _require_inverses(opened: MetaModel) -> None:
             conversion.require_inverse(stored)
 
 
-def _without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
+def without_weights(path: str, config, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 

@@ -67,8 +67,8 @@ class PackedFiles(TensorFiles):
         weight = self.weights[name]
         stored = self.stored.read(weight.stored_names(name))
         rows = PackedRows(*(stored.get(f"{name}.{part}") for part in PackedRows._fields))
-        if (fault := _fault(rows, weight.shape[-1])) is not None:
-            raise CheckpointError(f"{self.location[name]}: {name} is broken: {fault}")
+        if (wrong := fault(rows, weight.shape[-1])) is not None:
+            raise CheckpointError(f"{self.location[name]}: {name} is broken: {wrong}")
         return rows
 
     def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
@@ -132,12 +132,12 @@ def _require(name: str, headers: dict[str, dict], wanted: dict, stored: TensorFi
         )
 
 
-def _fault(rows: PackedRows, in_features: int) -> str | None:
+def fault(rows: PackedRows, in_features: int) -> str | None:
     """What contradicts each other in a packed weight; None: nothing."""
     bits, values, offsets = rows
     if in_features % 8 and (bits[..., -1] >> in_features % 8).any():
         return f"its bits have ones after column {in_features}"
-    found = ONES[bits.int()].sum(-1).flatten()
+    found = ONES.to(bits.device)[bits.int()].sum(-1).flatten()
     wanted = torch.full_like(found, values.shape[-1]) if offsets is None else offsets.diff()
     if offsets is not None and (offsets[0] != 0 or offsets[-1] != len(values)):
         return f"its offsets run from {offsets[0]} to {offsets[-1]}, it has {len(values)} values"

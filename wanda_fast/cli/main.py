@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from wanda_fast import api
 from wanda_fast.checkpoint import load as checkpoint
 from wanda_fast.checkpoint import save as saving
-from wanda_fast.cli import flags, inspection, packing, pages
+from wanda_fast.cli import bench, flags, inspection, packing, pages
 from wanda_fast.cli.progress import terminal_progress
 from wanda_fast.cli.tables import (
     doctor_tables,
@@ -187,6 +187,7 @@ def doctor() -> None:
         console.print(table)
 
 
+app.command()(bench.bench)
 app.command()(packing.pack)
 app.command()(packing.unpack)
 app.command()(pages.report)

@@ -5,6 +5,7 @@ from statistics import fmean
 from rich.table import Table
 
 from wanda_fast.cli.inspection import Inspection
+from wanda_fast.inference.measure import Bench
 from wanda_fast.report.contents import RankReport, Report
 from wanda_fast.report.expected import expected_rows
 from wanda_fast.report.packed_sizes import PackedSizes
@@ -176,3 +177,29 @@ def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
     for section, name, value in facts:
         tables.setdefault(section, Table(title=section, show_header=False)).add_row(name, value)
     return list(tables.values())
+
+
+def bench_table(bench: Bench) -> Table:
+    """Milliseconds of each product and of all linears, these with their gain over the fastest dense ones."""
+    where = "a GPU" if bench.device != "cpu" else f"the CPU, threads: {bench.threads}"
+    variants = bench.times[0].seconds
+    reasons = [f"{name}: {value}" for name, value in variants.items() if isinstance(value, str)]
+    table = Table(title=f"{bench.model}: milliseconds on {where}", caption="; ".join(reasons))
+    for column in ("rows", "linears", *variants):
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+    for rows in dict.fromkeys(each.rows for each in bench.times):
+        for each in (one for one in bench.times if one.rows == rows):
+            name = f"{each.count} of {each.shape[0]}x{each.shape[1]}"
+            table.add_row(str(rows), name, *map(_milliseconds, each.seconds.values()))
+        total = bench.total(rows)
+        fastest = min(seconds for name, seconds in total.items() if name.startswith("dense"))
+        table.add_row(str(rows), "all", *map(_milliseconds, total.values()))
+        gains = ("-" if isinstance(each, str) else f"{fastest / each:.2f}x" for each in total.values())
+        table.add_row(str(rows), "gain", *gains, end_section=True)
+    return table
+
+
+def _milliseconds(seconds: float | str) -> str:
+    if isinstance(seconds, str):
+        return "-"
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"

@@ -324,7 +324,7 @@ class Options:
         None,
         help="Folder for hub downloads. Default: Hugging Face's own cache.",
         panel=MODEL,
-        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify", "pack", "unpack"),
+        commands=("prune", "sweep", "eval", "inspect", "apply-mask", "verify", "pack", "unpack", "bench"),
         decides=None,
     )
     eval_dataset: str | Path | Iterable | None = option(

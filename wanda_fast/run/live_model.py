@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from wanda_fast.checkpoint.packed_format import METHOD
 from wanda_fast.errors import AdapterError, LiveModelError, OutputError, QuantizedModelError
 from wanda_fast.model.block_lists import is_of_transformers
 from wanda_fast.options.all_options import Options
@@ -97,6 +98,10 @@ def _refuse_quantized(model: nn.Module) -> None:
     about = getattr(getattr(model, "config", None), "quantization_config", None)
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", about)
     method = getattr(method, "value", method)
+    if method == METHOD:
+        raise QuantizedModelError(
+            f"{type(model).__name__} has packed weights: model.dequantize() makes them dense; call it first"
+        )
     if about is None or method in DEQUANTIZED:
         method = None
     named = ((name, tensor) for name, tensor in model.named_parameters())
