@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from pathlib import Path
 
 import torch
@@ -30,20 +31,25 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def whole_header(file: Path) -> dict[str, dict]:
     """The header of a file. Raises: `CheckpointError` if the file has fewer bytes than its header says."""
     begin, header = header_of(file)
-    try:
-        needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
-        for name, about in header.items():
-            first, end = about["data_offsets"]
-            if about["dtype"] in DTYPES and end - first != bytes_needed(about):
-                raise CheckpointError(
-                    f"{file} is broken: {name} has {end - first} bytes, {about['dtype']} {about['shape']} "
-                    f"needs {bytes_needed(about)}"
-                )
-    except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: its header names no offsets") from error
+    require_sizes(header, str(file))
+    needed = begin + max((about["data_offsets"][1] for about in header.values()), default=0)
     if (size := file.stat().st_size) < needed:
         raise CheckpointError(f"{file} is truncated: it has {size} bytes, its header names {needed}")
     return header
+
+
+def require_sizes(header: dict[str, dict], where: str) -> None:
+    """Raise `CheckpointError` unless each tensor has as many bytes as its dtype and shape need."""
+    try:
+        for name, about in header.items():
+            begin, end = map(operator.index, about["data_offsets"])
+            if about["dtype"] in DTYPES and end - begin != bytes_needed(about):
+                raise CheckpointError(
+                    f"{where} is broken: {name} has {end - begin} bytes, {about['dtype']} {about['shape']} "
+                    f"needs {bytes_needed(about)}"
+                )
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} is not a safetensors file: its header names no offsets") from error
 
 
 def header_of(file: Path) -> tuple[int, dict[str, dict]]:

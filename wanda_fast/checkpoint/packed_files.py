@@ -96,8 +96,14 @@ class PackedFiles(TensorFiles):
         return found
 
     def file_name(self, file: Path) -> str:
-        """The name of the dense file that was packed to `file`."""
-        return source_metadata(file, SOURCE_FILE)
+        """The name of the dense file that was packed to `file`.
+
+        Raises: `CheckpointError` if it is none of a file in the same folder.
+        """
+        name = source_metadata(file, SOURCE_FILE)
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file} names {name!r} as its {SOURCE_FILE}: that is no file of weights")
+        return name
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from wanda_fast.checkpoint.atomic_write import chunks
-from wanda_fast.checkpoint.header import header_of, parse_header, read_header
+from wanda_fast.checkpoint.header import header_of, parse_header, read_header, require_sizes
 from wanda_fast.checkpoint.packed_files import PackedFiles, source_metadata
 from wanda_fast.checkpoint.packed_format import (
     PACKABLE,
@@ -92,16 +92,17 @@ def unpack_file(files: PackedFiles, file: Path, folder: Path, tell: Callable[[st
 
     Raises: `CheckpointError` if the tensors are not those of the dense file's header.
     """
-    text = source_metadata(file, SOURCE_HEADER).encode()
-    header = parse_header(text, f"{SOURCE_HEADER} of {file}")
+    text, where = source_metadata(file, SOURCE_HEADER).encode(), f"{SOURCE_HEADER} of {file}"
+    header = parse_header(text, where)
     header.pop("__metadata__", None)
-    dense, (begin, stored) = files.headers(), header_of(file)
-    with (folder / files.file_name(file)).open("wb") as opened:
+    require_sizes(header, where)
+    _require_same(header, files, file)
+    begin, stored = header_of(file)
+    with (folder / files.file_name(file)).open("xb") as opened:
         opened.write(len(text).to_bytes(8, "little"))
         opened.write(text)
-        for name in _in_data_order(header, f"{SOURCE_HEADER} of {file}"):
+        for name in _in_data_order(header, where):
             tell(name)
-            _require_same(name, header[name], dense, file)
             if name in files.weights:
                 opened.write(bytes_of(files.read([name])[name]))
             else:
@@ -155,10 +156,16 @@ def _nbytes(about: dict) -> int:
     return end - first
 
 
-def _require_same(name: str, about: dict, dense: dict[str, dict], file: Path) -> None:
-    found = dense.get(name)
-    if found is None or (found["dtype"], found["shape"]) != (about["dtype"], about["shape"]):
-        has = "is absent" if found is None else f"is {found['dtype']} {found['shape']}"
-        raise CheckpointError(
-            f"{file}: {name} {has}, {SOURCE_HEADER} has it as {about['dtype']} {about['shape']}"
-        )
+def _require_same(header: dict[str, dict], files: PackedFiles, file: Path) -> None:
+    """Raise `CheckpointError` unless the dense file's header names the tensors of `file`."""
+    dense = files.headers()
+    held = {name for name, where in files.location.items() if where == file}
+    for name in sorted(held | header.keys()):
+        found = _described(dense[name]) if name in held else "absent"
+        wanted = _described(header[name]) if name in header else "absent"
+        if found != wanted:
+            raise CheckpointError(f"{file}: {name} is {found}, and {wanted} in its {SOURCE_HEADER}")
+
+
+def _described(about: dict) -> str:
+    return f"{about['dtype']} {about['shape']}"
