@@ -58,7 +58,7 @@ class PackedFiles(TensorFiles):
         for name, buffer in zip(packed, memory(sum(sizes)).split(sizes), strict=True):
             weight = self.weights[name]
             dense = buffer[: weight.nbytes].view(weight.dtype).view(weight.shape)
-            dense.copy_(unpack_rows(self.packed_rows(name), weight.shape[-1]))
+            unpack_rows(self.packed_rows(name), weight.shape[-1], out=dense)
             tensors[name] = converted(dense, dtype[name] if isinstance(dtype, dict) else dtype)
         return tensors
 
