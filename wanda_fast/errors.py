@@ -101,7 +101,7 @@ class QuantizedModelError(RefusedInputError):
 
 
 class PackedModelError(RefusedInputError):
-    """A packed model cannot do what is asked: be trained, be saved, keep a weight packed that is changed."""
+    """A packed model cannot be trained or saved, or transformers cannot load a model of its weights."""
 
 
 class AdapterError(RefusedInputError):
