@@ -215,8 +215,8 @@ void multiply_block(const PackedLinear& s, const Row<typename T::Element>* rows,
 }
 
 template <typename T>
-void multiply_groups(const PackedLinear& s, bool finite, const Row<typename T::Element>* rows, int64_t n, const float* x,
-                    int64_t row) {
+void multiply_groups(const PackedLinear& s, bool finite, const Row<typename T::Element>* rows, int64_t n,
+                     const float* x, int64_t row) {
   const int64_t width = padded<T>(s.x.n_cols);
   for (int64_t first = 0; first < s.x.n_rows;) {
     const int n_x = group_of(s.x.n_rows, first, finite);
