@@ -150,8 +150,8 @@ inline wanda::StackSelection stack_selection_of(const Tensor& weight, const Opti
 }
 
 // bits, values and offsets of a matrix, or of a stack as one matrix of all rows.
-inline wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const OptionalTensor& offsets, int64_t n_rows,
-                            int64_t n_cols) {
+inline wanda::PackedRows packed_of(const Tensor& bits, const Tensor& values, const OptionalTensor& offsets,
+                                   int64_t n_rows, int64_t n_cols) {
   require(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.numel() == n_rows * ((n_cols + 7) / 8),
           "bits must be contiguous uint8 for ", n_rows, " rows of ", n_cols, " columns");
   require(values.is_contiguous() && (offsets || n_rows == 0 || values.numel() % n_rows == 0),

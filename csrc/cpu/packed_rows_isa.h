@@ -22,6 +22,7 @@ using wanda::PackedLinear;
 using wanda::PackedRows;
 
 constexpr int64_t kRowBlock = 4;  // rows of the weight that share loads of x
+constexpr int64_t kLongBlock = 32 << 10;  // bytes of a block whose values the processor prefetches better by itself
 constexpr int kPrefetchBytes = 8;  // of bits: half of 64 weights are one or two cache lines
 constexpr int kMostX = 4;         // rows of x that are multiplied with a block at once
 
@@ -199,7 +200,8 @@ void multiply_block(const PackedLinear& s, const Row<typename T::Element>* rows,
   float sums[kRowBlock * kX];
   const int64_t n_bytes = bytes_of(s.weight.n_cols);
   // The next block's values lie behind those of this one.
-  const int64_t ahead = n > 1 ? (rows[n - 1].values - rows[0].values) / (n - 1) * n : 0;
+  const int64_t of_block = n > 1 ? (rows[n - 1].values - rows[0].values) / (n - 1) * n : 0;
+  const int64_t ahead = of_block * static_cast<int64_t>(sizeof(Element)) < kLongBlock ? of_block : 0;
   int64_t r = 0;
   for (; r + kTile <= n; r += kTile) multiply_tile<T, kTile, kX, kFinite>(rows + r, n_bytes, x, ahead, sums + r * kX);
   for (; r < n; ++r) multiply_tile<T, 1, kX, kFinite>(rows + r, n_bytes, x, ahead, sums + r * kX);
@@ -213,8 +215,8 @@ void multiply_block(const PackedLinear& s, const Row<typename T::Element>* rows,
 }
 
 template <typename T>
-void multiply_groups(const PackedLinear& s, bool finite, const Row<typename T::Element>* rows, int64_t n, const float* x,
-                    int64_t row) {
+void multiply_groups(const PackedLinear& s, bool finite, const Row<typename T::Element>* rows, int64_t n,
+                     const float* x, int64_t row) {
   const int64_t width = padded<T>(s.x.n_cols);
   for (int64_t first = 0; first < s.x.n_rows;) {
     const int n_x = group_of(s.x.n_rows, first, finite);

@@ -1,7 +1,7 @@
-// x weight^T + bias for packed rows on the GPU. A warp takes a row of the weight and all rows of x. A lane loads the bits
-// of 32 columns, and the warp then goes through these 1024 columns, 64 at a time: two neighbouring columns a lane. A
-// column's value is preceded in its row by as many values as there are bits before the column's own. Each lane adds its
-// products in the order of columns, and the lanes' sums are added in a fixed order.
+// x weight^T + bias for packed rows on the GPU. A warp takes a row of the weight and all rows of x. A lane loads the
+// bits of 32 columns, and the warp then goes through these 1024 columns, 64 at a time: two neighbouring columns a lane.
+// A column's value is preceded in its row by as many values as there are bits before the column's own. Each lane adds
+// its products in the order of columns, and the lanes' sums are added in a fixed order.
 #include "block.cuh"
 
 namespace wanda {
