@@ -45,9 +45,12 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return _WithoutGradient.apply(x, *self.packed, self.bias)
-        # The registered operation costs seven microseconds more, and is needed only where it is traced.
-        product = torch.ops.wanda_fast.packed_product if torch.compiler.is_compiling() else _packed_product
-        return product(x, *self.packed, self.bias)
+        if torch.compiler.is_compiling():
+            return torch.ops.wanda_fast.packed_product(x, *self.packed, self.bias)
+        # A small product takes as long as the registered operation and all checks of the operands.
+        packed, bias = self.packed, self.bias
+        fits = bias is None and x.shape[-1] == self.in_features and _are_alike(x, packed)
+        return _packed_product(x, *packed, bias, check_operands=not fits)
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / max(self.in_features * self.out_features, 1)
@@ -55,6 +58,12 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, kept={kept:.2f}, dtype={self.values.dtype}"
         )
+
+
+def _are_alike(x: Tensor, packed: PackedRows) -> bool:
+    """Whether a weight that was checked is multiplied with x. A module can be moved and converted in parts."""
+    bits, values, offsets = packed
+    return offsets is None and x.dtype == values.dtype and x.device == values.device == bits.device
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -70,11 +79,16 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _packed_product(
-    x: Tensor, bits: Tensor, values: Tensor, offsets: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    bits: Tensor,
+    values: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    check_operands: bool = True,
 ) -> Tensor:
     packed = PackedRows(bits, values, offsets)
     if x.shape[:-1].numel() <= PACKED_LINEAR_ROWS:
-        return packed_linear(x, packed, bias)
+        return packed_linear(x, packed, bias, check_operands=check_operands)
     return _product_by_bands(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], len(bits))
 
 
