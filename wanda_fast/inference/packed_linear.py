@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
 
 
 def _are_alike(x: Tensor, packed: PackedRows) -> bool:
-    """Whether a weight that was checked is multiplied with x. A module can be moved and converted in parts."""
+    """Whether a weight that was checked is multiplied with x: modules can be moved in parts."""
     bits, values, offsets = packed
     return offsets is None and x.dtype == values.dtype and x.device == values.device == bits.device
 
