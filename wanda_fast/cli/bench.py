@@ -9,6 +9,7 @@ from wanda_fast.cli import flags
 from wanda_fast.cli.tables import bench_table
 from wanda_fast.errors import OptionError
 from wanda_fast.inference import measure
+from wanda_fast.run.resources import usable_device
 
 console = Console()
 
@@ -27,6 +28,7 @@ def bench(
     **options,
 ) -> None:
     """Time a model's linears here, dense, packed and 2:4, before pruning: what would sparsity gain?"""
+    device = None if device is None else str(usable_device(device))
     words = [word.strip() for word in patterns.split(",")]
     measured = measure.bench(model, _numbers(rows), words, dtype, device, **options)
     console.print(bench_table(measured))

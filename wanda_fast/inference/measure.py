@@ -146,12 +146,12 @@ def _variants(
     weight = torch.randn(shape, dtype=dtype, device=device)
     copies = min(count, COPIES_BYTES // weight.nbytes + 1)
     found: dict[str, list[Product] | str] = {f"dense {name_of(dtype)}": _dense(weight, copies)}
-    if device == "cpu" and dtype != torch.float32:
+    if torch.device(device).type == "cpu" and dtype != torch.float32:
         found["dense float32"] = _dense(weight.float(), copies)
     for pattern in patterns:
         if pattern != TWO_OF_FOUR:
-            found[f"packed {float(pattern):.0%}"] = _packed(weight, float(pattern), copies)
-        elif device == "cpu":
+            found[f"packed {100 * float(pattern):g}%"] = _packed(weight, float(pattern), copies)
+        elif torch.device(device).type == "cpu":
             found[pattern] = NOT_ON_CPUS
         else:
             found[pattern] = _two_of_four(weight, copies)

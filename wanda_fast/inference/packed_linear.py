@@ -43,14 +43,17 @@ class PackedLinear(nn.Module):
         return unpack_rows(self.packed, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features or x.dtype != self.values.dtype:
+            wanted = f"{self.values.dtype} [..., {self.in_features}]"
+            raise ValueError(f"x must be {wanted}, got {x.dtype} {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             return _WithoutGradient.apply(x, *self.packed, self.bias)
         if torch.compiler.is_compiling():
             return torch.ops.wanda_fast.packed_product(x, *self.packed, self.bias)
         # A small product takes as long as the registered operation and all checks of the operands.
-        packed, bias = self.packed, self.bias
-        fits = bias is None and x.shape[-1] == self.in_features and _are_alike(x, packed)
-        return _packed_product(x, *packed, bias, check_operands=not fits)
+        bits, values, offsets = self.packed
+        plain = offsets is None and self.bias is None and x.device == values.device == bits.device
+        return _packed_product(x, bits, values, offsets, self.bias, check_operands=not plain)
 
     def extra_repr(self) -> str:
         kept = self.values.numel() / max(self.in_features * self.out_features, 1)
@@ -58,12 +61,6 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, kept={kept:.2f}, dtype={self.values.dtype}"
         )
-
-
-def _are_alike(x: Tensor, packed: PackedRows) -> bool:
-    """Whether a weight that was checked is multiplied with x: modules can be moved in parts."""
-    bits, values, offsets = packed
-    return offsets is None and x.dtype == values.dtype and x.device == values.device == bits.device
 
 
 class _WithoutGradient(torch.autograd.Function):

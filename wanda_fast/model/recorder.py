@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from wanda_fast.errors import HiddenStatesError
+from wanda_fast.errors import HiddenStatesError, WandaFastError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.block_inputs import BlockCall, BlockInputs
 from wanda_fast.model.experts import Experts, sorted_by_expert
@@ -49,6 +49,8 @@ def record_block_inputs(
         with _recorders(blocks) as recorders:
             try:
                 forward(samples[batch])
+            except WandaFastError:
+                raise
             except (TypeError, ValueError) as error:
                 what = "token ids" if samples.dim() == 2 else "images"
                 raise HiddenStatesError(f"the model's forward fails on {what} alone: {error}") from error

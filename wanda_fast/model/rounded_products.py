@@ -1,7 +1,8 @@
 """Products of linears in 8 bits, for calibration forwards. Nothing that is kept or saved is rounded.
 
 A weight has one scale for each output, an input one for each token: the largest absolute value becomes the
-format's largest number. Products are summed in fp32 and multiplied by both scales.
+format's largest number. Products are summed in fp32 and multiplied by both scales; on a GPU the product of
+fp8 is then rounded to bf16.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_fast.errors import DeviceError
+from wanda_fast.model.architecture import Block
 from wanda_fast.model.linears import Linear
 from wanda_fast.model.patching import forwards_replaced
 
@@ -34,6 +36,26 @@ def require_multiplies(forward_dtype: str | None, device: torch.device) -> None:
         )
 
 
+def rounding_warnings(blocks: list[Block], forward_dtype: str | None, calibrates: bool) -> list[str]:
+    """What `forward_dtype` does not do in this run."""
+    if forward_dtype is None:
+        return []
+    if not calibrates:
+        return [f"forward_dtype {forward_dtype} has no effect: the method runs no calibration forward"]
+    linears = [linear for block in blocks for linear in block.linears]
+    exact = [linear.name for linear in linears if not is_rounded(linear)]
+    if not exact:
+        return []
+    return [
+        f"forward_dtype {forward_dtype}: {len(exact)} of {len(linears)} weights, such as {exact[0]}, are no "
+        f"nn.Linear and multiply in the model's dtype"
+    ]
+
+
+def is_rounded(linear: Linear) -> bool:
+    return type(linear.module) is nn.Linear
+
+
 @contextmanager
 def rounded_products(linears: Iterable[Linear], forward_dtype: str | None) -> Iterator[None]:
     """Context in which the modules of `linears` multiply in 8 bits; None: as they do.
@@ -41,7 +63,7 @@ def rounded_products(linears: Iterable[Linear], forward_dtype: str | None) -> It
     Their hooks see inputs that are not rounded. Convolutions, GPT-2's `Conv1D`, and experts in
     three-dimensional parameters multiply as they do.
     """
-    modules = {linear.module for linear in linears if type(linear.module) is nn.Linear and forward_dtype}
+    modules = {linear.module for linear in linears if is_rounded(linear) and forward_dtype}
     with forwards_replaced({module: partial(_linear, module, forward_dtype) for module in modules}):
         yield
 
@@ -61,8 +83,8 @@ def rounded(matrix: Tensor, forward_dtype: str) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, and fp32 `[rows, 1]` that its rows are to be multiplied by."""
     dtype, largest, _ = FORMATS[forward_dtype]
     scale = matrix.abs().amax(dim=-1, keepdim=True).float() / largest
-    # The scale of a row of zeros; that of denormal numbers would round to 0.
-    scale = torch.where(scale > 0, scale, 1.0)
+    # Of a row of zeros, or of denormal numbers. NaN stays, and makes the product NaN.
+    scale = torch.where(scale == 0, 1.0, scale)
     values = matrix.float() / scale
     return (values.round() if dtype == torch.int8 else values).clamp_(-largest, largest).to(dtype), scale
 

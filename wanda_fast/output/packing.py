@@ -1,15 +1,16 @@
-"""`pack` and `unpack`: a checkpoint's folder in half the bytes, and the same folder again."""
+"""`pack` and `unpack`: a checkpoint's folder without most of its zeros, and the same folder again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wanda_fast.checkpoint.journal import partial_of
 from wanda_fast.checkpoint.load import locate, tensor_files
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
 from wanda_fast.checkpoint.packed_files import PackedFiles
 from wanda_fast.checkpoint.packed_format import METHOD
 from wanda_fast.checkpoint.packing import pack_folder, prunable_names, unpack_folder
-from wanda_fast.checkpoint.save import require_empty, save_folder
+from wanda_fast.checkpoint.save import require_empty, restore_replaced, save_folder
 from wanda_fast.errors import CheckpointError, NotStreamableError, PackError
 from wanda_fast.options.all_options import at_home
 from wanda_fast.output.lock import locked, require_one_process
@@ -67,10 +68,14 @@ def _written(folder: str | Path, out: str | Path, overwrite: bool) -> Iterator[t
     """Context in which this process alone writes `out`. Gives both with their home folders."""
     path, out = str(at_home(folder)), Path(at_home(out))
     require_one_process()
-    source, target = Path(path).resolve(), out.resolve()
-    if Path(path).is_dir() and (source.is_relative_to(target) or target.is_relative_to(source)):
-        raise PackError(f"output {out} and model {path} are one folder, or one is in the other: name another")
+    source = Path(path).resolve()
+    for target in (out.resolve(), partial_of(out).resolve()):
+        if Path(path).is_dir() and (source.is_relative_to(target) or target.is_relative_to(source)):
+            raise PackError(
+                f"output {out} and model {path} are one folder, or one is in the other: name another"
+            )
     with locked(out):
+        restore_replaced(out)
         require_empty(out, overwrite)
         yield path, out
 

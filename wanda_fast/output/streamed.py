@@ -282,7 +282,8 @@ class StreamedOutput:
         return (partial / RUN).is_file() and (partial / MODEL).is_dir() and not renamed
 
     def discard(self) -> None:
-        """Remove DIR.partial."""
+        """Remove DIR.partial, first the file without which it is no unfinished run."""
+        (self.partial / RUN).unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _valid_note(self, index: int) -> dict | None:

@@ -52,6 +52,7 @@ def comparison(row: Row, job: Job, perplexity: dict) -> dict:
 
 def _changed(recipe: dict) -> list[str]:
     """The options of how to prune that are not at their defaults, which published methods have."""
-    own = [each for each in fields(Options) if each.metadata["panel"] == WHAT and each.name not in SETTING]
+    own = [each for each in fields(Options) if each.name not in SETTING and each.metadata["panel"] == WHAT]
+    own += [each for each in fields(Options) if each.name == "forward_dtype"]
     values = {each.name: (recipe[each.name], each.default) for each in own}
     return [f"{name} {value}" for name, (value, default) in values.items() if value not in (default, [])]

@@ -20,7 +20,7 @@ from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block, find_blocks
 from wanda_fast.model.block_lists import classifies_images
 from wanda_fast.model.block_source import LiveModel
-from wanda_fast.model.rounded_products import require_multiplies
+from wanda_fast.model.rounded_products import require_multiplies, rounding_warnings
 from wanda_fast.options.all_options import Options
 from wanda_fast.output.resume import nothing_to_do, outside_digest, run_identity
 from wanda_fast.output.streamed import StreamedOutput
@@ -155,7 +155,7 @@ def survey_blocks(options: Options, loaded: MetaModel | Checkpoint, blocks: list
     warnings = survey(
         loaded.model, blocks, job.method, job.pattern, options.ignored, options.use_variant, job.report
     )
-    job.warn(warnings)
+    job.warn(warnings + rounding_warnings(blocks, options.forward_dtype, job.method.calibrates))
 
 
 def find_room_for_hessians(

@@ -1,8 +1,8 @@
 """A product with packed rows in plain torch. `operations/packed.py` documents the arguments.
 
 A pruned weight's product is left out, so that an infinite x times a pruned weight is no NaN. Each row of x
-has a sum of its own, whose order does not depend on the other rows. The compiled kernels add column j's
-product to sum j % 8 (16 with AVX-512), in the order of columns, with one rounding (a fused multiply-add; the
+has a sum of its own, whose order does not depend on the other rows. The AVX2 and portable kernels add
+column j's product to sum j % 8, in the order of columns, with one rounding (a fused multiply-add; the
 portable kernel rounds the product too). At the end they add sums 4 apart, then 2 apart, then 1 apart.
 """
 

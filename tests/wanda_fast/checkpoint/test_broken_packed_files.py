@@ -207,6 +207,24 @@ def test_what_is_not_packed_or_unpacked(even, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
 
 
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_source_in_the_working_folder_of_the_output_is_kept(inside, even, tmp_path):
+    source = tmp_path / "out.partial" / inside
+    shutil.copytree(even.parent / "dense", source)
+    with pytest.raises(errors.PackError, match="out.partial and model .* are one folder, or one is in the"):
+        wanda_fast.pack(source, tmp_path / "out", overwrite=True)
+    assert (source / "model.safetensors").is_file()
+
+
+def test_an_output_that_a_kill_had_set_aside_is_kept(even, tmp_path):
+    aside = tmp_path / "out.partial" / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "file").touch()
+    with pytest.raises(errors.OutputError, match=r"is not empty \(1 entries\)"):
+        wanda_fast.pack(even.parent / "dense", tmp_path / "out")
+    assert (tmp_path / "out" / "file").is_file()
+
+
 def test_a_model_without_zeros_and_files_of_other_formats(tmp_path):
     model = pruned("smollm", torch.bfloat16, "rows")
     for block in model.model.layers:

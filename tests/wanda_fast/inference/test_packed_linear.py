@@ -1,5 +1,7 @@
 """`PackedLinear` against the dense linear: any number of rows, bias, odd widths, uneven rows, dtypes."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import wanda_kernels
 from wanda_fast.errors import PackedModelError
 from wanda_fast.inference import packed_linear
 from wanda_fast.inference.packed_linear import PackedLinear
+from wanda_kernels import pack_rows
 
 # One band has 2 MiB: bands of 5 rows of 203 columns make several here, and a last one of 4 rows.
 BAND = 5 * 203 * 4
@@ -60,6 +63,18 @@ def test_input_of_any_number_of_dimensions(shape):
     got = packed_of(linear)(x)
     assert got.shape == (*shape[:-1], 24)
     torch.testing.assert_close(got, linear(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_input_that_does_not_fit(rows):
+    weight = torch.randn(4, 16)
+    packed = PackedLinear(pack_rows(weight), 16)
+    for x, got in (
+        (torch.randn(rows, 13), f"got torch.float32 [{rows}, 13]"),
+        (torch.randn(rows, 16).bfloat16(), f"got torch.bfloat16 [{rows}, 16]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"x must be torch.float32 [..., 16], {got}")):
+            packed(x)
 
 
 def test_strided_input():

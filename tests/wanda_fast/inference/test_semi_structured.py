@@ -66,9 +66,10 @@ def test_a_model_where_none_wins_is_left_as_it_was(sparse):
     assert found["0"].reason == f"sparse is {1e-3 / sparse:.2f} times as fast"
 
 
-def test_a_wrong_product_is_not_chosen():
+@pytest.mark.parametrize("factor", [2, float("nan")])
+def test_a_wrong_product_is_not_chosen(factor):
     built = model()
-    found = semi_structured._accelerate(built, 8, lambda weight: 2 * convert(weight), clock(2e-3, 1e-3))
+    found = semi_structured._accelerate(built, 8, lambda weight: factor * convert(weight), clock(2e-3, 1e-3))
     assert found["0"].chosen == "dense" and "differs from the dense one" in found["0"].reason
 
 

@@ -102,6 +102,23 @@ def test_streamed_is_in_memory(options, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_nan_stays():
+    values, scale = rounded(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]), "int8")
+    product = _in_fp32(values, scale, *rounded(torch.ones(3, 2), "int8"))
+    assert product[0].isnan().all() and product[1].isfinite().all()
+
+
+def test_what_is_not_rounded_is_said():
+    for family, method, words in (
+        ("gpt2", "wanda", "8 of 8 weights, such as transformer.h.0.attn.c_attn, are no nn.Linear"),
+        ("llama2", "magnitude", "forward_dtype int8 has no effect: the method runs no calibration"),
+    ):
+        model = FAMILIES[family]()
+        options = dict(dataset=token_ids(model, 2, 16), prune_method=method)
+        (said,) = wanda_fast.prune(model, forward_dtype="int8", **options).warnings
+        assert words in said
+
+
 def test_a_gpu_without_such_products(monkeypatch):
     monkeypatch.setattr(rounded_products.torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpu = torch.device("cuda:1")

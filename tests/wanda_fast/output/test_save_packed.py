@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_it_needs_a_folder(source):
         wanda_fast.prune(str(source), save_packed=True, **QUICK)
 
 
-MOMENTS = ("in the first packed file", "before the rename", "after the rename")
+MOMENTS = ("in the first packed file", "before the rename", "after the rename", "while it cleans up")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -90,7 +91,7 @@ def test_a_run_that_was_killed_while_packing_goes_on(moment, source, tmp_path, m
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert out.exists() == (moment == "after the rename")
+    assert out.exists() == (moment in MOMENTS[2:])
     monkeypatch.setattr("wanda_fast.pruning.orders.prune_block", refuse_to_prune)
     report = wanda_fast.prune(str(source), save_model=out, save_packed=True, resume=True, **QUICK)
     assert report.complete and report.packed["packed"] == 14
@@ -110,8 +111,15 @@ def kill_at(moment):
         move(*arguments)
         kill()
 
+    def clean_and_kill(folder, **_):
+        if folder.name == "out.partial":
+            (folder / streamed.PACKED_DONE).unlink(missing_ok=True)
+            kill()
+
     move = streamed.move_into_place
-    if moment == MOMENTS[0]:
+    if moment == MOMENTS[3]:
+        streamed.shutil = SimpleNamespace(rmtree=clean_and_kill)
+    elif moment == MOMENTS[0]:
         packing.pack_file = kill
     else:
         streamed.move_into_place = kill if moment == MOMENTS[1] else move_and_kill
