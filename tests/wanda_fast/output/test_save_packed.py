@@ -112,8 +112,8 @@ def kill_at(moment):
         kill()
 
     def clean_and_kill(folder, **_):
-        if folder.name == "out.partial":
-            (folder / streamed.PACKED_DONE).unlink(missing_ok=True)
+        if (folder / streamed.PACKED_DONE).is_file():
+            (folder / streamed.PACKED_DONE).unlink()
             kill()
 
     move = streamed.move_into_place
