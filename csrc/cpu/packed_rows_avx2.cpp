@@ -69,7 +69,7 @@ inline __m256 expand_lanes(const void* values, uint64_t place) {
 template <typename T>
 struct OneVector {
   using Element = T;
-  static constexpr int kStep = 8, kParts = 1;
+  static constexpr int kStep = 8, kParts = 1, kMostX = 4;
   static constexpr int64_t slot(int64_t column) { return column; }
   static __m256 keep(uint32_t mask, int, __m256 x) { return kept_lanes(mask, x); }
 };

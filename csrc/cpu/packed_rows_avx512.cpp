@@ -12,7 +12,7 @@ namespace WANDA_ISA {
 template <typename T>
 struct OneVector {
   using Element = T;
-  static constexpr int kStep = 16, kParts = 1;
+  static constexpr int kStep = 16, kParts = 1, kMostX = 4;
   static constexpr int64_t slot(int64_t column) { return column; }
   static __m512 keep(uint32_t mask, int, __m512 x) { return _mm512_maskz_mov_ps((__mmask16)mask, x); }
 };
@@ -35,7 +35,7 @@ struct OfHalf : OneVector<Half> {
 // 32 columns: the even ones become one vector of fp32, the odd ones the other.
 struct OfBFloat {
   using Element = BFloat;
-  static constexpr int kStep = 32, kParts = 2;
+  static constexpr int kStep = 32, kParts = 2, kMostX = 4;
   static constexpr int64_t slot(int64_t column) { return column % 2 * 16 + column / 2; }
   static int expand(const BFloat* values, uint32_t mask, __m512* parts) {
     const __m512i words = _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(values));

@@ -24,7 +24,6 @@ using wanda::PackedRows;
 constexpr int64_t kRowBlock = 4;  // rows of the weight that share loads of x
 constexpr int64_t kLongBlock = 32 << 10;  // bytes of a block whose values the processor prefetches better by itself
 constexpr int kPrefetchBytes = 8;  // of bits: half of 64 weights are one or two cache lines
-constexpr int kMostX = 4;         // rows of x that are multiplied with a block at once
 
 inline int64_t bytes_of(int64_t n_cols) { return (n_cols + 7) / 8; }
 
@@ -54,10 +53,11 @@ inline Half rounded_to(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// How many rows of x, from `first` on, are multiplied at once: numbers that differ by at most one.
-inline int group_of(int64_t n_x, int64_t first, bool finite) {
+// How many rows of x, from `first` on, are multiplied at once: at most T::kMostX, in numbers that differ by at most one.
+template <typename T>
+int group_of(int64_t n_x, int64_t first, bool finite) {
   if (!finite) return 1;
-  const int64_t left = n_x - first, n_groups = (left + kMostX - 1) / kMostX;
+  const int64_t left = n_x - first, n_groups = (left + T::kMostX - 1) / T::kMostX;
   return static_cast<int>((left + n_groups - 1) / n_groups);
 }
 
@@ -74,7 +74,7 @@ bool prepare_x(const PackedLinear& s, bool finite, float* x) {
   std::fill_n(x, s.x.n_rows * width, 0.0f);
   int32_t largest = 0;
   for (int64_t first = 0; first < s.x.n_rows;) {
-    const int n = group_of(s.x.n_rows, first, finite);
+    const int n = group_of<T>(s.x.n_rows, first, finite);
     for (int i = 0; i < n; ++i) {
       const auto* const row = static_cast<const typename T::Element*>(s.x.data) + (first + i) * s.x.stride;
       for (int64_t col = 0; col < n_cols; col += T::kStep) {
@@ -219,12 +219,13 @@ void multiply_groups(const PackedLinear& s, bool finite, const Row<typename T::E
                      const float* x, int64_t row) {
   const int64_t width = padded<T>(s.x.n_cols);
   for (int64_t first = 0; first < s.x.n_rows;) {
-    const int n_x = group_of(s.x.n_rows, first, finite);
-    const auto multiply = !finite    ? multiply_block<T, 1, false>
-                          : n_x == 1 ? multiply_block<T, 1, true>
-                          : n_x == 2 ? multiply_block<T, 2, true>
-                          : n_x == 3 ? multiply_block<T, 3, true>
-                                     : multiply_block<T, 4, true>;
+    const int n_x = group_of<T>(s.x.n_rows, first, finite);
+    auto multiply = finite ? multiply_block<T, 1, true> : multiply_block<T, 1, false>;
+    if constexpr (T::kMostX > 1) {
+      if (n_x == 2) multiply = multiply_block<T, 2, true>;
+      if (n_x == 3) multiply = multiply_block<T, 3, true>;
+      if (n_x == 4) multiply = multiply_block<T, 4, true>;
+    }
     multiply(s, rows, n, x + first * width, first, row);
     first += n_x;
   }

@@ -7,7 +7,8 @@ namespace WANDA_ISA {
 template <typename T>
 struct EachLane {
   using Element = T;
-  static constexpr int kStep = 8, kParts = 1;
+  // One row of x at a time: the compiler takes minutes for more, under sanitizers.
+  static constexpr int kStep = 8, kParts = 1, kMostX = 1;
   static constexpr int64_t slot(int64_t column) { return column; }
   static int expand(const T* values, uint32_t mask, Simd::Float* parts) {
     float lanes[8];
