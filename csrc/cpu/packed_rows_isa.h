@@ -53,7 +53,7 @@ inline Half rounded_to(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// How many rows of x, from `first` on, are multiplied at once: at most T::kMostX, in numbers that differ by at most one.
+// How many rows of x, from `first` on, are multiplied at once: at most T::kMostX; groups differ by at most one row.
 template <typename T>
 int group_of(int64_t n_x, int64_t first, bool finite) {
   if (!finite) return 1;
