@@ -139,7 +139,7 @@ def test_an_unfinished_dense_run_can_be_finished_packed(source, tmp_path, monkey
     monkeypatch.setattr("wanda_fast.pruning.orders.prune_block", refuse_to_prune)
     wanda_fast.prune(str(source), save_model=out, save_packed=True, resume=True, **QUICK)
     assert (out / "packed.safetensors.index.json").is_file()
-    # A finished packed run is not the dense run that is asked for.
+    # Without save_packed another output is asked for.
     with pytest.raises(errors.OutputError, match="holds no finished run of this recipe"):
         wanda_fast.prune(str(source), save_model=out, resume=True, **QUICK)
 
