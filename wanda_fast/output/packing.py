@@ -72,7 +72,7 @@ def _written(folder: str | Path, out: str | Path, overwrite: bool) -> Iterator[t
     for target in (out.resolve(), partial_of(out).resolve()):
         if Path(path).is_dir() and (source.is_relative_to(target) or target.is_relative_to(source)):
             raise PackError(
-                f"output {target} and model {path} are one folder, or one is in the other: name another"
+                f"output {out} and model {path} are one folder, or one is in the other: name another"
             )
     with locked(out):
         restore_replaced(out)
