@@ -117,11 +117,14 @@ def packed_name(file: str) -> str:
     return f"packed{rest}" if rest != file else f"packed-{file}"
 
 
-def with_packed(config: bytes, weights: dict[str, PackedWeight]) -> bytes:
+def with_packed(config: bytes, weights: dict[str, PackedWeight], sharded: bool) -> bytes:
     """A config.json with the entry of the packed weights at its end; all other bytes stay."""
     entries = {name: json.dumps(weight.described()) for name, weight in weights.items()}
     lines = ",\n".join(f"      {json.dumps(name)}: {entry}" for name, entry in entries.items())
-    begin = f'{{\n    "quant_method": "{METHOD}",\n    "version": {VERSION},\n    "weights": {{\n'
+    begin = (
+        f'{{\n    "quant_method": "{METHOD}",\n    "version": {VERSION},\n'
+        f'    "sharded": {json.dumps(sharded)},\n    "weights": {{\n'
+    )
     body = config[: config.rindex(b"}")].rstrip()
     return body + ENTRY + f"{begin}{lines}\n    }}\n  }}".encode() + config[len(body) :]
 
@@ -140,6 +143,8 @@ def without_packed(config: bytes) -> bytes:
         entry = config[begin + len(ENTRY) :].decode()
         rest = entry[json.JSONDecoder().raw_decode(entry)[1] :]
         restored = config[:begin] + rest.encode()
-        if json.loads(restored) == content:
+        before = json.loads(restored)
+        before.pop(KEY, None)  # null, in some models' files
+        if before == content:
             return restored
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -12,6 +12,7 @@ from wanda_fast.checkpoint.header import bytes_needed
 from wanda_fast.checkpoint.meta_model import MetaModel
 from wanda_fast.checkpoint.packed_files import PackedFiles
 from wanda_fast.checkpoint.packed_format import (
+    PACKABLE,
     SOURCE_INDEX,
     WEIGHTS,
     PackedWeight,
@@ -54,16 +55,16 @@ def pack_folder(
         weights |= pack_file(file, prunable, folder, tell)
     if not weights:
         raise PackError(
-            f"model {files.folder} has no weight that gets smaller when it is packed: "
-            f"{len(prunable)} were tried, and one at 16 bits needs 6.25% of zeros"
+            f"none of its {len(prunable)} prunable weights gets smaller when it is packed. Those of "
+            f"{', '.join(PACKABLE)} can, at 16 bits if 6.25% of them are zeros"
         )
-    if _is_sharded(files):
+    if sharded := _is_sharded(files):
         _write_index(files.folder / INDEX, folder)
     copy_surroundings(files.folder, folder, None)
     for other in sorted(set(files.folder.glob("*.safetensors")) - set(files.files)):
         logger.warning("%s is not copied to the output: it is no part of the model", other)
     _copy_report(files.folder, folder)
-    (folder / CONFIG).write_bytes(with_packed((folder / CONFIG).read_bytes(), weights))
+    (folder / CONFIG).write_bytes(with_packed((folder / CONFIG).read_bytes(), weights, sharded))
     return _sizes(files, prunable, weights, folder)
 
 

@@ -182,10 +182,10 @@ def doctor_tables(facts: list[tuple[str, str, str]]) -> list[Table]:
 def bench_table(bench: Bench) -> Table:
     """Milliseconds of each product and of all linears, these with their gain over the fastest dense ones."""
     where = "a GPU" if bench.device != "cpu" else f"the CPU, threads: {bench.threads}"
-    variants = bench.times[0].seconds
-    reasons = [f"{name}: {value}" for name, value in variants.items() if isinstance(value, str)]
+    each_variant = [pair for one in bench.times for pair in one.seconds.items()]
+    reasons = dict.fromkeys(f"{name}: {value}" for name, value in each_variant if isinstance(value, str))
     table = Table(title=f"{bench.model}: milliseconds on {where}", caption="; ".join(reasons))
-    for column in ("rows", "linears", *variants):
+    for column in ("rows", "linears", *bench.times[0].seconds):
         table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for rows in dict.fromkeys(each.rows for each in bench.times):
         for each in (one for one in bench.times if one.rows == rows):

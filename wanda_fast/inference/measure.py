@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint.dequantize import forget_quantization
 from wanda_fast.checkpoint.load import DTYPES, UNLOADABLE, first_line, locate, require_dtype
 from wanda_fast.checkpoint.meta_model import without_weights
+from wanda_fast.checkpoint.packed_format import PACKABLE
 from wanda_fast.errors import CheckpointError, NoPrunableBlockError, OptionError
 from wanda_fast.inference import stopwatch
 from wanda_fast.inference.packed_linear import PackedLinear
@@ -98,6 +99,9 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shapes, stored = linear_shapes(model, cache_dir)
     stored, times = DTYPES.get(dtype, stored), []
+    if stored not in PACKABLE.values():
+        dtypes = ", ".join(PACKABLE)
+        raise OptionError(f"weights of {name_of(stored)} are not measured: name another dtype, of {dtypes}")
     for shape, count in shapes.items():
         variants = _variants(shape, count, stored, device, patterns)
         for number in rows:
@@ -173,12 +177,14 @@ def _packed(weight: Tensor, sparsity: float, copies: int) -> list[Product]:
 
 
 def _two_of_four(weight: Tensor, copies: int) -> list[Product] | str:
+    if weight.shape[1] % 4:
+        return f"{weight.shape[1]} inputs are no multiple of 4"
     pruned = weight.clone()
     pruned.view(-1, 4)[:, ::2] = 0
     try:
         return [partial(_product, torch.sparse.to_sparse_semi_structured(pruned)) for _ in range(copies)]
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return str(error).strip().partition("\n")[0]
+        return first_line(error)
 
 
 def _product(weight: Tensor, x: Tensor) -> Tensor:

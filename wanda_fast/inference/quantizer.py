@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wanda_fast.checkpoint.conversions import dtype_plan, renaming
@@ -18,6 +17,7 @@ from wanda_fast.checkpoint.packed_files import PackedFiles, fault
 from wanda_fast.checkpoint.packed_format import (
     KEY,
     METHOD,
+    PACKABLE,
     VERSION,
     WEIGHTS,
     PackedWeight,
@@ -38,10 +38,13 @@ class PackedConfig(QuantizationConfigMixin):
 
     Attributes:
         weights: name in the checkpoint's files -> `shape`, `dtype`, and the shape of its `values`.
+        sharded: whether the weights are in several files, named by an index.
     """
 
-    def __init__(self, weights: dict[str, dict] | None = None, version: int = VERSION, **_):
-        self.quant_method, self.version, self.weights = METHOD, version, weights
+    def __init__(
+        self, weights: dict[str, dict] | None = None, version: int = VERSION, sharded: bool = False, **_
+    ):
+        self.quant_method, self.version, self.weights, self.sharded = METHOD, version, weights, sharded
 
 
 class PackedQuantizer(HfQuantizer):
@@ -71,9 +74,7 @@ class PackedQuantizer(HfQuantizer):
         """Called with the model's configuration before its files are looked for: names the packed file."""
         folder = config._name_or_path
         self.weights = packed_weights(folder, {KEY: self.quantization_config.to_dict()})
-        options = dict(revision=getattr(config, "_commit_hash", None))
-        index = cached_file(folder, INDEX, _raise_exceptions_for_missing_entries=False, **options)
-        config.transformers_weights = INDEX if index else FILE
+        config.transformers_weights = INDEX if self.quantization_config.sharded else FILE
         return config
 
     # transformers 5.17 has no hook of that name, and this one.
@@ -85,6 +86,9 @@ class PackedQuantizer(HfQuantizer):
         kept_in = dtype_plan(model, model.dtype)
         for name, linear in self.linears.items():
             self.dtypes[linear] = kept_in(f"{linear}.weight") or model.dtype
+            if self.dtypes[linear] not in PACKABLE.values():
+                wanted = f"{', '.join(PACKABLE)}, not {self.dtypes[linear]}"
+                raise PackedModelError(f"packed weights multiply in {wanted}: load with another dtype")
             _swap(model, linear, name, self.weights[name], self.dtypes[linear])
         self._require_found(model)
         for name in self.unpacked:

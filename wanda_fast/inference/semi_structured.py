@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanda_fast.checkpoint.load import first_line
 from wanda_fast.errors import DeviceError
 from wanda_fast.inference import stopwatch
 
@@ -96,7 +97,7 @@ def _timing(linear: nn.Linear, rows: int, convert, medians) -> LinearTiming:
         x = torch.randn(rows, shape[1], dtype=weight.dtype, device=weight.device)
         dense_y, sparse_y = F.linear(x, weight, linear.bias), F.linear(x, sparse, linear.bias)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return LinearTiming(shape, None, None, "dense", str(error).strip().partition("\n")[0])
+        return LinearTiming(shape, None, None, "dense", first_line(error))
     calls = {
         "dense": lambda: F.linear(x, weight, linear.bias),
         "sparse": lambda: F.linear(x, sparse, linear.bias),

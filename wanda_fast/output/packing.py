@@ -42,7 +42,10 @@ def pack(
     with _written(folder, out, overwrite) as (path, out):
         opened = _open_dense(path, cache_dir)
         names = prunable_names(opened)
-        save_folder(out, lambda model: sizes.append(pack_folder(opened.files, names, model, progress)))
+        try:
+            save_folder(out, lambda model: sizes.append(pack_folder(opened.files, names, model, progress)))
+        except PackError as error:
+            raise PackError(f"model {path} cannot be packed: {error}") from error
     return sizes[0]
 
 
@@ -69,10 +72,11 @@ def _written(folder: str | Path, out: str | Path, overwrite: bool) -> Iterator[t
     path, out = str(at_home(folder)), Path(at_home(out))
     require_one_process()
     source = Path(path).resolve()
-    for target in (out.resolve(), partial_of(out).resolve()):
-        if Path(path).is_dir() and (source.is_relative_to(target) or target.is_relative_to(source)):
+    for target in (out, partial_of(out)):
+        resolved = target.resolve()
+        if Path(path).is_dir() and (source.is_relative_to(resolved) or resolved.is_relative_to(source)):
             raise PackError(
-                f"output {out} and model {path} are one folder, or one is in the other: name another"
+                f"output {target} and model {path} are one folder, or one is in the other: name another"
             )
     with locked(out):
         restore_replaced(out)

@@ -16,15 +16,17 @@ from wanda_kernels.triton_ops.packed_rows import TILE, expand, first_values
 @triton.jit
 def _packed_linear_kernel(
     out_ptr,
-    x_ptr,
+    x_ptr, x_rows,
     bits_ptr, n_bytes,
     values_ptr, n_values, row_values,
     offsets_ptr, bias_ptr,
     n_rows, n_cols,
     HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    x_row = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # one axis: the second one of a grid has at most 65,535 programs
+    program = tl.program_id(0).to(tl.int64)
+    x_row = program % x_rows
+    rows = (program // x_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < n_rows
     first = first_values(offsets_ptr, rows, mask_m, row_values, HAS_OFFSETS)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -48,9 +50,9 @@ def packed_linear(
     out = torch.empty(*x.shape[:-1], n_rows, dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
     # the programs of one tile run one after the other
-    grid = (x.shape[:-1].numel(), triton.cdiv(n_rows, TILE["BLOCK_M"]))
-    _packed_linear_kernel[grid](
-        out, x.contiguous(), bits, bits.shape[-1], values, values.numel(), values.shape[-1],
+    x_rows = x.shape[:-1].numel()
+    _packed_linear_kernel[(x_rows * triton.cdiv(n_rows, TILE["BLOCK_M"]),)](
+        out, x.contiguous(), x_rows, bits, bits.shape[-1], values, values.numel(), values.shape[-1],
         offsets if offsets is not None else bits, bias if bias is not None else x, n_rows, n_cols,
         HAS_OFFSETS=offsets is not None, HAS_BIAS=bias is not None, **TILE,
     )  # fmt: skip

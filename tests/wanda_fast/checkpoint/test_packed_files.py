@@ -192,6 +192,15 @@ def test_a_packed_model_loads_whole_with_the_same_bits(named, tmp_path):
         assert torch.equal(tensor, state[name]) and tensor.dtype == state[name].dtype, name
 
 
+def test_a_config_with_a_null_in_the_entrys_place_comes_back(tmp_path):
+    source = saved(pruned("smollm", torch.bfloat16, "rows"), tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": None}, indent=4))
+    wanda_fast.pack(source, tmp_path / "packed")
+    wanda_fast.unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(source)
+
+
 def test_a_config_that_was_written_again_unpacks_with_its_keys(even, tmp_path):
     """As a program does that adds a setting: the other keys are not lost."""
     folder = shutil.copytree(even, tmp_path / "packed")

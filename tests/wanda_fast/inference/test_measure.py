@@ -1,6 +1,7 @@
 """`wanda-fast bench`: which linears it finds, what it multiplies by, how it sums, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_packed_variants_have_the_asked_number_of_values_in_every_row():
         assert len({tuple(row.nonzero().flatten().tolist()) for row in weight}) == 24
 
 
+def test_two_of_four_needs_a_multiple_of_four_inputs():
+    assert measure._two_of_four(torch.randn(8, 6), 1) == "6 inputs are no multiple of 4"
+
+
 def test_totals_count_each_linear():
     times = [
         ShapeTimes((2, 4), 3, 1, {"dense": 1.0, "2:4": "not on CPUs"}),
@@ -65,6 +70,16 @@ def test_gain_is_over_the_fastest_dense_variant():
     cells = [list(column.cells) for column in table.columns]
     assert cells[1] == ["2 of 2x4", "all", "gain"]
     assert [column[1:] for column in cells[2:]] == [["1,000", "0.40x"], ["400", "1.00x"], ["200", "2.00x"]]
+
+
+def test_reasons_of_all_shapes_are_below_the_table():
+    times = [
+        ShapeTimes((4, 4), 1, 1, {"dense": 0.5, "2:4": 0.25}),
+        ShapeTimes((4, 6), 1, 1, {"dense": 0.5, "2:4": "6 inputs"}),
+        ShapeTimes((4, 6), 1, 8, {"dense": 0.5, "2:4": "6 inputs"}),
+    ]
+    table = bench_table(Bench("m", "cuda", torch.float32, 1, times))
+    assert table.caption == "2:4: 6 inputs"
 
 
 def test_every_variant_of_a_round_is_timed(monkeypatch):
@@ -101,6 +116,14 @@ def test_command_prints_a_line_for_each_shape_and_the_sum(config_alone, monkeypa
 def test_bad_options_are_refused(options, error, sentence, config_alone):
     with pytest.raises(error, match=sentence):
         measure.bench(config_alone("llama3"), **options)
+
+
+def test_a_model_in_float64_is_refused(config_alone):
+    folder = Path(config_alone("llama3"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    with pytest.raises(errors.OptionError, match="weights of float64 are not measured: name another dtype"):
+        measure.bench(str(folder))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 
 import wanda_fast  # noqa: F401, registers the quantizer
 from tests import tiny_models
-from tests.wanda_fast.inference import packed_folders
+from tests.wanda_fast.inference import packed_by_hand
 from wanda_fast.errors import CheckpointError, PackedModelError, QuantizedModelError
 from wanda_fast.inference.packed_linear import PackedLinear
 from wanda_fast.inference.registration import METHOD, register_with_transformers
@@ -26,9 +26,9 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 def packed_folder(name, tmp_path, dtype=torch.float32, uneven=(), **save):
     """A family's pruned model, dense, and a folder with the same model packed."""
-    model = packed_folders.prune_(tiny_models.build(name), uneven=uneven).to(dtype)
+    model = packed_by_hand.prune_(tiny_models.build(name), uneven=uneven).to(dtype)
     model.save_pretrained(tmp_path / "dense", **save)
-    packed_folders.pack(tmp_path / "dense", tmp_path / "packed")
+    packed_by_hand.pack(tmp_path / "dense", tmp_path / "packed")
     return model, tmp_path / "packed"
 
 
@@ -64,6 +64,7 @@ def test_uneven_rows_in_several_files(tmp_path):
     loaded = AUTO.from_pretrained(folder)
     assert loaded.get_submodule(Q_PROJ.removesuffix(".weight")).offsets is not None
     require_same(loaded, dense)
+    require_same(AUTO.from_pretrained(tmp_path, subfolder="packed"), dense)
 
 
 @pytest.mark.parametrize(("stored", "asked"), [(torch.bfloat16, None), (torch.bfloat16, torch.float32)])
@@ -76,6 +77,12 @@ def test_values_have_the_models_dtype(stored, asked, tmp_path):
     else:
         states = loaded.dequantize().state_dict()
         assert all(torch.equal(states[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+def test_a_dtype_without_packed_products_is_refused(tmp_path):
+    _, folder = packed_folder("llama2", tmp_path)
+    with pytest.raises(PackedModelError, match="multiply in float32, float16, bfloat16, not torch.float64"):
+        AUTO.from_pretrained(folder, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -95,7 +102,7 @@ def test_transposed_weights_are_unpacked(tmp_path):
     for block in dense.transformer.h:
         block.mlp.c_fc.weight.data[::2] = 0
     dense.save_pretrained(tmp_path / "dense")
-    packed_folders.pack(tmp_path / "dense", tmp_path / "packed")
+    packed_by_hand.pack(tmp_path / "dense", tmp_path / "packed")
     loaded = AUTO.from_pretrained(tmp_path / "packed")
     assert not packed_linears(loaded)
     require_same(loaded, dense)
@@ -112,10 +119,10 @@ def test_the_model_without_its_head(tmp_path):
 
 
 def test_a_pruned_head_stays_packed(tmp_path):
-    dense = packed_folders.prune_(tiny_models.build("llama2"))
+    dense = packed_by_hand.prune_(tiny_models.build("llama2"))
     dense.lm_head.weight.data[:, ::2] = 0
     dense.save_pretrained(tmp_path / "dense")
-    packed_folders.pack(tmp_path / "dense", tmp_path / "packed")
+    packed_by_hand.pack(tmp_path / "dense", tmp_path / "packed")
     loaded = AUTO.from_pretrained(tmp_path / "packed")
     assert isinstance(loaded.lm_head, PackedLinear)
     require_same(loaded, dense)
@@ -232,7 +239,7 @@ def test_a_damaged_expert_is_one_sentence(tmp_path):
 def test_a_configuration_that_says_something_else_is_one_sentence(change, sentence, tmp_path):
     _, folder = packed_folder("llama2", tmp_path)
     about = json.loads((folder / "config.json").read_text())["quantization_config"]
-    packed_folders.configure(folder, about | change)
+    packed_by_hand.configure(folder, about | change)
     with pytest.raises(CheckpointError, match=sentence):
         AUTO.from_pretrained(folder)
 
@@ -246,10 +253,10 @@ def test_a_model_of_other_sizes_is_one_sentence(tmp_path):
 
 
 def test_experts_packed_in_part_are_refused(tmp_path):
-    dense = packed_folders.prune_(tiny_models.build("mixtral"))
+    dense = packed_by_hand.prune_(tiny_models.build("mixtral"))
     dense.model.layers[0].mlp.experts.down_proj.data[1] = 1.5
     dense.save_pretrained(tmp_path / "dense")
-    packed_folders.pack(tmp_path / "dense", tmp_path / "packed")
+    packed_by_hand.pack(tmp_path / "dense", tmp_path / "packed")
     with pytest.raises(PackedModelError, match="merges .*which is not: unpack .*wanda-fast unpack"):
         AUTO.from_pretrained(tmp_path / "packed")
 

@@ -56,11 +56,12 @@ def pack(folder, out):
                 tensors[name] = tensor
         save_file(tensors, out / file.name.replace("model", "packed"), metadata={"format": "pt"})
         file.unlink()
-    if (index := out / "model.safetensors.index.json").exists():
+    if sharded := (index := out / "model.safetensors.index.json").exists():
         index.unlink()
         files = {name: file.name for file in out.glob("packed-*") for name in load_file(file)}
         (out / "packed.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    configure(out, {"quant_method": "wanda_packed", "version": 1, "weights": weights})
+    about = {"quant_method": "wanda_packed", "version": 1, "sharded": sharded, "weights": weights}
+    configure(out, about)
     return weights
 
 
