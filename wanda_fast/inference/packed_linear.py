@@ -43,15 +43,16 @@ class PackedLinear(nn.Module):
         return unpack_rows(self.packed, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features or x.dtype != self.values.dtype:
-            wanted = f"{self.values.dtype} [..., {self.in_features}]"
+        parts = self._buffers  # as attributes of the module they take a microsecond each
+        bits, values, offsets = parts["bits"], parts["values"], parts["offsets"]
+        if x.shape[-1] != self.in_features or x.dtype != values.dtype:
+            wanted = f"{values.dtype} [..., {self.in_features}]"
             raise ValueError(f"x must be {wanted}, got {x.dtype} {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             return _WithoutGradient.apply(x, *self.packed, self.bias)
         if torch.compiler.is_compiling():
             return torch.ops.wanda_fast.packed_product(x, *self.packed, self.bias)
         # A small product takes as long as the registered operation and all checks of the operands.
-        bits, values, offsets = self.packed
         plain = offsets is None and self.bias is None and x.device == values.device == bits.device
         return _packed_product(x, bits, values, offsets, self.bias, check_operands=not plain)
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call
+from wanda_kernels.dispatch.backends import call, choose_backend
 from wanda_kernels.mask_bits import PackedRows
+from wanda_kernels.native import ops as native
 
 PACKED_LINEAR_ROWS = 8  # of x, in one call of packed_linear
 
@@ -42,10 +43,14 @@ def packed_linear(
     """
     if check_operands:
         _require_linear(x, packed, bias)
-    if x.numel() and packed.bits.numel():
-        return call("packed_linear", x, *packed, bias, backend)
-    out = x.new_zeros(*x.shape[:-1], packed.bits.shape[0])
-    return out if bias is None else out + bias
+    if not (x.numel() and packed.bits.numel()):
+        out = x.new_zeros(*x.shape[:-1], packed.bits.shape[0])
+        return out if bias is None else out + bias
+    if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if choose_backend("packed_linear", x.device, backend) == "cpu":
+            # No setting of torch's changes this product, and `call` takes longer than a small one.
+            return native.packed_linear(x, *packed, bias)
+    return call("packed_linear", x, *packed, bias, backend)
 
 
 def unpack_rows(
