@@ -237,6 +237,8 @@ def test_a_model_without_zeros_and_files_of_other_formats(tmp_path):
         errors.PackError, match="none of its 14 prunable weights gets smaller when it is packed"
     ):
         wanda_fast.pack(dense, tmp_path / "out")
+    with pytest.raises(errors.PackError, match="nosuch cannot be packed: no such folder, and no model.saf"):
+        wanda_fast.pack("nosuch", tmp_path / "out")
     (dense / "model.safetensors").unlink()
     (dense / "pytorch_model.bin").touch()
     with pytest.raises(errors.CheckpointError, match="holds its weights as pickles only"):
