@@ -58,6 +58,17 @@ def test_odd_sizes(assert_right, backend, device, dtype):
         assert_right(product(x, wanda_kernels.pack_rows(weight), bias, backend, device), x, weight, bias)
 
 
+def test_the_same_bits_with_and_without_gradients(backend, device):
+    """On a CPU, calls without gradients take another way to the kernel."""
+    for n_cols, kept in ((72, None), (137, [0, 137, 60])):
+        weight, x = finite_weight((3, n_cols), torch.float32, kept), random_x(2, n_cols, torch.float32)
+        packed, bias = wanda_kernels.pack_rows(weight), random_x(1, 3, torch.float32)[0]
+        recorded = product(x.requires_grad_(), packed, bias, backend, device)
+        with torch.no_grad():
+            assert torch.equal(product(x, packed, bias, backend, device), recorded)
+        assert not recorded.requires_grad
+
+
 def test_a_hundred_thousand_rows(assert_right, backend, device):
     """The first row of each product is checked; 8 rows of x at once have their own tests."""
     n_rows = 60 if backend == "triton" and device == "cpu" else 33_334
