@@ -12,8 +12,8 @@ from torch import nn
 from wanda_fast.checkpoint.dequantize import dequantizing, forget_quantization
 from wanda_fast.checkpoint.journal import unfinished_run
 from wanda_fast.checkpoint.model_class import model_class
-from wanda_fast.checkpoint.packed_files import PackedFiles
-from wanda_fast.checkpoint.packed_format import WEIGHTS, is_packed, packed_name, packed_weights
+from wanda_fast.checkpoint.packed.files import PackedFiles
+from wanda_fast.checkpoint.packed.format import WEIGHTS, is_packed, packed_name, packed_weights
 from wanda_fast.checkpoint.refusals import (
     odd_value,
     read_json,

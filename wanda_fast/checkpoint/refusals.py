@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wanda_fast.checkpoint.dequantize import METHODS
-from wanda_fast.checkpoint.packed_format import is_packed
+from wanda_fast.checkpoint.packed.format import is_packed
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.errors import AdapterError, CheckpointError, QuantizedModelError
 

@@ -23,7 +23,7 @@ from wanda_fast.checkpoint.conversions import Conversion
 from wanda_fast.checkpoint.journal import RUN, partial_of
 from wanda_fast.checkpoint.load import Checkpoint, first_line
 from wanda_fast.checkpoint.meta_model import open_meta_model
-from wanda_fast.checkpoint.packing import pack_folder, prunable_names
+from wanda_fast.checkpoint.packed.packing import pack_folder, prunable_names
 from wanda_fast.checkpoint.save_as_source import names_on_disk, save_as_source
 from wanda_fast.checkpoint.shards import TensorFiles, begin_tensors, join_files
 from wanda_fast.checkpoint.surroundings import REPORT, copy_surroundings

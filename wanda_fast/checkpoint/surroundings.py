@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wanda_fast.checkpoint.packed_format import without_packed
+from wanda_fast.checkpoint.packed.format import without_packed
 from wanda_fast.checkpoint.refusals import QUANTIZED_FILES, QUANTIZED_KEYS
 
 logger = logging.getLogger(__name__)

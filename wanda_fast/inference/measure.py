@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_fast.checkpoint.dequantize import forget_quantization
 from wanda_fast.checkpoint.load import DTYPES, UNLOADABLE, first_line, locate, require_dtype
 from wanda_fast.checkpoint.meta_model import without_weights
-from wanda_fast.checkpoint.packed_format import PACKABLE
+from wanda_fast.checkpoint.packed.format import PACKABLE
 from wanda_fast.errors import CheckpointError, NoPrunableBlockError, OptionError
 from wanda_fast.inference import stopwatch
 from wanda_fast.inference.packed_linear import PackedLinear

@@ -13,8 +13,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wanda_fast.checkpoint.conversions import dtype_plan, renaming
-from wanda_fast.checkpoint.packed_files import PackedFiles, fault
-from wanda_fast.checkpoint.packed_format import (
+from wanda_fast.checkpoint.packed.files import PackedFiles, fault
+from wanda_fast.checkpoint.packed.format import (
     KEY,
     METHOD,
     PACKABLE,

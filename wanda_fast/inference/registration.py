@@ -9,7 +9,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-from wanda_fast.checkpoint.packed_format import METHOD
+from wanda_fast.checkpoint.packed.format import METHOD
 
 QUANTIZERS = "transformers.quantizers.auto"
 

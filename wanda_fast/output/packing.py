@@ -7,9 +7,9 @@ from pathlib import Path
 from wanda_fast.checkpoint.journal import partial_of
 from wanda_fast.checkpoint.load import locate, tensor_files
 from wanda_fast.checkpoint.meta_model import MetaModel, open_meta_model
-from wanda_fast.checkpoint.packed_files import PackedFiles
-from wanda_fast.checkpoint.packed_format import METHOD
-from wanda_fast.checkpoint.packing import pack_folder, prunable_names, unpack_folder
+from wanda_fast.checkpoint.packed.files import PackedFiles
+from wanda_fast.checkpoint.packed.format import METHOD
+from wanda_fast.checkpoint.packed.packing import pack_folder, prunable_names, unpack_folder
 from wanda_fast.checkpoint.save import require_empty, restore_replaced, save_folder
 from wanda_fast.errors import CheckpointError, NotStreamableError, PackError
 from wanda_fast.options.all_options import at_home

@@ -29,7 +29,7 @@ from torch import Tensor
 from wanda_fast.checkpoint.atomic_write import checksum, sync_folder
 from wanda_fast.checkpoint.block_loader import StreamedModel
 from wanda_fast.checkpoint.journal import RUN, Journal, partial_of
-from wanda_fast.checkpoint.packing import pack_folder, prunable_names
+from wanda_fast.checkpoint.packed.packing import pack_folder, prunable_names
 from wanda_fast.checkpoint.save import (
     MODEL,
     move_into_place,

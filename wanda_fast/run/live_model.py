@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wanda_fast.checkpoint.packed_format import METHOD
+from wanda_fast.checkpoint.packed.format import METHOD
 from wanda_fast.errors import AdapterError, LiveModelError, OutputError, QuantizedModelError
 from wanda_fast.model.block_lists import is_of_transformers
 from wanda_fast.options.all_options import Options

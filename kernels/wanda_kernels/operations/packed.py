@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from wanda_kernels.dispatch import checks
-from wanda_kernels.dispatch.backends import call, choose_backend
+from wanda_kernels.dispatch.backends import TABLE, call, choose_backend
 from wanda_kernels.mask_bits import PackedRows
-from wanda_kernels.native import ops as native
 
 PACKED_LINEAR_ROWS = 8  # of x, in one call of packed_linear
 
@@ -49,7 +48,7 @@ def packed_linear(
     if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if choose_backend("packed_linear", x.device, backend) == "cpu":
             # No setting of torch's changes this product, and `call` takes longer than a small one.
-            return native.packed_linear(x, *packed, bias)
+            return TABLE["packed_linear"]["cpu"](x, *packed, bias)
     return call("packed_linear", x, *packed, bias, backend)
 
 

@@ -22,9 +22,9 @@ from tests.wanda_fast.checkpoint.packed_folders import (
     saved_fused,
 )
 from wanda_fast import errors
-from wanda_fast.checkpoint import packed_writer, packing
 from wanda_fast.checkpoint.load import load, tensor_files
 from wanda_fast.checkpoint.meta_model import open_meta_model
+from wanda_fast.checkpoint.packed import packing, writer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,9 +226,9 @@ def test_a_killed_pack_leaves_nothing_and_starts_again(moment, tmp_path):
     if not pid:
         try:
             if moment == 0:
-                packed_writer.bytes_of = kill
+                writer.bytes_of = kill
             elif moment == 1:
-                packed_writer.TensorWriter.finish = kill
+                writer.TensorWriter.finish = kill
             else:
                 packing.copy_surroundings = kill
             wanda_fast.pack(source, out)

@@ -13,7 +13,7 @@ import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from tests.wanda_fast.checkpoint.packed_folders import contents, saved
 from wanda_fast import errors
-from wanda_fast.checkpoint import packing
+from wanda_fast.checkpoint.packed import packing
 from wanda_fast.output import streamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from wanda_fast.checkpoint.header import bytes_needed
 from wanda_fast.checkpoint.meta_model import MetaModel
-from wanda_fast.checkpoint.packed_files import PackedFiles
-from wanda_fast.checkpoint.packed_format import (
+from wanda_fast.checkpoint.packed.files import PackedFiles
+from wanda_fast.checkpoint.packed.format import (
     PACKABLE,
     SOURCE_INDEX,
     WEIGHTS,
@@ -19,7 +19,7 @@ from wanda_fast.checkpoint.packed_format import (
     packed_name,
     with_packed,
 )
-from wanda_fast.checkpoint.packed_writer import pack_file, unpack_file
+from wanda_fast.checkpoint.packed.writer import pack_file, unpack_file
 from wanda_fast.checkpoint.shards import TensorFiles
 from wanda_fast.checkpoint.surroundings import CONFIG, REPORT, copy_surroundings
 from wanda_fast.errors import CheckpointError, PackError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wanda_fast.checkpoint.header import NAMES, read_header
-from wanda_fast.checkpoint.packed_format import SOURCE_FILE, PackedWeight
+from wanda_fast.checkpoint.packed.format import SOURCE_FILE, PackedWeight
 from wanda_fast.checkpoint.shards import ALIGNMENT, TensorFiles, converted, mapped_memory
 from wanda_fast.errors import CheckpointError
 from wanda_kernels import PackedRows, unpack_rows

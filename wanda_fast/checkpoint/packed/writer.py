@@ -9,8 +9,8 @@ from torch import Tensor
 
 from wanda_fast.checkpoint.atomic_write import chunks
 from wanda_fast.checkpoint.header import header_of, parse_header, read_header, require_sizes
-from wanda_fast.checkpoint.packed_files import PackedFiles, source_metadata
-from wanda_fast.checkpoint.packed_format import (
+from wanda_fast.checkpoint.packed.files import PackedFiles, source_metadata
+from wanda_fast.checkpoint.packed.format import (
     PACKABLE,
     SOURCE_FILE,
     SOURCE_HEADER,
