@@ -87,6 +87,13 @@ def test_every_flag_that_a_page_names_exists():
         assert {flag.replace("_", "-") for flag in named} <= known, page.name
 
 
+def test_the_usage_page_names_every_flag_of_prune():
+    named = re.findall(r"`(--[a-z][\w-]+)", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8"))
+    prune = typer.main.get_command(cli.app).commands["prune"]
+    known = {option.opts[0] for option in prune.params if option.opts[0].startswith("--")}
+    assert known <= {flag.replace("_", "-") for flag in named}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))

@@ -58,6 +58,13 @@ def test_odd_sizes(assert_right, backend, device, dtype):
         assert_right(product(x, wanda_kernels.pack_rows(weight), bias, backend, device), x, weight, bias)
 
 
+@pytest.mark.gpu
+def test_more_rows_than_a_grid_has_in_its_second_axis():
+    weight, x = finite_weight((262_148, 8), torch.float16), random_x(2, 8, torch.float16)
+    got = product(x, wanda_kernels.pack_rows(weight), None, "triton", "cuda")
+    assert_close(got, x, weight)
+
+
 def test_the_same_bits_with_and_without_gradients(backend, device):
     """On a CPU, calls without gradients take another way to the kernel."""
     for n_cols, kept in ((72, None), (137, [0, 137, 60])):

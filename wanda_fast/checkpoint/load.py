@@ -278,7 +278,7 @@ def safetensors_of(folder: str, cache_dir: str | None, name: str = WEIGHTS) -> l
     except UNLOADABLE as caught:
         error = caught
     refuse_pickles(folder, cache_dir)
-    missing = f"no {name}" if Path(folder).is_dir() else f"no such folder, and no {name} from the hub"
+    missing = f"no {name}" if Path(folder).is_dir() else f"it is no folder, and the hub gave no {name}"
     raise NotStreamableError(first_line(error) if error else missing) from error
 
 

@@ -90,7 +90,7 @@ def bench(
         device: None: the first GPU, else the CPU.
         budget_s: for each shape and number of rows.
 
-    Raises: `OptionError` for rows or patterns that cannot be measured; `CheckpointError`;
+    Raises: `OptionError` for rows, patterns or a dtype that cannot be measured; `CheckpointError`;
         `NoPrunableBlockError`.
     """
     rows, patterns = list(rows), list(patterns)
@@ -101,7 +101,7 @@ def bench(
     stored, times = DTYPES.get(dtype, stored), []
     if stored not in PACKABLE.values():
         dtypes = ", ".join(PACKABLE)
-        raise OptionError(f"weights of {name_of(stored)} are not measured: name another dtype, of {dtypes}")
+        raise OptionError(f"weights of {name_of(stored)} are not measured: choose a dtype of {dtypes}")
     for shape, count in shapes.items():
         variants = _variants(shape, count, stored, device, patterns)
         for number in rows:

@@ -77,7 +77,7 @@ class PackedQuantizer(HfQuantizer):
         config.transformers_weights = INDEX if self.quantization_config.sharded else FILE
         return config
 
-    # transformers 5.17 has no hook of that name, and this one.
+    # The hook of transformers 5.17.
     update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs):

@@ -106,6 +106,7 @@ def entry_of_up(**change):
     [
         (lambda entry: entry.update(version=2), "is packed in version 2 of the format; .* reads version 1"),
         (without("version"), "is packed in version None of the format"),
+        (without("sharded"), "is packed; its config.json does not say whether it is sharded"),
         (without("weights"), "its config.json describes no packed weight"),
         (entry_of_up(dtype="int3"), f"config.json of .* describes {UP} as .*int3"),
         (entry_of_up(shape=[57]), rf"describes {UP} as \[57\] with values \[57, 22\], which do not fit"),
@@ -237,7 +238,7 @@ def test_a_model_without_zeros_and_files_of_other_formats(tmp_path):
         errors.PackError, match="none of its 14 prunable weights gets smaller when it is packed"
     ):
         wanda_fast.pack(dense, tmp_path / "out")
-    with pytest.raises(errors.PackError, match="nosuch cannot be packed: no such folder, and no model.saf"):
+    with pytest.raises(errors.PackError, match="nosuch cannot be packed: it is no folder, and the hub"):
         wanda_fast.pack("nosuch", tmp_path / "out")
     (dense / "model.safetensors").unlink()
     (dense / "pytorch_model.bin").touch()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.wanda_fast.checkpoint.packed_folders import (
@@ -190,6 +191,15 @@ def test_a_packed_model_loads_whole_with_the_same_bits(named, tmp_path):
     state = other.state_dict()
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, state[name]) and tensor.dtype == state[name].dtype, name
+
+
+def test_transformers_loads_what_pack_has_written_in_several_files(tmp_path):
+    model = pruned("smollm", torch.float32, "rows")
+    wanda_fast.pack(saved(model, tmp_path / "dense", 3), tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["sharded"]
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_a_config_with_a_null_in_the_entrys_place_comes_back(tmp_path):

@@ -85,6 +85,10 @@ def packed_weights(path: str, config: dict) -> dict[str, PackedWeight]:
             f"model {path} is packed in version {about.get('version')} of the format; this program reads "
             f"version {VERSION}"
         )
+    if not isinstance(about.get("sharded"), bool):
+        raise CheckpointError(
+            f"model {path} is packed, and its config.json does not say whether it is sharded"
+        )
     entries = about.get("weights")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"model {path} is packed, and its config.json describes no packed weight")
