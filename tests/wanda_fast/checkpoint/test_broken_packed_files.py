@@ -106,7 +106,7 @@ def entry_of_up(**change):
     [
         (lambda entry: entry.update(version=2), "is packed in version 2 of the format; .* reads version 1"),
         (without("version"), "is packed in version None of the format"),
-        (without("sharded"), "is packed; its config.json does not say whether it is sharded"),
+        (without("sharded"), "is packed, and its config.json does not say whether it is sharded"),
         (without("weights"), "its config.json describes no packed weight"),
         (entry_of_up(dtype="int3"), f"config.json of .* describes {UP} as .*int3"),
         (entry_of_up(shape=[57]), rf"describes {UP} as \[57\] with values \[57, 22\], which do not fit"),

@@ -122,9 +122,7 @@ def test_a_model_in_float64_is_refused(config_alone):
     folder = Path(config_alone("llama3"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
-    with pytest.raises(
-        errors.OptionError, match="weights of float64 are not measured: choose a dtype"
-    ):
+    with pytest.raises(errors.OptionError, match="weights of float64 are not measured: choose a dtype"):
         measure.bench(str(folder))
 
 
