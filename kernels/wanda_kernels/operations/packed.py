@@ -29,7 +29,7 @@ def packed_linear(
         bias: optional `[out]` of x's dtype.
         backend: "auto", "torch", "triton", "cuda" or "cpu"; see `choose_backend`. Backends may differ in the
             last bits of a sum.
-        check_operands: False if the caller has checked them: a call takes 20 microseconds less.
+        check_operands: False if the caller has checked them: a call takes 12 microseconds less.
 
     Products and sums are fp32; the bias is added and the result rounded once. A row's result depends neither
     on the other rows of x nor on the number of threads. Pruned weights contribute nothing, even if x is
