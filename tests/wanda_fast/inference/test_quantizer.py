@@ -1,6 +1,7 @@
 """`from_pretrained` of a packed folder against the dense model: logits, tokens, memory, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -30,6 +31,14 @@ def packed_folder(name, tmp_path, dtype=torch.float32, uneven=(), **save):
     model.save_pretrained(tmp_path / "dense", **save)
     packed_by_hand.pack(tmp_path / "dense", tmp_path / "packed")
     return model, tmp_path / "packed"
+
+
+def in_cache(folder, cache, name, revision):
+    """Copy a folder to where the hub's client keeps a repository's files."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / revision).write_text("0" * 40)
 
 
 def packed_linears(model):
@@ -65,6 +74,8 @@ def test_uneven_rows_in_several_files(tmp_path):
     assert loaded.get_submodule(Q_PROJ.removesuffix(".weight")).offsets is not None
     require_same(loaded, dense)
     require_same(AUTO.from_pretrained(tmp_path, subfolder="packed"), dense)
+    in_cache(folder, tmp_path / "cache", "me/packed", revision="v2")
+    require_same(AUTO.from_pretrained("me/packed", cache_dir=tmp_path / "cache", revision="v2"), dense)
 
 
 @pytest.mark.parametrize(("stored", "asked"), [(torch.bfloat16, None), (torch.bfloat16, torch.float32)])
