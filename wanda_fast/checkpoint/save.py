@@ -111,7 +111,7 @@ def _pack(dense: Path, folder: Path, report: Report | None) -> None:
     try:
         opened = open_meta_model(str(dense), device="any", with_tokenizer=False)
         sizes = pack_folder(opened.files, prunable_names(opened), folder)
-    except WandaFastError as error:
+    except (WandaFastError, OSError) as error:  # a full disk too: nothing may be lost
         warn_of_dense(error, report)
         shutil.rmtree(folder)
         dense.rename(folder)
@@ -120,7 +120,7 @@ def _pack(dense: Path, folder: Path, report: Report | None) -> None:
         report.packed = asdict(sizes)
 
 
-def warn_of_dense(error: WandaFastError, report: Report | None) -> None:
+def warn_of_dense(error: Exception, report: Report | None) -> None:
     """Say that the output is dense, though it was to be packed, and why."""
     sentence = f"the output is written dense, not packed: {error}"
     logger.warning("%s", sentence)

@@ -62,10 +62,10 @@ def drawn_from(seed: int) -> Iterator[None]:
 
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        numpy.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
         try:
+            random.seed(seed)
+            numpy.random.seed(seed)
+            torch.random.default_generator.manual_seed(seed)
             yield
         finally:
             random.setstate(states[0])

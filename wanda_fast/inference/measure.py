@@ -21,10 +21,12 @@ from wanda_fast.checkpoint.packed.format import PACKABLE
 from wanda_fast.errors import CheckpointError, NoPrunableBlockError, OptionError
 from wanda_fast.inference import stopwatch
 from wanda_fast.inference.packed_linear import PackedLinear
+from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import find_blocks
 from wanda_kernels import PackedRows, pack_bits
 
 COPIES_BYTES = 256 << 20
+MOST_ROWS = 1 << 20
 TWO_OF_FOUR = "2:4"
 NOT_ON_CPUS = "not on CPUs"
 Product = Callable[[Tensor], Tensor]
@@ -93,7 +95,7 @@ def bench(
     Raises: `OptionError` for rows, patterns or a dtype that cannot be measured; `CheckpointError`;
         `NoPrunableBlockError`.
     """
-    rows, patterns = list(rows), list(patterns)
+    rows, patterns = list(dict.fromkeys(rows)), list(patterns)
     _require_options(rows, patterns)
     require_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,11 +104,12 @@ def bench(
     if stored not in PACKABLE.values():
         dtypes = ", ".join(PACKABLE)
         raise OptionError(f"weights of {name_of(stored)} are not measured: choose a dtype of {dtypes}")
-    for shape, count in shapes.items():
-        variants = _variants(shape, count, stored, device, patterns)
-        for number in rows:
-            x = torch.randn(number, shape[1], dtype=stored, device=device)
-            times.append(ShapeTimes(shape, count, number, _measured(variants, x, budget_s)))
+    with out_of_memory_explained("name fewer rows"):
+        for shape, count in shapes.items():
+            variants = _variants(shape, count, stored, device, patterns)
+            for number in rows:
+                x = torch.randn(number, shape[1], dtype=stored, device=device)
+                times.append(ShapeTimes(shape, count, number, _measured(variants, x, budget_s)))
     return Bench(model, device, stored, torch.get_num_threads(), times)
 
 
@@ -132,8 +135,8 @@ def linear_shapes(path: str, cache_dir: str | None = None) -> tuple[Counter[tupl
 
 
 def _require_options(rows: list[int], patterns: list[str]) -> None:
-    if not rows or min(rows) < 1:
-        raise OptionError(f"rows must be positive numbers, got {rows}")
+    if not rows or min(rows) < 1 or max(rows) > MOST_ROWS:
+        raise OptionError(f"rows must be positive numbers, at most {MOST_ROWS:,}, got {rows}")
     for pattern in patterns:
         if pattern != TWO_OF_FOUR and not (_is_number(pattern) and 0 < float(pattern) < 1):
             raise OptionError(f"a pattern is {TWO_OF_FOUR}, or a sparsity between 0 and 1, got {pattern!r}")
@@ -194,7 +197,7 @@ def _product(weight: Tensor, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _measured(variants: dict[str, list[Product] | str], x: Tensor, budget_s: float) -> dict[str, float | str]:
     calls = {name: _in_turn(each, x) for name, each in variants.items() if not isinstance(each, str)}
-    seconds = stopwatch.medians(calls, x.device.type, budget_s)
+    seconds = stopwatch.medians(calls, str(x.device), budget_s)
     return {name: seconds.get(name, each) for name, each in variants.items()}
 
 

@@ -159,7 +159,10 @@ class PackedQuantizer(HfQuantizer):
         for linear in self.linears.values():
             packed, parent = model.get_submodule(linear), model.get_submodule(linear.rpartition(".")[0])
             dense = nn.Linear(packed.in_features, packed.out_features, device="meta", bias=False)
-            dense.weight, dense.bias = nn.Parameter(packed.weight.to(dtype)), packed.bias
+            # transformers passes the configuration's dtype if the caller names none.
+            own = packed.values.dtype if dtype in (None, model.config.dtype) else dtype
+            dense.weight = nn.Parameter(packed.weight.to(own))
+            dense.bias = None if packed.bias is None else nn.Parameter(packed.bias.to(own))
             setattr(parent, linear.rpartition(".")[2], dense)
         return model.requires_grad_(True)
 

@@ -102,7 +102,7 @@ def _timing(linear: nn.Linear, rows: int, convert, medians) -> LinearTiming:
         "dense": lambda: F.linear(x, weight, linear.bias),
         "sparse": lambda: F.linear(x, sparse, linear.bias),
     }
-    ms = {name: each * 1e3 for name, each in medians(calls, weight.device.type).items()}
+    ms = {name: each * 1e3 for name, each in medians(calls, str(weight.device)).items()}
     reason = ""
     # NaN is not within the tolerance either.
     if not (dense_y - sparse_y).abs().max() <= TOLERANCE * dense_y.abs().max():

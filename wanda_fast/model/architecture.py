@@ -161,8 +161,9 @@ def _ignored_names(names: list[str], ignore: tuple[str, ...]) -> set[str]:
     for pattern in ignore:
         matched = matching(pattern, names)
         if not matched:
+            example = f", e.g. {names[0]}" if names else ""
             raise IgnorePatternError(
-                f"ignore pattern {pattern!r} matches none of the {len(names)} linears, e.g. {names[0]}"
+                f"ignore pattern {pattern!r} matches none of the {len(names)} linears{example}"
             )
         ignored.update(matched)
     return ignored

@@ -76,7 +76,7 @@ def _linear(module: nn.Linear, forward_dtype: str, x: Tensor) -> Tensor:
     output = product(values, by_token, weights, by_output)
     if module.bias is not None:
         output = output + module.bias.to(output.dtype)
-    return output.to(x.dtype).view(*x.shape[:-1], -1)
+    return output.to(x.dtype).view(*x.shape[:-1], module.out_features)
 
 
 def rounded(matrix: Tensor, forward_dtype: str) -> tuple[Tensor, Tensor]:

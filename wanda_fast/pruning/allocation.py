@@ -33,8 +33,9 @@ def ratios_by_name(wanted: dict[str, float], names: list[str]) -> dict[str, floa
             raise AllocationError(f"allocation: the ratio of {pattern!r} must be in [0, 1), got {ratio!r}")
         matched = matching(pattern, names, "allocation pattern")
         if not matched:
+            example = f", e.g. {names[0]}" if names else ""
             raise AllocationError(
-                f"allocation pattern {pattern!r} matches none of the {len(names)} linears, e.g. {names[0]}"
+                f"allocation pattern {pattern!r} matches none of the {len(names)} linears{example}"
             )
         found |= dict.fromkeys(matched, float(ratio))
     return found

@@ -21,6 +21,7 @@ from wanda_fast.data.scores import exponential
 from wanda_fast.distributed.ranks import Ranks
 from wanda_fast.errors import CalibrationError
 from wanda_fast.hidden_states import record_activations, scores_by_blocks
+from wanda_fast.memory import out_of_memory_explained
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.experts import sorted_by_expert
 from wanda_fast.model.fused_modules import fused_modules
@@ -61,16 +62,20 @@ def wanted_bos(
     Args:
         wanted: the option `bos`.
         texts: windows of texts, each int64 `[nwindows, seqlen]`; one of them is tried.
-    Raises: `CalibrationError` if BOS is wanted and the tokenizer has none, or there is no text.
+    Raises: `CalibrationError` if BOS is wanted and the tokenizer or the model has none, or there is no text.
     """
     token, model = getattr(tokenizer, "bos_token_id", None), loaded.model
     if wanted == "always" and not texts:
         raise CalibrationError("bos always is for text: token ids are used as they are")
     if wanted == "always" and token is None:
         raise CalibrationError(f"bos always: {type(tokenizer).__name__} has no token that begins a text")
+    vocabulary = model.config.get_text_config().vocab_size
+    is_known = token is not None and 0 <= token < vocabulary
+    if wanted == "always" and not is_known:
+        raise CalibrationError(f"bos always: token {token} is outside the model's vocabulary of {vocabulary}")
     if wanted == "always":
         return token
-    if wanted == "never" or token is None or model.config.model_type in PUBLISHED_MODELS:
+    if wanted == "never" or not is_known or model.config.model_type in PUBLISHED_MODELS:
         return None
     if not predicts_tokens(model):
         return None
@@ -104,7 +109,7 @@ def trial(
 ) -> tuple[float, float]:
     """Perplexities of the dense model on one window, and on the window that begins with `token`."""
     both = EvaluationSet(torch.stack([window, begin_with(token, window[None])[0]]), "trial")
-    with job.phase("BOS trial"):
+    with out_of_memory_explained("pass bos always or never"), job.phase("BOS trial"):
         losses = (
             _by_blocks(loaded, blocks, both, job) if isinstance(loaded, MetaModel) else _whole(loaded, both)
         )

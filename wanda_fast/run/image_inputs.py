@@ -15,7 +15,7 @@ from wanda_fast.data.images import as_indices, find_images
 from wanda_fast.data.pixels import PixelReader, read_all
 from wanda_fast.data.text import NAMES
 from wanda_fast.data.training_transform import TrainingTransform, drawn_from
-from wanda_fast.errors import CalibrationError
+from wanda_fast.errors import CalibrationError, OptionError
 from wanda_fast.model.architecture import Block
 from wanda_fast.model.image_shapes import image_shapes
 from wanda_fast.options.all_options import Options
@@ -70,6 +70,8 @@ def _calibration(
         if options.image_transform != "eval":
             raise CalibrationError("image_transform train is for images: pixel values are used as they are")
         return images
+    if not 0 <= options.seed < 2**32:
+        raise OptionError(f"seed must be in [0, 2^32) for images, got {options.seed}")
     wanted = options.nsamples or DEFAULT_NSAMPLES
     if images.count < wanted and options.nsamples is not None:
         warn(f"{images.label} has {images.count} images, fewer than nsamples {wanted}: all are used")

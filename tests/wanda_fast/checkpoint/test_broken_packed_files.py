@@ -109,6 +109,7 @@ def entry_of_up(**change):
         (without("sharded"), "is packed, and its config.json does not say whether it is sharded"),
         (without("weights"), "its config.json describes no packed weight"),
         (entry_of_up(dtype="int3"), f"config.json of .* describes {UP} as .*int3"),
+        (entry_of_up(shape=[], values=[]), rf"describes {UP} as \[\] with values \[\], which do not fit"),
         (entry_of_up(shape=[57]), rf"describes {UP} as \[57\] with values \[57, 22\], which do not fit"),
         (entry_of_up(values=[57, 45]), r"as \[57, 44\] with values \[57, 45\], which do not fit"),
         (entry_of_up(shape="57x44"), f"describes {UP} as"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def test_packed_variants_have_the_asked_number_of_values_in_every_row():
 
 def test_two_of_four_needs_a_multiple_of_four_inputs():
     assert measure._two_of_four(torch.randn(8, 6), 1) == "6 inputs are no multiple of 4"
+
+
+def test_the_gpu_of_the_tensors_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(measure, "_in_turn", lambda products, x: int)
+    measure._measured({"dense": []}, SimpleNamespace(device=torch.device("cuda:1")), 0.0)
+    assert set(waited) == {"cuda:1"}
+
+
+def test_rows_named_twice_are_measured_once(config_alone, monkeypatch):
+    monkeypatch.setattr(stopwatch, "medians", lambda calls, *_: dict.fromkeys(calls, 1.0))
+    times = measure.bench(config_alone("llama3"), rows=[8, 1, 8], patterns=["0.5"]).times
+    assert [each.rows for each in times] == [8, 1] * 4
 
 
 def test_totals_count_each_linear():
@@ -107,7 +122,12 @@ def test_command_prints_a_line_for_each_shape_and_the_sum(config_alone, monkeypa
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        (dict(rows=[0]), errors.OptionError, r"rows must be positive numbers, got \[0\]"),
+        (
+            dict(rows=[10**12]),
+            errors.OptionError,
+            r"at most 1,048,576, got \[1000000000000\]",
+        ),
+        (dict(rows=[0]), errors.OptionError, r"rows must be positive numbers, .*, got \[0\]"),
         (dict(patterns=["1.5"]), errors.OptionError, "between 0 and 1, got '1.5'"),
         (dict(patterns=["4:8"]), errors.OptionError, "a pattern is 2:4, or"),
         (dict(dtype="int8"), errors.CheckpointError, "dtype must be"),

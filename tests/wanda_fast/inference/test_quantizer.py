@@ -157,6 +157,16 @@ def test_dequantized_model_is_the_dense_one_and_can_be_saved(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+def test_dequantized_weights_keep_the_dtype_that_they_have(tmp_path):
+    _, folder = packed_folder("qwen2", tmp_path, dtype=torch.bfloat16)
+    loaded = AUTO.from_pretrained(folder).to(torch.float32).dequantize()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    require_same(loaded, AUTO.from_pretrained(tmp_path / "dense", dtype=torch.float32))
+    asked = AUTO.from_pretrained(folder).dequantize(dtype=torch.float16)
+    linears = [module for name, module in asked.named_modules() if name.endswith("_proj")]
+    assert {each.dtype for linear in linears for each in linear.parameters()} == {torch.float16}
+
+
 def test_saving_is_refused_before_a_file_is_written(tmp_path):
     loaded = AUTO.from_pretrained(packed_folder("llama2", tmp_path)[1])
     with pytest.raises(PackedModelError, match="copy its folder, or save model.dequantize"):

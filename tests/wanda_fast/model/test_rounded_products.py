@@ -102,6 +102,12 @@ def test_streamed_is_in_memory(options, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_an_expert_without_tokens(name):
+    linear = nn.Linear(8, 6)
+    assert rounded_products._linear(linear, name, torch.zeros(0, 8)).shape == (0, 6)
+
+
 def test_nan_stays():
     values, scale = rounded(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]), "int8")
     product = _in_fp32(values, scale, *rounded(torch.ones(3, 2), "int8"))

@@ -1,5 +1,6 @@
 """`--save_packed`: the folder is what `pack` makes of the dense one, and a killed run goes on."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
@@ -68,6 +70,19 @@ def test_what_gets_no_smaller_is_written_dense_with_a_warning(whole, source, tmp
     assert report.packed == {} and "written dense, not packed" in report.warnings[-1]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_disk_that_is_full_while_packing_leaves_the_dense_model(tmp_path, monkeypatch):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packing, "pack_file", fill)
+    model = FAMILIES["smollm"]().bfloat16()
+    report = wanda_fast.prune(model, save_model=tmp_path / "out", save_packed=True, **QUICK)
+    assert any("written dense, not packed: [Errno 28] No space" in each for each in report.warnings)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_it_needs_a_folder(source):

@@ -126,6 +126,12 @@ def test_the_n_of_groups_keep_the_mean():
     assert (changed.ratio, changed.granularity, layer.ratio) == (0.3, "layer", 0.5)
 
 
+def test_a_name_when_every_linear_is_ignored():
+    model = FAMILIES["llama2"]()
+    with pytest.raises(errors.AllocationError, match="matches none of the 0 linears$"):
+        wanda_fast.prune(model, dataset=token_ids(model, 1, 8), ignore="*", allocation={"*": 0.5})
+
+
 def test_other_ratios_are_another_run(tmp_path):
     model, file = FAMILIES["llama2"](), tmp_path / "ratios.json"
     model.save_pretrained(tmp_path / "model")

@@ -102,6 +102,29 @@ def test_bos_that_cannot_be_is_refused(folder):
         wanda_fast.prune(path, tokenizer=tokenizer, **options(path), bos="always")
 
 
+def test_bos_outside_the_vocabulary(folder, monkeypatch):
+    """A token that was added to the tokenizer alone: it is not tried, and refused if it is asked for."""
+    monkeypatch.setattr(bos, "trial", lambda *_: pytest.fail("tried"))
+    path = folder("gemma3")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    vocabulary = AutoModelForCausalLM.from_pretrained(path).config.vocab_size
+    tokenizer.add_tokens([f"<added{number}>" for number in range(vocabulary)])
+    tokenizer.bos_token = f"<added{vocabulary - 1}>"
+    assert wanda_fast.prune(path, tokenizer=tokenizer, **options(path)).calibration["bos"] is None
+    with pytest.raises(errors.CalibrationError, match=f"is outside the model's vocabulary of {vocabulary}"):
+        wanda_fast.prune(path, tokenizer=tokenizer, **options(path), bos="always")
+
+
+def test_a_trial_without_memory_is_one_sentence(folder, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bos, "_by_blocks", fail)
+    path = folder("gemma3")
+    with pytest.raises(errors.OutOfMemoryError, match="pass bos always or never"):
+        wanda_fast.prune(path, **options(path))
+
+
 def test_another_bos_is_another_run(folder, tmp_path):
     path = folder("gemma3")
     wanda_fast.prune(path, save_model=tmp_path / "out", **options(path), bos="never")

@@ -269,3 +269,14 @@ def test_options_that_exclude_each_other(folders):
 def test_a_folder_needs_an_image_processor(data, folders):
     refused("image processor of .* cannot be loaded", model=str(folders["deit"]), dataset=data / "data")
     refused("need the model's image processor: pass it", model=build("deit"), dataset=data / "data")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_draws_no_images(data, seed):
+    refused(
+        rf"seed must be in \[0, 2\^32\) for images, got {seed}",
+        errors.OptionError,
+        model=str(data / "model"),
+        dataset=data / "data",
+        seed=seed,
+    )

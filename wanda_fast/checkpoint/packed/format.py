@@ -101,9 +101,12 @@ def _parsed(path: str, name: str, entry: object) -> PackedWeight:
         dtype = PACKABLE[entry["dtype"]]
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json of {path} describes {name} as {json.dumps(entry)}") from error
-    by_rows = len(values) == len(shape) and values[:-1] == shape[:-1] and 0 <= values[-1] <= shape[-1]
-    flat = len(values) == 1 and 0 <= values[0] <= math.prod(shape)
-    if len(shape) not in (2, 3) or min(shape) < 1 or not (by_rows or flat):
+    has_weight = len(shape) in (2, 3) and min(shape) >= 1
+    if len(values) == 1:
+        fits = has_weight and 0 <= values[0] <= math.prod(shape)
+    else:
+        fits = has_weight and values[:-1] == shape[:-1] and 0 <= values[-1] <= shape[-1]
+    if not fits:
         raise CheckpointError(
             f"config.json of {path} describes {name} as {list(shape)} with values {list(values)}, which do "
             f"not fit"
