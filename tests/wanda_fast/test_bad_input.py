@@ -51,6 +51,7 @@ SENTENCES = {
     "pattern too wide": (["--sparsity_type", "16:64"], ["16:64", "32"]),
     "ratio 1": (["--sparsity_ratio", "1.0"], ["[0, 1)", "1.0"]),
     "ratio below 0": (["--sparsity_ratio=-0.25"], ["[0, 1)", "-0.25"]),
+    "ratio nan for N:M": (["--sparsity_type", "2:4", "--sparsity_ratio", "nan"], ["2:4", "0.5", "nan"]),
     "ratio against N:M": (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], ["2:4", "0.5", "0.7"]),
     "in_features no multiple": (["--sparsity_type", "3:7"], ["model.layers.0", "64", "7"]),
     "no such placement": (["--activations", "tape"], ["'tape'", "'disk'"]),

@@ -152,6 +152,7 @@ def apply_mask(
     """Zero again the weights that a mask prunes, after a pruned model was fine-tuned or merged."""
     require_one_process()
     with locked(save_model):
+        saving.restore_replaced(save_model)
         saving.require_empty(save_model, options["overwrite"])
         loaded = checkpoint.load(model, cache_dir=options["cache_dir"], device="any")
         changed = masks.apply_masks_(loaded.model, mask)

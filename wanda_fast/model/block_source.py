@@ -42,9 +42,9 @@ class LiveModel:
     def block(self, index: int) -> Iterator[None]:
         module = self.blocks[index].module
         home = next(module.parameters()).device
-        with self.clock.phase("read"):
-            module.to(self.device)
         try:
+            with self.clock.phase("read"):
+                module.to(self.device)
             yield
         finally:
             with self.clock.phase("write"):
@@ -64,9 +64,9 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Context in which the whole model is on `device`. At the end it is where its first parameter was."""
     home = next(model.parameters()).device
     moves = home.type != device.type
-    if moves:
-        model.to(device)
     try:
+        if moves:
+            model.to(device)
         yield
     finally:
         if moves:

@@ -146,7 +146,7 @@ class NM(Pattern):
         if not 1 <= n < m <= 32:
             raise PatternError(f"sparsity_type {n}:{m} needs 1 <= N < M <= 32 (N kept of every M)")
         implied = 1 - n / m
-        if ratio is not None and abs(ratio - implied) > 1e-6:
+        if ratio is not None and not abs(ratio - implied) <= 1e-6:  # NaN too
             raise SparsityRatioError(
                 f"sparsity_type {n}:{m} keeps {n} of {m}, a ratio of {implied:g}; "
                 f"sparsity_ratio {ratio:g} is at odds with it"

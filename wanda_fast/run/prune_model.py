@@ -235,9 +235,10 @@ def _identity(job: Job, source: StreamedModel) -> dict:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training

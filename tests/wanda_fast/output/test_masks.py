@@ -112,6 +112,16 @@ def test_a_mask_applied_to_the_dense_model_gives_the_pruned_one(folders, run, tm
         assert torch.equal(got[name], weight), name
 
 
+def test_an_output_that_a_kill_had_set_aside_is_not_replaced(folders, run, tmp_path):
+    dense, _, mask = folders
+    aside = tmp_path / "again.partial" / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "file").touch()
+    code, _, said = run("apply-mask", dense, "--mask", mask, "--save_model", tmp_path / "again")
+    assert code == 2 and "is not empty (1 entries)" in said
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["file"]
+
+
 def test_verify(folders, run):
     dense, pruned, mask = folders
     assert run("verify", pruned, "--mask", mask)[0] == 0

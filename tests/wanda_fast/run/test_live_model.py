@@ -9,6 +9,9 @@ from torch import nn
 import wanda_fast
 from tests.tiny_models import FAMILIES, token_ids
 from wanda_fast import errors
+from wanda_fast.model.architecture import find_blocks
+from wanda_fast.model.block_source import LiveModel, on_device
+from wanda_fast.timer import Clock
 
 CONFIG = SimpleNamespace(quant_method=SimpleNamespace(value="gptq"))
 
@@ -192,3 +195,32 @@ def test_compiled_layers_are_saved_under_their_own_names(tmp_path):
     prune(model, save_model=tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", "pt") as written:
         assert set(written.keys()) == set(FAMILIES["llama2"]().state_dict())
+
+
+def test_each_modules_mode_is_that_from_before():
+    model = FAMILIES["llama2"]().train()
+    model.model.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    prune(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert set(before.values()) == {True, False}
+
+
+def test_a_block_that_does_not_fit_the_device_is_moved_back(monkeypatch):
+    model, moves = FAMILIES["llama2"](), []
+
+    def to(device):
+        moves.append(str(device))
+        if str(device) != "cpu":
+            raise torch.OutOfMemoryError("no room")
+
+    blocks = find_blocks(model)
+    monkeypatch.setattr(blocks[0].module, "to", to, raising=False)
+    source = LiveModel(model, blocks, torch.device("cuda"), Clock(torch.device("cpu")))
+    with pytest.raises(torch.OutOfMemoryError), source.block(0):
+        pass
+    assert moves == ["cuda", "cpu"]
+    monkeypatch.setattr(model, "to", to, raising=False)
+    with pytest.raises(torch.OutOfMemoryError), on_device(model, torch.device("cuda")):
+        pass
+    assert moves == ["cuda", "cpu"] * 2
