@@ -1,6 +1,5 @@
 """`--save_packed`: the folder is what `pack` makes of the dense one, and a killed run goes on."""
 
-import errno
 import json
 import os
 import signal
@@ -73,10 +72,7 @@ def test_what_gets_no_smaller_is_written_dense_with_a_warning(whole, source, tmp
 
 
 def test_a_disk_that_is_full_while_packing_leaves_the_dense_model(tmp_path, monkeypatch):
-    def fill(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(packing, "pack_file", fill)
+    monkeypatch.setattr(packing, "pack_file", full_disk)
     model = FAMILIES["smollm"]().bfloat16()
     report = wanda_fast.prune(model, save_model=tmp_path / "out", save_packed=True, **QUICK)
     assert any("written dense, not packed: [Errno 28] No space" in each for each in report.warnings)
@@ -154,7 +150,7 @@ def test_an_unfinished_dense_run_can_be_finished_packed(source, tmp_path, monkey
     monkeypatch.setattr("wanda_fast.pruning.orders.prune_block", refuse_to_prune)
     wanda_fast.prune(str(source), save_model=out, save_packed=True, resume=True, **QUICK)
     assert (out / "packed.safetensors.index.json").is_file()
-    # Without save_packed another output is asked for.
+    # A run without save_packed is another one.
     with pytest.raises(errors.OutputError, match="holds no finished run of this recipe"):
         wanda_fast.prune(str(source), save_model=out, resume=True, **QUICK)
 

@@ -103,7 +103,7 @@ def test_bos_that_cannot_be_is_refused(folder):
 
 
 def test_bos_outside_the_vocabulary(folder, monkeypatch):
-    """A token that was added to the tokenizer alone: it is not tried, and refused if it is asked for."""
+    """A tokenizer can have tokens that its model has no embedding for."""
     monkeypatch.setattr(bos, "trial", lambda *_: pytest.fail("tried"))
     path = folder("gemma3")
     tokenizer = AutoTokenizer.from_pretrained(path)
